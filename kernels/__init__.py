@@ -1,0 +1,1 @@
+"""Operators: their definitions and fast implementations. Nothing is imported or registered here."""

@@ -1,0 +1,1 @@
+"""Graph to facts and graph to graph: torch.fx only, no data, no training."""

@@ -1,0 +1,1 @@
+"""tcal-compile: turns a softmax-attention Transformer into a hybrid Gated DeltaNet student."""
