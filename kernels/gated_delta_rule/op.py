@@ -1,0 +1,138 @@
+"""Registration of tcal::gated_delta_rule: schema, fake, backward and vmap rule.
+
+The backward is an op of its own that recomputes the chunked form under torch.func.vjp: autograd inside a custom op's
+kernel is not available, and recomputing inline in the autograd formula breaks AOTAutograd's view tracking.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunked import gated_delta_rule_chunked
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
+    """Shapes only; runs on the real tensors."""
+    ok = q.dim() == k.dim() == v.dim() == state.dim() == 4 and g.dim() == beta.dim() == 3
+    if ok:
+        batch, tokens, heads, key_dim = q.shape
+        kv_heads, value_dim = v.shape[2], v.shape[3]
+        ok = (
+            tuple(k.shape) == (batch, tokens, kv_heads, key_dim)
+            and tuple(v.shape[:2]) == (batch, tokens)
+            and tuple(g.shape) == tuple(beta.shape) == (batch, tokens, heads)
+            and tuple(state.shape) == (batch, heads, key_dim, value_dim)
+            and kv_heads > 0
+            and heads % kv_heads == 0
+            and tokens > 0
+        )
+    if not ok:
+        shapes = {n: tuple(t.shape) for n, t in dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=state).items()}
+        raise ValueError(
+            "gated_delta_rule: want q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g and beta [B,T,H], "
+            f"initial_state [B,H,Dk,Dv] with T > 0 and H a multiple of K; got {shapes}"
+        )
+
+
+@torch.library.custom_op("tcal::gated_delta_rule", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, g, beta, initial_state)
+    with torch.autocast(q.device.type, enabled=False):
+        out, state = gated_delta_rule_chunked(q, k, v, g, beta, initial_state, scale=scale)
+    return out.contiguous(), state.contiguous()
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float) -> Any:
+    # new_empty, not empty_like: the kernel's results are contiguous whatever the strides of v
+    return v.new_empty(*q.shape[:3], v.shape[3]), initial_state.new_empty(initial_state.shape)
+
+
+@torch.library.custom_op("tcal::gated_delta_rule_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        _, pullback = torch.func.vjp(
+            lambda *tensors: gated_delta_rule_chunked(*tensors, scale=scale), q, k, v, g, beta, initial_state
+        )
+        grads = pullback((d_out, d_state))
+    dq, dk, dv, dg, dbeta, dstate = (x.contiguous().clone() for x in grads)
+    return dq, dk, dv, dg, dbeta, dstate
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    scale: float,
+) -> Any:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta, initial_state))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _grad(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.tcal.gated_delta_rule_backward(d_out, d_state, *ctx.saved_tensors, ctx.scale), None)
+
+
+_forward.register_autograd(_grad, setup_context=_setup)
+
+
+def _fold(size: int, dim: int | None, x: Tensor) -> Tensor:
+    """The mapped dimension (layers of a stack, say) becomes part of the batch."""
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+@_forward.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    *tensors, scale = args
+    folded = (_fold(info.batch_size, d, x) for d, x in zip(in_dims, tensors, strict=False))
+    out, state = torch.ops.tcal.gated_delta_rule(*folded, scale)
+    return (out.unflatten(0, (info.batch_size, -1)), state.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule of `gated_delta_rule_reference`, differentiable, usable under export, compile and vmap.
+
+    initial_state defaults to zeros (float32, or float64 if q is float64); scale to Dk ** -0.5. Raises ValueError
+    when the shapes do not fit.
+    """
+    if initial_state is None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        initial_state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+    return torch.ops.tcal.gated_delta_rule(
+        q, k, v, g, beta, initial_state, q.shape[-1] ** -0.5 if scale is None else float(scale)
+    )

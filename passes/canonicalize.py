@@ -1,0 +1,55 @@
+"""Removes nodes that do nothing, so that matching meets fewer spellings. Values do not change by one bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .base import PassResult
+from .graph import aten, is_effect, value
+
+_ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range")
+_MAX = 9223372036854775807
+
+
+def _is_noop(n: Node) -> bool:
+    """True for a node whose value is its first argument's, same dtype, shape and strides."""
+    if n.op != "call_function" or not n.args or not isinstance(n.args[0], Node):
+        return False
+    before, after = value(n.args[0]), value(n)
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)) or before.dtype != after.dtype:
+        return False
+    if n.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
+        return True
+    if n.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):
+        return before.device == after.device and not n.kwargs.get("copy", False)
+    if n.target is aten.slice.Tensor:
+        start, end, step = (*n.args[2:], *(0, _MAX, 1)[len(n.args) - 2 :])[:3]
+        return start in (0, None) and end in (_MAX, None) and step == 1
+    if n.target is aten.dropout.default:
+        return n.args[1] == 0 or n.args[2] is False
+    return False
+
+
+@dataclass(frozen=True)
+class RemoveNoOps:
+    """Drops assertions, aliases, casts to the same dtype, full slices and dropout that is off."""
+
+    def run(self, gm: GraphModule) -> PassResult:
+        changed = 0
+        for n in list(gm.graph.nodes):
+            if n.op == "call_function" and any(a in str(n.target) for a in _ASSERTS) and not n.users:
+                gm.graph.erase_node(n)
+                changed += 1
+            elif _is_noop(n):
+                n.replace_all_uses_with(n.args[0])
+                gm.graph.erase_node(n)
+                changed += 1
+        before = len(gm.graph.nodes)
+        gm.graph.eliminate_dead_code(is_impure_node=is_effect)
+        return PassResult(changed + before - len(gm.graph.nodes))
+
+    def ensures(self, gm: GraphModule) -> None:
+        assert not any(_is_noop(n) for n in gm.graph.nodes)

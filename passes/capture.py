@@ -1,0 +1,72 @@
+"""A teacher becomes one graph of aten ops, accepted only when it equals the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tcal_compiler.errors import UnsupportedModelError
+
+from .base import run_passes
+from .canonicalize import RemoveNoOps
+from .graph import from_program, output_node, placeholders, value
+from .types import Capture, Check
+
+SHAPES = ((2, 24), (1, 1), (3, 7), (1, 70))
+_DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+
+
+def example_ids(batch: int, length: int, vocab_size: int, seed: int = 0) -> Tensor:
+    """Random token ids [batch, length] int64."""
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (batch, length), generator=gen)
+
+
+def export_module(module: nn.Module, *, has_positions: bool, vocab_size: int) -> torch.export.ExportedProgram:
+    """Exports with dynamic batch and length. AUTO would silently specialise a batch of 1, hence DYNAMIC and 2 x 8."""
+    ids = example_ids(2, 8, vocab_size)
+    args: tuple[Tensor, ...] = (ids, torch.arange(8).expand(2, 8).contiguous()) if has_positions else (ids,)
+    with torch.no_grad():
+        return torch.export.export(module, args, dynamic_shapes=(_DYNAMIC,) * len(args), strict=False)
+
+
+def capture_program(
+    program: torch.export.ExportedProgram,
+    *,
+    teacher: Callable[..., Tensor],
+    implementation: str,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> Capture:
+    """The canonical graph of a program, compared with `teacher(*inputs) -> logits` at several (batch, length).
+
+    Raises UnsupportedModelError when the graph's logits differ from the teacher's by one bit.
+    """
+    gm = from_program(program)
+    ins = placeholders(gm)
+    logits = output_node(gm).args[0]
+    if isinstance(logits, tuple):  # caches or hidden states beside the logits
+        output_node(gm).args = (logits[0],)
+        logits = logits[0]
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    gm.recompile()
+    run_passes(gm, [RemoveNoOps()])
+    vocab = value(logits).shape[-1]  # type: ignore[arg-type]
+    if not isinstance(vocab, int):
+        raise UnsupportedModelError("teacher", f"its last output dimension is not a constant vocabulary: {vocab}")
+    capture = Capture(gm, len(ins) > 1, vocab, implementation, fingerprint="")
+    checks = []
+    for batch, length in shapes:
+        args = capture.inputs(example_ids(batch, length, vocab))
+        with torch.no_grad():
+            error = (gm(*args) - teacher(*args)).abs().max().item()
+        checks.append(Check(f"capture equals teacher at B={batch} T={length}", error, 0.0, implementation))
+    bad = [c for c in checks if not c.passed]
+    if bad:
+        raise UnsupportedModelError(
+            "teacher",
+            f"the captured graph differs from the model: {bad[0].name} by {bad[0].measured:.3g} (allowed 0)",
+            "export the model yourself with dynamic batch and length and pass the .pt2 file",
+        )
+    return Capture(gm, len(ins) > 1, vocab, implementation, "", tuple(checks))

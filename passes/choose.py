@@ -1,0 +1,104 @@
+"""Policies: which sites stay softmax. A policy reads the scan and decides; it never edits a graph."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import tomli_w
+
+from tcal_compiler.errors import ConfigError
+
+from .types import Plan, SiteScan
+
+POLICIES = "uniform:N, uniform:P%, keep=I,J,..., none (convert all), all (convert nothing)"
+
+
+def _evenly(count: int, total: int) -> list[int]:
+    """`count` of 0..total-1, evenly spaced, the first included."""
+    return [i * total // count for i in range(count)]
+
+
+def _uniform(budget: str, total: int, policy: str) -> list[int]:
+    try:
+        count = round(total * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
+        percent_ok = not budget.endswith("%") or 0 <= float(budget[:-1]) <= 100
+    except ValueError:
+        raise ConfigError(f"--policy {policy}", f"'{budget}' is no number", f"policies: {POLICIES}") from None
+    if not percent_ok or not 0 <= count <= total:
+        raise ConfigError(
+            f"--policy {policy}",
+            f"asks to keep {budget} of {total} sites",
+            f"a number from 0 to {total}, or a percentage from 0% to 100%",
+        )
+    return _evenly(count, total)
+
+
+def _explicit(text: str, indices: list[int], policy: str) -> list[int]:
+    try:
+        keep = [int(s) for s in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--policy {policy}", f"'{text}' is no list of layer numbers", "keep=0,4,8") from None
+    if unknown := sorted(set(keep) - set(indices)):
+        raise ConfigError(f"--policy {policy}", f"no convertible site has number {unknown}", f"sites are {indices}")
+    if len(set(keep)) != len(keep):
+        raise ConfigError(f"--policy {policy}", f"names a site twice: {keep}")
+    return keep
+
+
+def choose(scan: SiteScan, policy: str) -> Plan:
+    """The plan of a policy: POLICIES. Sites that were rejected stay as they are and are not counted.
+
+    Raises ConfigError for an unknown policy or a budget out of range.
+    """
+    indices = [s.index for s in scan.sites]
+    if policy == "all":
+        keep = indices
+    elif policy == "none":
+        keep = []
+    elif policy.startswith("uniform:"):
+        keep = [indices[i] for i in _uniform(policy.removeprefix("uniform:"), len(indices), policy)]
+    elif policy.startswith("keep="):
+        keep = _explicit(policy.removeprefix("keep="), indices, policy)
+    else:
+        raise ConfigError(f"--policy {policy}", "unknown policy", f"policies: {POLICIES}")
+    kept = tuple(sorted(keep))
+    return Plan(kept, tuple(i for i in indices if i not in set(kept)), policy)
+
+
+def plan_to_toml(plan: Plan, scan: SiteScan) -> str:
+    """An editable plan: change a site's mixer between "softmax" and "gdn" and run again."""
+    sites = [
+        {"layer": s.index, "module": s.layer, "mixer": "softmax" if s.index in plan.keep else "gdn"} for s in scan.sites
+    ]
+    fixed = [{"node": r.node, "module": r.layer, "reason": r.reason} for r in scan.rejected]
+    text = '# Which attention layers stay softmax ("softmax") and which become Gated DeltaNet ("gdn").\n'
+    text += tomli_w.dumps({"policy": plan.policy})
+    text += "".join("\n[[site]]\n" + tomli_w.dumps(s) for s in sites)
+    return text + "".join("\n[[refused]]\n" + tomli_w.dumps(r) for r in fixed)
+
+
+def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
+    """Reads a plan back. Raises ConfigError when it is no plan of this teacher."""
+    try:
+        body = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(str(path), f"cannot be read as a plan: {e}", "delete it, or write it anew with tcal plan") from None
+    entries = body.get("site")
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise ConfigError(str(path), "has no [[site]] tables", "write it anew with tcal plan")
+    if extra := sorted(set(body) - {"policy", "site", "refused"}):
+        raise ConfigError(str(path), f"unknown keys {extra}", "keys are policy, site and refused")
+    mixers: dict[int, str] = {}
+    for e in entries:
+        layer, mixer = e.get("layer"), e.get("mixer")
+        if not isinstance(layer, int) or layer in mixers:
+            raise ConfigError(str(path), f"layer {layer!r} is no number or stands twice")
+        if mixer not in ("softmax", "gdn"):
+            raise ConfigError(str(path), f"layer {layer}: mixer is {mixer!r}", 'write "softmax" or "gdn"')
+        mixers[layer] = mixer
+    indices = [s.index for s in scan.sites]
+    if sorted(mixers) != indices:
+        raise ConfigError(str(path), f"names layers {sorted(mixers)}", f"this teacher's convertible sites are {indices}")
+    keep = tuple(i for i in indices if mixers[i] == "softmax")
+    return Plan(keep, tuple(i for i in indices if mixers[i] == "gdn"), str(body.get("policy", "plan.toml")))

@@ -1,0 +1,234 @@
+"""Every softmax attention core of a captured teacher becomes a site or a rejection with its reason.
+
+A site is cut at its core: q, k, v as softmax attention receives them, and its output. Source of the method: dominators
+on the token-dependent part of the graph (networkx.immediate_dominators); masks are read by evaluation (masks.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import networkx as nx
+from torch.fx import Node
+
+from .graph import LAYOUT, LINEAR, argument, aten, backward_slice, by_name, inputs, module_path, placeholders, taint, value
+from .masks import MaskFacts, probe_mask
+from .types import AttentionSite, Capture, Rejection, SiteScan
+
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+LOWERED = "_scaled_dot_product"
+
+
+class _Unfit(Exception):
+    """Why an anchor is not a site."""
+
+
+@dataclass
+class _Tokens:
+    """The token-dependent part of a graph."""
+
+    capture: Capture
+    source: Node
+    data: set[Node]
+    position: set[Node]
+    graph: nx.DiGraph
+    idom: dict[Node, Node]
+
+    def dominators(self, node: Node) -> list[Node]:
+        """From the node itself up to the token ids."""
+        chain = [node]
+        while chain[-1] is not self.source and chain[-1] in self.idom and self.idom[chain[-1]] is not chain[-1]:
+            chain.append(self.idom[chain[-1]])
+        return chain
+
+    def users(self, node: Node) -> list[Node]:
+        return [u for u in node.users if u in self.data]
+
+    def is_linear(self, node: Node) -> bool:
+        """A product with a constant 2-D weight."""
+        if node.op != "call_function" or node.target not in LINEAR:
+            return False
+        const = [i for i in inputs(node) if i not in self.data]
+        return any(getattr(value(i), "ndim", 0) == 2 for i in const) and len(set(inputs(node)) & self.data) == 1
+
+
+def _token_part(capture: Capture) -> _Tokens:
+    gm = capture.gm
+    ins = placeholders(gm)
+    data = taint(gm.graph.nodes, ins[:1])
+    aranges = [n for n in gm.graph.nodes if n.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)]
+    position = taint(gm.graph.nodes, [*ins[1:], *aranges]) - data
+    tables = [n for n in gm.graph.nodes if n.target is aten.slice.Tensor and n not in data and len(n.all_input_nodes) > 1]
+    position |= set(tables)
+    graph = nx.DiGraph()
+    graph.add_node(ins[0])
+    graph.add_edges_from((i, n) for n in gm.graph.nodes if n in data for i in inputs(n) if i in data)
+    idom = dict(nx.immediate_dominators(graph, ins[0]))
+    idom.pop(ins[0], None)
+    return _Tokens(capture, ins[0], data, position, graph, idom)
+
+
+def _before_repeat(node: Node) -> Node:
+    """K or V before its heads are repeated by unsqueeze, expand and reshape; else the node itself."""
+    allowed = LAYOUT | {aten.slice.Tensor, aten.unsqueeze.default}
+    c = node
+    for _ in range(8):
+        if c.target is aten.expand.default:
+            c = c.args[0]  # type: ignore[assignment]
+            while c.target in (aten.slice.Tensor, aten.unsqueeze.default):
+                c = c.args[0]  # type: ignore[assignment]
+            return c if value(c).ndim == 4 else node
+        if c.target not in allowed or not c.args:
+            return node
+        c = c.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _common_source(t: _Tokens, q: Node, k: Node, v: Node) -> Node:
+    """The hidden state that q, k and v come from, above a fused projection and above pure layout nodes."""
+    of_k, of_v = set(t.dominators(k)), set(t.dominators(v))
+    x = next((d for d in t.dominators(q) if d in of_k and d in of_v), None)
+    if x is None:
+        raise _Unfit("q, k and v have no common source")
+
+    def projected(n: Node) -> bool:
+        return any(t.is_linear(m) for m in backward_slice(n, x, t.data))
+
+    if not (projected(q) and projected(k) and projected(v)):
+        fused: Node = x
+        while not t.is_linear(fused):
+            if fused not in t.idom or t.idom[fused] is fused:
+                raise _Unfit("no projection between the hidden state and q, k, v")
+            fused = t.idom[fused]
+        x = t.idom[fused]
+    while x.target in LAYOUT and len(t.users(x)) >= 1 and value(x).ndim != 3:
+        x = next(i for i in inputs(x) if i in t.data)
+    if value(x).ndim != 3:
+        raise _Unfit(f"the hidden state has {value(x).ndim} dimensions, not batch x tokens x width")
+    return x
+
+
+def _output_projection(t: _Tokens, anchor: Node) -> Node:
+    c = anchor
+    for _ in range(24):
+        users = t.users(c)
+        if len(users) != 1:
+            raise _Unfit(f"the attention output has {len(users)} users before a projection")
+        c = users[0]
+        if t.is_linear(c):
+            break
+    else:
+        raise _Unfit("no output projection follows")
+    while value(c).ndim != 3:  # addmm on flattened tokens, then a view
+        if len(t.users(c)) != 1 or t.users(c)[0].target not in LAYOUT:
+            raise _Unfit("the output projection is not batch x tokens x width")
+        c = t.users(c)[0]
+    return c
+
+
+def _check_region(t: _Tokens, x: Node, y: Node) -> None:
+    """Single entry x, single exit y."""
+    region = (nx.descendants(t.graph, x) & nx.ancestors(t.graph, y)) | {y}
+    for n in region:
+        if outside := [i for i in inputs(n) if i in t.data and i not in region and i is not x]:
+            raise _Unfit(f"{n.name} also reads {outside[0].name}, which is not computed from {x.name}")
+        if n is not y and (leak := [u for u in t.users(n) if u not in region]):
+            raise _Unfit(f"{n.name} is also used outside the attention block, by {leak[0].name}")
+
+
+def _mask_facts(t: _Tokens, anchor: Node) -> MaskFacts:
+    if argument(anchor, "dropout_p", 0.0):
+        raise _Unfit(f"dropout {argument(anchor, 'dropout_p')} inside attention; export the model in eval mode")
+    mask = argument(anchor, "attn_mask")
+    if argument(anchor, "is_causal", False):
+        return MaskFacts("causal", None, "is_causal")
+    if mask is None:
+        return MaskFacts("none", None, "no mask")
+    if mask in t.data:
+        raise _Unfit("its mask depends on the token ids")
+    return probe_mask(t.capture, mask)
+
+
+def _site(t: _Tokens, anchor: Node, index: int) -> AttentionSite:
+    q, k, v = (argument(anchor, n) for n in ("query", "key", "value"))
+    if any(n not in t.data for n in (q, k, v)):
+        raise _Unfit("q, k or v does not depend on the tokens (cross attention or a constant memory)")
+    facts = _mask_facts(t, anchor)
+    if facts.kind != "causal":
+        label = {"none": "not causal", "bias": "a position bias on the scores", "other": "not provably causal"}
+        raise _Unfit(f"{label[facts.kind]}: the mask {facts.detail}")
+    k, v = _before_repeat(k), _before_repeat(v)
+    shapes = [tuple(value(n).shape) for n in (q, k, v)]
+    if any(len(s) != 4 for s in shapes):
+        raise _Unfit(f"q, k, v have {[len(s) for s in shapes]} dimensions, want [B, H, T, D]")
+    heads, kv_heads = shapes[0][1], shapes[1][1]
+    if shapes[2][1] != kv_heads or heads % kv_heads:
+        raise _Unfit(f"{heads} query heads, {kv_heads} key heads and {shapes[2][1]} value heads do not group")
+    x = _common_source(t, q, k, v)
+    y = _output_projection(t, anchor)
+    _check_region(t, x, y)
+    scale = argument(anchor, "scale")
+    return AttentionSite(
+        index=index,
+        layer=module_path(anchor),
+        anchor=anchor.name,
+        q=q.name,
+        k=k.name,
+        v=v.name,
+        x=x.name,
+        y=y.name,
+        num_heads=int(heads),
+        num_kv_heads=int(kv_heads),
+        key_dim=int(shapes[0][3]),
+        value_dim=int(shapes[2][3]),
+        hidden=int(value(x).shape[-1]),
+        scale=float(scale) if scale is not None else 1 / math.sqrt(int(shapes[0][3])),
+        window=facts.window,
+        rope=any(i in t.position for m in backward_slice(q, x, t.data) for i in inputs(m)),
+        proof=facts.detail,
+    )
+
+
+def _reject_softmax(t: _Tokens, node: Node) -> str:
+    """A softmax outside SDPA: why it is not converted."""
+    c = node.args[0]
+    while isinstance(c, Node):
+        if t.is_linear(c):
+            return ""  # a router or classifier, not attention
+        tainted = list(dict.fromkeys(i for i in inputs(c) if i in t.data))
+        if len(tainted) != 1:
+            break
+        c = tainted[0]
+    return "attention written out as products and softmax; call F.scaled_dot_product_attention instead"
+
+
+def find_attention(capture: Capture) -> SiteScan:
+    """All attention cores of the teacher: sites and rejections together are all of them.
+
+    Sites are numbered in graph order, rejections keep their number, so that an index is a layer's position.
+    """
+    t = _token_part(capture)
+    sites: list[AttentionSite] = []
+    rejected: list[Rejection] = []
+    index = 0
+    for n in capture.gm.graph.nodes:
+        if n.op != "call_function" or n not in t.data:
+            continue
+        reason = ""
+        if n.target is aten.scaled_dot_product_attention.default:
+            try:
+                sites.append(_site(t, n, index))
+            except _Unfit as e:
+                reason = str(e)
+            index += 1
+        elif n.target in SOFTMAX:
+            reason = _reject_softmax(t, n)
+            index += bool(reason)
+        elif LOWERED in str(n.target):
+            reason = "a lowered attention kernel; export without run_decompositions"
+            index += 1
+        if reason:
+            rejected.append(Rejection(n.name, module_path(n), reason))
+    assert {s.anchor for s in sites} <= set(by_name(capture.gm))
+    return SiteScan(tuple(sites), tuple(rejected))

@@ -1,0 +1,116 @@
+"""Reads a mask's meaning by evaluating the mask's own sub-graph, never by trusting a flag's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .graph import get_tensor, inputs, placeholders
+from .types import Capture
+
+MAX_PROBE = 8192  # longest length at which a mask is evaluated: its L x L values must fit in memory
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """kind: causal, none, bias (values other than 0 and -inf) or other. window: visible tokens, None for all."""
+
+    kind: str
+    window: int | None
+    detail: str
+
+
+class Evaluator:
+    """Evaluates chosen nodes of a graph on concrete ids, computing only what they need."""
+
+    def __init__(self, capture: Capture, length: int) -> None:
+        self._gm: GraphModule = capture.gm
+        args = capture.inputs(torch.ones(1, length, dtype=torch.long))
+        self._env: dict[Node, Any] = dict(zip(placeholders(capture.gm), args, strict=True))
+
+    @torch.no_grad()
+    def __call__(self, target: Node) -> Any:
+        stack = [target]
+        while stack:
+            n = stack[-1]
+            if n in self._env:
+                stack.pop()
+            elif n.op == "get_attr":
+                self._env[n] = get_tensor(self._gm, str(n.target))
+            elif missing := [i for i in inputs(n) if i not in self._env]:
+                stack += missing
+            else:
+                args, kwargs = torch.fx.node.map_arg((n.args, n.kwargs), lambda i: self._env[i])
+                self._env[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+        return self._env[target]
+
+
+def classify_mask(mask: Tensor) -> MaskFacts:
+    """mask [..., L, L], boolean (True = visible) or additive."""
+    length = mask.shape[-1]
+    rows = mask.reshape(-1, length, length)
+    if mask.dtype == torch.bool:
+        visible, finite = rows, rows.new_zeros(1, dtype=torch.float32)
+    else:
+        visible = rows > -1e4  # additive masks hide with the dtype's minimum or -inf
+        finite = rows[visible].float()
+    if finite.numel() and finite.abs().max() > 0:
+        return MaskFacts("bias", None, f"adds values up to {finite.abs().max().item():.3g} to the scores")
+    if not torch.equal(visible, visible[:1].expand_as(visible)):
+        return MaskFacts("other", None, "differs between heads or sequences")
+    seen = visible[0]
+    steps = torch.arange(length)
+    distance = steps[:, None] - steps[None, :]
+    if torch.equal(seen, distance >= 0):
+        return MaskFacts("causal", None, f"equals the lower triangle at {length} tokens")
+    if bool(seen.all()):
+        return MaskFacts("none", None, f"hides nothing at {length} tokens")
+    window = int(seen[-1].sum())
+    if torch.equal(seen, (distance >= 0) & (distance < window)):
+        return MaskFacts("causal", window, f"equals a causal window of {window} at {length} tokens")
+    future = (seen & (distance < 0)).nonzero()
+    if len(future):
+        row, col = future[0].tolist()
+        return MaskFacts("other", None, f"at T={length} row {row} sees column {col}")
+    return MaskFacts("other", None, f"hides past tokens in a pattern that is no window, at T={length}")
+
+
+def _constants(node: Node) -> set[int]:
+    """Whole numbers in the mask's sub-graph: a window among them decides how long a probe must be."""
+    seen: set[Node] = set()
+    found: set[int] = set()
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        stack += inputs(n)
+        for a in torch.utils._pytree.tree_leaves((n.args, n.kwargs)):
+            if isinstance(a, int | float) and not isinstance(a, bool) and a == a and 1 < abs(a) < 2**31:
+                found.add(int(abs(a)))
+    return found
+
+
+def probe_mask(capture: Capture, mask: Node) -> MaskFacts:
+    """Evaluates the mask at a short length and at one beyond every constant of its sub-graph."""
+    consts = _constants(mask)
+    far = max((c for c in consts if c <= MAX_PROBE), default=0)
+    facts = None
+    for length in sorted({48, far + 3} if far >= 46 else {48}):
+        try:
+            facts = classify_mask(Evaluator(capture, length)(mask))
+        except RuntimeError as e:  # a table of fixed size ends here
+            if facts is None:
+                return MaskFacts("other", None, f"its mask cannot be evaluated at {length} tokens: {e}")
+            break
+        if facts.kind != "causal":
+            return facts
+    assert facts is not None
+    if over := [c for c in consts if MAX_PROBE < c < 2**20]:
+        return MaskFacts(facts.kind, facts.window, f"{facts.detail}; constants {over} are longer than the probe")
+    return facts
