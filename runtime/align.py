@@ -1,0 +1,209 @@
+"""Layerwise alignment: every converted site learns the teacher's attention output from the teacher's own input.
+
+All sites of a group take each step together: their x -> y programs are one program with parameters stacked [L, ...].
+L sites, N sequences, T tokens, C width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from tcal_compiler.errors import StageError
+
+from .config import AlignConfig
+from .student import Student
+from .taps import SiteGroup
+
+NO_DECAY = "mixer."  # gates, norms and rates of a mixer: never decayed
+
+
+@dataclass
+class AlignState:
+    """What a stopped run resumes from. step: steps done. best: held-out error and parameters per group and site."""
+
+    step: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    curve: list[dict[str, object]] = field(default_factory=list)
+
+
+def learning_rate(step: int, config: AlignConfig) -> float:
+    """Factor of the peak rate: linear warm-up, then half a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / max(1, config.steps)))
+
+
+def batch_indices(step: int, *, sequences: int, batch: int, seed: int) -> Tensor:
+    """Sequences of a step: each epoch is a new permutation, a function of seed and step alone, so resuming is exact."""
+    per_epoch = max(1, sequences // batch)
+    gen = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
+    start = step % per_epoch * batch
+    return torch.randperm(sequences, generator=gen)[start : start + min(batch, sequences)]
+
+
+class GroupTrainer:
+    """Stacked parameters, optimiser and best weights of one group."""
+
+    def __init__(self, student: Student, group: SiteGroup, train: int, config: AlignConfig) -> None:
+        self.group, self.train, self.config, self.gm = group, train, config, student.gm
+        self.device = next(student.gm.parameters()).device
+        source = student.gm
+        self.params = {
+            name: torch.stack([source.get_parameter(n[name]).detach().float() for n in group.names]).requires_grad_()
+            for name in group.names[0]
+        }
+        fast = [p for n, p in self.params.items() if n.startswith(NO_DECAY)]
+        matrices = [p for n, p in self.params.items() if not n.startswith(NO_DECAY) and p.dim() > 2]
+        vectors = [p for n, p in self.params.items() if not n.startswith(NO_DECAY) and p.dim() <= 2]
+        self.peaks = [config.lr_new, config.lr_teacher, config.lr_teacher]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": fast, "lr": config.lr_new, "weight_decay": 0.0},
+                {"params": matrices, "lr": config.lr_teacher, "weight_decay": config.weight_decay},
+                {"params": vectors, "lr": config.lr_teacher, "weight_decay": 0.0},
+            ],
+            fused=self.device.type == "cuda",
+        )
+        program = group.program.gm
+        names = list(self.params)
+
+        def run(values: dict[str, Tensor], x: Tensor, *outside: object) -> Tensor:
+            return functional_call(program, values, (x, *outside))
+
+        self._forward = lambda x: vmap(
+            lambda p, xi: run(p, xi, *group.outside(x.shape[1])), in_dims=({n: 0 for n in names}, 0)
+        )(self.params, x)
+        self.power = torch.stack([y[:train].float().square().mean(dtype=torch.float64).float() for y in group.y]).to(self.device)
+        self.best_error = torch.full((len(group.sites),), float("inf"), device=self.device)
+        self.best = {n: p.detach().clone() for n, p in self.params.items()}
+
+    def losses(self, index: Tensor) -> Tensor:
+        """Per-site mean squared error over the site's mean square [L], for sequences `index`."""
+        index = index.to(self.group.x.device)
+        x = self.group.x[:, index].to(self.device).float()
+        y = self.group.y[:, index].to(self.device).float()
+        return (self._forward(x) - y).square().mean((1, 2, 3)) / self.power.clamp_min(1e-30)
+
+    def step(self, step: int, index: Tensor) -> Tensor:
+        """One optimiser step with the gradient of each site clipped on its own; returns the losses before it [L]."""
+        for g, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            g["lr"] = peak * learning_rate(step, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses(index)
+        losses.sum().backward()
+        with torch.no_grad():
+            grads = [p.grad for p in self.params.values() if p.grad is not None]
+            norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
+            factor = (self.config.clip / norm.clamp_min(self.config.clip)).to(norm.dtype)
+            for g in grads:
+                g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+        self.optimizer.step()
+        return losses.detach()
+
+    @torch.no_grad()
+    def score(self) -> Tensor:
+        """Held-out error of the present weights [L]; keeps the weights of each site that is better than before."""
+        held = torch.arange(self.train, self.group.x.shape[1])
+        parts = [self.losses(h) * len(h) for h in held.split(self.config.batch)]
+        error = torch.stack(parts).sum(0) / len(held)
+        better = error < self.best_error  # False for NaN
+        self.best_error = torch.where(better, error, self.best_error)
+        for n, p in self.params.items():
+            mask = better.view(-1, *[1] * (p.dim() - 1))
+            self.best[n] = torch.where(mask, p.detach(), self.best[n])
+        return error
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for i, names in enumerate(self.group.names):
+            for n, path in names.items():
+                target = self.gm.get_parameter(path)
+                target.copy_(self.best[n][i].to(target.dtype))
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """Everything that decides later steps, as plain tensors."""
+        out = {f"{prefix}.param.{n}": p.detach() for n, p in self.params.items()}
+        out |= {f"{prefix}.best.{n}": p for n, p in self.best.items()}
+        out[f"{prefix}.best_error"] = self.best_error
+        for n, p in self.params.items():
+            for k, v in self.optimizer.state.get(p, {}).items():
+                out[f"{prefix}.optimizer.{k}.{n}"] = v
+        return out
+
+    def load_state(self, tensors: dict[str, Tensor], prefix: str) -> None:
+        with torch.no_grad():
+            for n, p in self.params.items():
+                p.copy_(tensors[f"{prefix}.param.{n}"])
+                self.best[n] = tensors[f"{prefix}.best.{n}"].to(self.device)
+                slots = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[p] = {k: tensors[f"{prefix}.optimizer.{k}.{n}"].clone() for k in slots}
+                for k in slots[1:]:
+                    self.optimizer.state[p][k] = self.optimizer.state[p][k].to(self.device)
+            self.best_error = tensors[f"{prefix}.best_error"].to(self.device)
+
+
+def _curve_point(step: int, groups: list[SiteGroup], train: Tensor, held: Tensor) -> dict[str, object]:
+    order = [s.index for g in groups for s in g.sites]
+    return {
+        "step": step,
+        "train": {str(i): v for i, v in zip(order, train.tolist(), strict=True)},
+        "held_out": {str(i): v for i, v in zip(order, held.tolist(), strict=True)},
+    }
+
+
+def align(
+    student: Student,
+    groups: list[SiteGroup],
+    *,
+    train: int,
+    config: AlignConfig,
+    seed: int,
+    resume: AlignState | None = None,
+    save: Callable[[AlignState], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> tuple[Student, list[dict[str, object]]]:
+    """Trains on sequences [0, train) of the groups, scores on the rest, writes each site's best weights into student.gm.
+
+    A site's score is taken after a step on the weights that are then kept; the starting weights take part, so no site
+    ends worse than it began. The step's sequences depend on seed and step only: a run resumed from `save`'s state
+    gives the same numbers. Returns the student and the loss curve, per scored step and site.
+
+    Raises StageError when a loss is not finite; the state last saved stays usable.
+    """
+    trainers = [GroupTrainer(student, g, train, config) for g in groups]
+    state = resume or AlignState(0)
+    if resume:
+        for i, t in enumerate(trainers):
+            t.load_state(resume.tensors, f"group{i}")
+    else:
+        held = torch.cat([t.score() for t in trainers])
+        state.curve.append(_curve_point(0, groups, held, held))
+    for step in range(state.step, config.steps):
+        index = batch_indices(step, sequences=train, batch=config.batch, seed=seed)
+        losses = torch.cat([t.step(step, index) for t in trainers])
+        done = step + 1
+        if done % config.score_every == 0 or done == config.steps:
+            held = torch.cat([t.score() for t in trainers])
+            state.curve.append(_curve_point(done, groups, losses, held))
+            if not bool(losses.isfinite().all() and held.isfinite().all()):
+                order = [s for g in groups for s in g.sites]
+                bad = order[int((~(losses.isfinite() & held.isfinite())).nonzero()[0])]
+                raise StageError(
+                    f"align, {bad.layer or bad.anchor}",
+                    f"the loss is not finite at step {done}",
+                    "a lower --lr, or another init",
+                )
+        state.step = done
+        if save and (done % config.checkpoint_every == 0 and done < config.steps):
+            state.tensors = {k: v for i, t in enumerate(trainers) for k, v in t.state(f"group{i}").items()}
+            save(state)
+        if progress:
+            progress(done, config.steps, float(losses.mean()) if done % 10 == 0 or done == config.steps else math.nan)
+    for t in trainers:
+        t.write_back()
+    return replace(student, stage="aligned"), state.curve

@@ -1,0 +1,181 @@
+"""The calibration stage: statistics of every converted site, then its initial values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tcal_compiler.passes.graph import argument, aten, by_name
+from tcal_compiler.passes.rewrite_gdn import mixer_path
+from tcal_compiler.passes.site_program import cut_program
+from tcal_compiler.passes.types import AttentionSite
+
+from .config import InitName
+from .initialize import (
+    closed_form_output_,
+    naive_,
+    ridge_update,
+    set_memory_,
+    taylor_output_,
+    zero_gate_,
+)
+from .mixer import GdnMixer
+from .statistics import NormalSums, OutputSums, SiteStats, attention_statistics, normal_sums, output_sums
+from .student import Student
+from .taps import Progress, SiteGroup
+
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What was measured and set at one site; heads' values as lists, errors relative to the teacher's mean square."""
+
+    index: int
+    distance: list[float]
+    entropy: list[float]
+    mass: list[list[float]]
+    error: float
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """y = z W^T + b inside the graph: node names of z and y, path of the weight, and whether it is stored [Z, R]."""
+
+    z: str
+    weight: str
+    bias: str | None
+    transposed: bool
+
+
+def output_projection(gm: GraphModule, site: AttentionSite) -> OutputProjection:
+    """Finds the linear map behind the attention core: the node y or the product above y's view."""
+    node = by_name(gm)[site.y]
+    while node.target not in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
+        node = node.args[0]  # type: ignore[assignment]
+    names = {
+        aten.linear.default: ("input", "weight", "bias", False),
+        aten.addmm.default: ("mat1", "mat2", "self", True),
+        aten.mm.default: ("self", "mat2", None, True),
+        aten.matmul.default: ("self", "other", None, True),
+    }[node.target]
+    z, weight = argument(node, names[0]), argument(node, names[1])
+    bias = argument(node, names[2]) if names[2] else None
+    while weight.op != "get_attr":  # a transposed view of the parameter
+        weight = weight.args[0]
+    return OutputProjection(z.name, str(weight.target), str(bias.target) if bias is not None else None, names[3])
+
+
+def _batches(x: Tensor, y: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(x), size):
+        yield x[start : start + size].to(device).float(), y[start : start + size].to(device).float()
+
+
+class SiteCalibrator:
+    """Measures and initialises one site from the teacher's x and y."""
+
+    def __init__(self, student: Student, group: SiteGroup, position: int, batch: int) -> None:
+        self.gm, self.site, self.batch = student.gm, group.sites[position], batch
+        self.x, self.y, self.outside = group.x[position], group.y[position], group.outside
+        self.qkv = cut_program(self.gm, inputs_from=[self.site.x], outputs=[self.site.q, self.site.k, self.site.v])
+        whole = cut_program(self.gm, inputs_from=[self.site.x], outputs=[self.site.y]).outside
+        self._pick = [whole.index(n) for n in self.qkv.outside]
+        self._whole = whole
+        mixer = self.gm.get_submodule(mixer_path(self.site.index))
+        assert isinstance(mixer, GdnMixer)
+        self.mixer = mixer
+        self.device = next(self.gm.parameters()).device
+
+    def _rows(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]]:
+        for x, y in _batches(self.x, self.y, self.batch, self.device):
+            outside = self.outside(len(x))
+            yield x, self.qkv.gm(x, *(outside[i] for i in self._pick)), y
+
+    @torch.no_grad()
+    def measure(self) -> SiteStats:
+        total: SiteStats | None = None
+        for _, (q, k, v), _ in self._rows():
+            stats, _ = attention_statistics(q, k, v, site=self.site)
+            total = stats if total is None else total.merge(stats)
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def outputs(self) -> OutputSums:
+        """Sums of the context on the rule's output, with the mixer's present decay and write gate."""
+        total: OutputSums | None = None
+        for x, (q, k, v), _ in self._rows():
+            _, context = attention_statistics(q, k, v, site=self.site)
+            sums = output_sums(context, self.mixer.core(q, k, v, x))
+            total = sums if total is None else total.merge(sums)
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def refit(self, strength: float = RIDGE) -> None:
+        """Ridge refit of the output projection to the teacher's y, prior = the present weight."""
+        proj = output_projection(self.gm, self.site)
+        inner = cut_program(self.gm, inputs_from=[self.site.x], outputs=[proj.z, self.site.y])
+        pick = [self._whole.index(n) for n in inner.outside]
+        total: NormalSums | None = None
+        for x, y in _batches(self.x, self.y, self.batch, self.device):
+            outside = self.outside(len(x))
+            z, out = inner.gm(x, *(outside[i] for i in pick))
+            sums = normal_sums(z.reshape(-1, z.shape[-1]), (y - out).reshape(-1, y.shape[-1]))
+            total = sums if total is None else total.merge(sums)
+        assert total is not None
+        delta = ridge_update(total, strength).delta
+        weight = self.gm.get_parameter(proj.weight)
+        weight.add_((delta.T if proj.transposed else delta).to(weight.dtype))
+
+    @torch.no_grad()
+    def error(self, limit: int | None = None) -> float:
+        """Mean squared error of y over the teacher's mean square."""
+        program = cut_program(self.gm, inputs_from=[self.site.x], outputs=[self.site.y]).gm
+        wrong = power = 0.0
+        for x, y in _batches(self.x[:limit], self.y[:limit], self.batch, self.device):
+            wrong += (program(x, *self.outside(len(x))) - y).square().sum(dtype=torch.float64).item()
+            power += y.square().sum(dtype=torch.float64).item()
+        return wrong / max(power, 1e-30)
+
+
+def initialise(
+    student: Student,
+    groups: list[SiteGroup],
+    *,
+    init: InitName,
+    seed: int,
+    batch: int,
+    progress: Progress | None = None,
+) -> tuple[Student, list[SiteReport]]:
+    """Sets every mixer's parameters (and for closed-form the output projection) in place; returns the student's next stage.
+
+    Statistics are measured for every init, so that the report shows them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps: dict[str, Callable[[GdnMixer, Any], None]] = {"naive": naive_, "zero-gate": zero_gate_}
+    reports, done = [], 0
+    total = sum(len(g.sites) for g in groups)
+    for group in groups:
+        for i, site in enumerate(group.sites):
+            job = SiteCalibrator(student, group, i, batch)
+            stats = job.measure()
+            if init in steps:
+                steps[init](job.mixer, generator)
+            else:
+                set_memory_(job.mixer, stats)
+                (taylor_output_ if init == "taylor" else closed_form_output_)(job.mixer, job.outputs())
+            if init == "closed-form":
+                job.refit()
+            done += 1
+            reports.append(
+                SiteReport(site.index, stats.distance.tolist(), stats.entropy.tolist(), stats.mass.tolist(), job.error())
+            )
+            if progress:
+                progress(done, total)
+    return replace(student, stage="initialised"), sorted(reports, key=lambda r: r.index)

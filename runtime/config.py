@@ -1,0 +1,46 @@
+"""Options of the stages: strict, frozen, unknown keys refused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StrictModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class CalibConfig(StrictModel):
+    """Calibration text. A sequence is `length` consecutive tokens of the tokenised text."""
+
+    text: str | None = Field(None, description="path of a .txt, .jsonl or .jsonl.zst file; default: the text that ships")
+    sequences: int = Field(64, ge=1, description="number of sequences for statistics and training")
+    length: int = Field(512, ge=8, description="tokens in a sequence")
+    holdout: int = Field(8, ge=1, description="further sequences that only score: never trained on")
+    batch: int = Field(8, ge=1, description="sequences in one teacher forward")
+
+
+InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
+
+
+class AlignConfig(StrictModel):
+    """Layerwise alignment: AdamW on every converted site at once."""
+
+    steps: int = Field(300, ge=0, description="optimiser steps; 0 skips the stage")
+    batch: int = Field(8, ge=1, description="sequences in a step")
+    lr_new: float = Field(1e-2, gt=0, description="peak learning rate of gates and norm")
+    lr_teacher: float = Field(1e-3, gt=0, description="peak learning rate of the teacher's q, k, v and output projections")
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's projections only")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
+    score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")
+
+
+class ExportConfig(StrictModel):
+    """Deployed form."""
+
+    profile: Literal["ort"] = Field("ort", description="ort: com.microsoft LinearAttention with a Scan function as fallback")
+    opset: int = Field(21, ge=21, le=24, description="ONNX opset")
+    max_length: int = Field(8192, ge=16, description="context length written into genai_config.json")

@@ -1,0 +1,67 @@
+"""The student: the teacher's graph with mixers, and what is needed to run and to save it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tcal_compiler.errors import UnsupportedModelError
+from tcal_compiler.passes.base import run_passes
+from tcal_compiler.passes.capture import export_module
+from tcal_compiler.passes.graph import copy_module
+from tcal_compiler.passes.rewrite_gdn import RewriteToGdn
+from tcal_compiler.passes.types import AttentionSite, Capture, Plan, SiteScan
+
+from .mixer import GdnMixer
+
+Stage = Literal["rewritten", "initialised", "aligned"]
+
+
+@dataclass(frozen=True)
+class Student:
+    """gm(input_ids[, position_ids]) -> logits [B, T, V]; everything is frozen except the parameters of gm."""
+
+    gm: GraphModule
+    capture: Capture
+    sites: tuple[AttentionSite, ...]
+    plan: Plan
+    stage: Stage = "rewritten"
+
+    @property
+    def converted(self) -> tuple[AttentionSite, ...]:
+        return tuple(s for s in self.sites if s.index in self.plan.convert)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids [B, T] int64, unpadded -> logits [B, T, V]."""
+        return self.gm(*self.capture.inputs(ids))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and buffer once under each of its names (tied ones under all)."""
+        named = [*self.gm.named_parameters(remove_duplicate=False), *self.gm.named_buffers(remove_duplicate=False)]
+        return {n: t.detach() for n, t in named}
+
+    def export(self) -> torch.export.ExportedProgram:
+        """The student as a program with dynamic batch and length."""
+        for p in self.gm.parameters():
+            p.requires_grad_(False)
+        return export_module(self.gm, has_positions=self.capture.has_positions, vocab_size=self.capture.vocab_size)
+
+
+def make_student(capture: Capture, scan: SiteScan, plan: Plan) -> Student:
+    """Copies the teacher's graph and puts a GdnMixer in each planned site.
+
+    Raises UnsupportedModelError when the teacher has no attention core that can be converted.
+    """
+    if not scan.sites:
+        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
+        what = f"has no attention core that can be converted ({reasons or 'no softmax attention found'})"
+        raise UnsupportedModelError("teacher", what, "tcal inspect TEACHER lists every core with its reason")
+    gm = copy_module(capture.gm)
+    if plan.convert:
+        run_passes(gm, [RewriteToGdn(plan, scan.sites, GdnMixer)])
+    gm.recompile()
+    return Student(gm, capture, scan.sites, plan)
