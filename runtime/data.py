@@ -1,0 +1,200 @@
+"""Text to token sequences, and proof that a text was not calibrated on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tcal_compiler.errors import DataError
+
+from .tokenizer import TokenizerLike
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+_WINDOW = 200  # characters of a hashed window, white space normalised
+_SAMPLE = 256  # hashes kept of a text
+_ANCHOR_EVERY = 8  # one word in so many starts a window
+_MOST_TEXT = 32_000_000  # characters looked at for hashes
+_OVERLAP = 0.5  # share of equal windows from which a text counts as calibrated on
+
+
+def read_text(path: str | Path) -> list[str]:
+    """Documents of a text file: the whole of a .txt, or the "text" of each line of a .jsonl or .jsonl.zst.
+
+    Raises:
+        DataError: missing, of another suffix, not UTF-8, a malformed line (with its number), or without any text.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(str(path), f"has none of the suffixes {', '.join(SUFFIXES)}", "rename or convert the file")
+    raw = _read_bytes(path)
+    if path.name.endswith(".zst"):
+        raw = _decompress(raw, path)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        what = f"is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start}, line {line}"
+        raise DataError(str(path), what, "iconv -t utf-8") from e
+    docs = [text] if path.name.endswith(".txt") else list(_json_lines(text, path))
+    docs = [d for d in docs if d.strip()]
+    if not docs:
+        raise DataError(str(path), f"holds no text ({len(raw)} bytes)", "a file with text")
+    return docs
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as e:
+        raise DataError(str(path), "no such file", "check the path") from e
+    except OSError as e:
+        raise DataError(str(path), f"cannot be read: {e.strerror or e}") from e
+
+
+def _decompress(raw: bytes, path: Path) -> bytes:
+    """All frames of a zstd file. The streaming reader would take a file that is cut off for one that ends early."""
+    try:
+        import zstandard
+    except ModuleNotFoundError as e:
+        raise DataError(str(path), "reading .zst needs the zstandard package", "pip install zstandard") from e
+    parts: list[bytes] = []
+    while raw:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(raw))
+        except zstandard.ZstdError as e:
+            raise DataError(str(path), f"is not zstd or is damaged: {e}", "copy the file again") from e
+        if not frame.eof:
+            raise DataError(str(path), "is truncated: its last frame is cut off", "copy the file again")
+        raw = frame.unused_data
+    return b"".join(parts)
+
+
+def _json_lines(text: str, path: Path) -> Iterable[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise DataError(where, f"is not JSON: {e}") from e
+        value = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            seen = f"keys {sorted(row)[:6]}" if isinstance(row, dict) else type(row).__name__
+            raise DataError(where, f'has no string under "text"; seen: {seen}', '{"text": "..."} on every line')
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise DataError(where, f'half a surrogate pair at character {e.start} of "text"') from e
+        yield value
+
+
+def encode_documents(docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None) -> Tensor:
+    """Token ids int64 [N] of all documents, joined by eos where there is one.
+
+    Raises:
+        DataError: the documents hold no token.
+    """
+    ids: list[int] = []
+    for i, doc in enumerate(docs):
+        if i and eos is not None:
+            ids.append(eos)
+        ids.extend(tokenizer.encode(doc))
+    if not ids:
+        raise DataError("text", f"{len(docs)} documents hold no token", "another text or tokenizer")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def pack(tokens: Tensor, *, sequences: int, length: int, what: str) -> Tensor:
+    """The first sequences * length tokens as [sequences, length], consecutive and without overlap.
+
+    Args:
+        tokens: int64 [N].
+        what: what the text is for, such as "calibration text"; used in the error.
+
+    Raises:
+        DataError: N < sequences * length.
+    """
+    have, need = tokens.numel(), sequences * length
+    if have < need:
+        fit = have // length
+        hint = f"at most {fit} sequences, or a longer text" if fit else f"a length of at most {have}, or a longer text"
+        raise DataError(
+            what,
+            f"has {have} tokens, but {sequences} sequences of {length} tokens need {need}; {fit} such sequences fit",
+            hint,
+        )
+    return tokens[:need].reshape(sequences, length)
+
+
+def text_sha256(path: str | Path) -> str:
+    """sha256 (hex) of the file's bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return hashlib.sha256(_read_bytes(Path(path))).hexdigest()
+
+
+def paragraph_hashes(path: str | Path) -> list[str]:
+    """At most 256 hashes of 200-character windows, sorted: a sample that says how much two texts share.
+
+    Windows begin at the start of each document and at words whose checksum is a multiple of 8, and the smallest
+    hashes are kept (a bottom-k sketch). So two texts choose the same windows wherever they hold the same words,
+    which windows at even distances would do only for files that are equal from the start. White space is normalised.
+    A part of a text is found when it is at least some hundredths of it: below that the sample may hold none of it.
+
+    Raises:
+        DataError: see read_text.
+    """
+    found: set[str] = set()
+    budget = _MOST_TEXT
+    for doc in read_text(path):
+        text = " ".join(doc[: max(budget, 0)].split())
+        budget -= len(doc)
+        starts = [m.start() for m in re.finditer(r"\S+", text) if zlib.crc32(m[0].encode()) % _ANCHOR_EVERY == 0]
+        windows = [text[s : s + _WINDOW] for s in starts if s + _WINDOW <= len(text)]
+        found.update(_hash(w) for w in [text[:_WINDOW], *windows] if w)
+    return sorted(found)[:_SAMPLE]
+
+
+def _hash(window: str) -> str:
+    return hashlib.sha256(window.encode()).hexdigest()[:16]
+
+
+def check_not_calibrated(
+    path: str | Path,
+    calibrated_sha256: Mapping[str, str],
+    calibrated_hashes: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Refuse to measure on a text that was calibrated on.
+
+    Args:
+        calibrated_sha256: text_sha256 of each calibration file, by name.
+        calibrated_hashes: paragraph_hashes of each, by name; finds copies that were renamed, cut, converted or packed.
+
+    Raises:
+        DataError: the same bytes, or at least half of the sampled windows are the same.
+    """
+    hint = "a text that was not calibrated on"
+    digest = text_sha256(path)
+    for name, other in calibrated_sha256.items():
+        if digest == other:
+            raise DataError(str(path), f"is the file that was calibrated on ({name}, sha256 {digest[:12]})", hint)
+    mine = set(paragraph_hashes(path)) if calibrated_hashes else set()
+    for name, hashes in (calibrated_hashes or {}).items():
+        theirs = set(hashes)
+        # Above the largest hash of a full sketch, absence says nothing.
+        known = {h for h in mine if len(theirs) < _SAMPLE or h <= max(theirs)}
+        same = len(known & theirs)
+        if known and same >= _OVERLAP * len(known):
+            what = f"{same} of {len(known)} sampled passages were calibrated on ({name})"
+            raise DataError(str(path), what, hint)

@@ -1,0 +1,143 @@
+"""Files that survive a kill or a full disk: atomic writes, fsync, a lock, and what a full disk looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from tcal_compiler.errors import RunFolderError, StageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
+_WRITER_WORDS = ("PytorchStreamWriter failed writing", "unexpected pos")
+_ALMOST_FULL = 1 << 22  # bytes
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace path by data: after a kill or an error at any moment it holds all of the old bytes or all of the new.
+
+    Raises:
+        OSError: the old file is as it was and no temporary file stays.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """sync every file and folder below and including folder, contents before the folders that name them."""
+    for where, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(where) / name)
+        sync(Path(where))
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder, or a link to one, if it is there; what cannot be deleted stays."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write on the file system of path or of its nearest existing parent."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def is_disk_full(e: BaseException, path: Path) -> bool:
+    """Whether e, or an error that led to it, means a full disk or quota.
+
+    safetensors and torch raise their own types: those are told by their words, and torch's only when path's file
+    system has less than 4 MiB left, because torch says no more than that a write failed.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = e
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        text = str(current)
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return True
+        if any(words in text for words in _FULL_WORDS):
+            return True
+        if any(words in text for words in _WRITER_WORDS) and free_bytes(path) < _ALMOST_FULL:
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+def disk_full_error(where: str, path: Path) -> StageError:
+    return StageError(
+        where,
+        f"no space left on the disk of {path}: {free_bytes(path)} bytes free",
+        "free space there, or another output folder with -o; the same command goes on from the last complete stage",
+    )
+
+
+class FolderLock:
+    """An advisory lock on a file, released by close or by the end of the process.
+
+    Raises:
+        RunFolderError: another process holds it.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, *, shared: bool) -> None:
+        self._fd = -1
+        flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
+        for _ in range(10):
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                if _same_file(fd, path):  # else the holder before us deleted the folder
+                    self._fd = fd
+                    break
+                os.close(fd)
+            except BlockingIOError as e:
+                holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+                os.close(fd)
+                raise RunFolderError(
+                    str(path.parent), f"is in use by another process (pid {holder})", "wait for it, or stop it"
+                ) from e
+        else:
+            raise RunFolderError(str(path.parent), "is being created and deleted by other processes", "try again")
+        if not shared:
+            with contextlib.suppress(OSError):  # the pid only serves the message above
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,146 @@
+"""tcal.json, the manifest of a run folder: strict models, and the hashes that they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from tcal_compiler.errors import RunFolderError
+
+MANIFEST_NAME = "tcal.json"
+SCHEMA_VERSION = 1
+STAGE_NAME = r"^[a-z][a-z0-9_-]*$"
+_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
+
+
+def check_relative(name: str) -> str:
+    """name, when it is a plain relative POSIX path below a run folder that is not one of the folder's own files.
+
+    Raises:
+        ValueError: absolute, with "..", with a backslash, hidden at the top, or the manifest itself.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or "\\" in name or "\0" in name or ".." in parts or parts[0][0] == ".":
+        raise ValueError(f"{name!r} is not a plain relative file name")
+    if parts[0] == MANIFEST_NAME:
+        raise ValueError(f"{MANIFEST_NAME} is the manifest itself")
+    return name
+
+
+RelativeName = Annotated[str, AfterValidator(check_relative)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+StageName = Annotated[str, Field(pattern=STAGE_NAME)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="strings")
+
+
+class TeacherRecord(_Strict):
+    source: str
+    kind: str = ""
+    fingerprint: str
+    vocab_size: int | None = None
+
+
+class StageRecord(_Strict):
+    """A complete stage. files: sha256 by name relative to the run folder. seconds: wall time."""
+
+    config_hash: Sha256
+    inputs_hash: Sha256
+    files: dict[RelativeName, Sha256]
+    evidence: dict[str, JsonValue]
+    seconds: float
+    finished_at: str
+
+
+class Pending(_Strict):
+    """Files of a committed stage that may still lie in `folder`, and old files that it no longer has."""
+
+    stage: StageName
+    folder: Annotated[str, Field(pattern=r"^\.tmp-[a-z][a-z0-9_-]*-[0-9]+$")]
+    remove: list[RelativeName]
+
+
+class Manifest(_Strict):
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    tcal_version: str
+    versions: dict[str, str]
+    teacher: TeacherRecord
+    config: dict[str, JsonValue] = {}
+    plan: dict[str, JsonValue] = {}
+    stages: dict[StageName, StageRecord] = {}
+    pending: Pending | None = None
+
+
+def package_version() -> str:
+    """Version of this package, or 0+unknown when it runs from a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("tcal-compile")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def as_json(value: Any) -> Any:
+    """value as plain JSON data: pydantic models dumped, tuples as lists, keys as strings, NaN and infinities as text.
+
+    Raises:
+        TypeError: something that JSON cannot hold.
+    """
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    constants = {"NaN": "NaN", "Infinity": "Infinity", "-Infinity": "-Infinity"}
+    return json.loads(json.dumps(value), parse_constant=constants.__getitem__)
+
+
+def hash_json(value: Any) -> str:
+    """sha256 (hex) of a value's canonical JSON: equal for equal values, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(as_json(value), sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, streamed."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """The manifest in text.
+
+    Raises:
+        RunFolderError: not JSON, of a newer schema, or not as the schema says.
+    """
+    hint = "restore the file, or use another output folder"
+    try:
+        data = json.loads(text)
+    except ValueError as e:
+        raise RunFolderError(where, f"the manifest is damaged: not JSON ({e})", hint) from e
+    version = data.get("schema_version") if isinstance(data, Mapping) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        what = f"schema version {version} is newer than {SCHEMA_VERSION}, the newest that this program reads"
+        raise RunFolderError(where, what, "a newer tcal-compile")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        what = f"the manifest is damaged: {e.error_count()} errors; at {place or 'top'}: {first['msg']}"
+        raise RunFolderError(where, what, hint) from e

@@ -1,0 +1,215 @@
+"""Files on disk: which kind of model file is this, and is it a program that torch.export saved?"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.export import ExportedProgram
+
+from tcal_compiler.errors import TeacherError
+
+FileKind = Literal["program", "torchscript", "compiled", "pickle", "gguf", "safetensors", "damaged-zip", "unknown"]
+
+EXPORT_HINT = """export the model where its class can be imported:
+    import torch
+    from torch.export import Dim, export, save
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    dims = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # any batch, any length
+    program = export(model.float().eval(), (ids,), dynamic_shapes=(dims,))
+    save(program, "teacher.pt2")"""
+
+_OP_MODULES = ("tcal_compiler.kernels.gated_delta_rule", "tcal_compiler.kernels.gated_rms_norm")
+
+
+@dataclass(frozen=True)
+class ProgramFacts:
+    """What the border of a program says. context_length is None when the length has no upper bound."""
+
+    vocab_size: int
+    context_length: int | None
+    has_positions: bool
+
+
+def sniff(path: Path) -> FileKind:
+    """The kind of a model file, from its content and never from its name. Reads only the head and the zip directory.
+
+    Raises:
+        TeacherError: the file cannot be read or is empty.
+    """
+    try:
+        with path.open("rb") as f:
+            head = f.read(64)
+    except OSError as e:
+        raise TeacherError(str(path), f"cannot be read: {e.strerror or e}") from e
+    if not head:
+        raise TeacherError(str(path), "is empty (0 bytes)", "copy or download the file again")
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head.startswith(b"PK\x03\x04"):
+        return _sniff_zip(path)
+    if head[0] == 0x80 and len(head) > 1 and head[1] in range(2, 6):
+        return "pickle"  # torch.save before 1.6, or the pickle module
+    if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
+        return "safetensors"
+    return "unknown"
+
+
+def _sniff_zip(path: Path) -> FileKind:
+    try:
+        with zipfile.ZipFile(path) as z:
+            names = z.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "damaged-zip"
+    inner = {name.partition("/")[2] for name in names}
+    if "serialized_exported_program.json" in names:
+        return "program"  # torch <= 2.7
+    if "archive_format" in inner:
+        is_program = any(n.startswith("models/") and n.endswith(".json") for n in inner)
+        return "program" if is_program else "compiled"
+    if "constants.pkl" in inner:
+        return "torchscript"
+    return "pickle" if "data.pkl" in inner else "unknown"
+
+
+def load_program(path: Path, *, allow_pickle: bool) -> tuple[ExportedProgram, ProgramFacts]:
+    """Load an exported program and check its border: int64 [B, T] in, float [B, T, V] out, B and T dynamic.
+
+    Args:
+        allow_pickle: accept weights that were stored as pickles (tensor subclasses): loading them can run any code.
+
+    Raises:
+        TeacherError: damaged, saved by a torch this one cannot read, or with another border.
+    """
+    _check_archive(path, allow_pickle=allow_pickle)
+    for name in _OP_MODULES:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            if e.name is None or not name.startswith(e.name):
+                raise
+    try:
+        with _quiet_export(), path.open("rb") as f:
+            program = torch.export.load(f)
+    except Exception as e:
+        raise TeacherError(
+            str(path),
+            f"torch {torch.__version__} cannot load this exported program: {type(e).__name__}: {_reason(e)}",
+            "export it again with this version of torch, and import the modules that define its custom operators",
+        ) from e
+    return program, check_program(program, str(path))
+
+
+def _check_archive(path: Path, *, allow_pickle: bool) -> None:
+    """Checksums of every entry, and no pickle: torch.export.load unpickles some entries whatever they hold."""
+    with zipfile.ZipFile(path) as z:
+        try:
+            bad = z.testzip()
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as e:
+            raise TeacherError(str(path), f"is damaged: {e}", "copy the file again") from e
+        if bad is not None:
+            raise TeacherError(str(path), f"is damaged: wrong checksum of {bad}", "copy the file again")
+        for name in z.namelist():
+            content = z.read(name) if name.endswith((".json", ".pt")) else b""
+            if b"transformers." in content:
+                importlib.import_module("transformers.modeling_outputs")  # registers its output classes as pytrees
+            pickled = [] if allow_pickle else _pickled_in(name, content)
+            if pickled:
+                raise TeacherError(
+                    str(path),
+                    f"{name} holds pickled objects, which can run any code when loaded: {pickled[:3]}",
+                    "export with plain tensors as parameters, buffers and inputs, or --allow-pickle if you trust it",
+                )
+
+
+def _pickled_in(name: str, content: bytes) -> list[str]:
+    """Names of the entries that only an unsafe load could read."""
+    if name.endswith(".pt"):
+        try:
+            torch.load(io.BytesIO(content), weights_only=True)
+        except Exception as e:  # refused by the safe loader, or damaged
+            return [" ".join(str(e).split())[:80]]
+    if not name.endswith("_config.json"):
+        return []
+    try:
+        entries = json.loads(content)["config"]
+        return sorted(k for k, v in entries.items() if v["use_pickle"] or v["path_name"].startswith("custom_obj"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ["a table that cannot be read"]
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """torch.export logs a stack trace before it raises: the raised error is enough."""
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.export.pt2_archive._package")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _reason(e: BaseException) -> str:
+    """The innermost message: torch.export hides it behind 'error when deserializing'."""
+    while (inner := e.__cause__ or e.__context__) is not None and "deserializing" in str(e):
+        e = inner
+    return " ".join(str(e).split())[:300]
+
+
+def check_program(program: ExportedProgram, where: str) -> ProgramFacts:
+    """Read vocabulary and length bound off a program's border.
+
+    Raises:
+        TeacherError: inputs, outputs, dynamic dimensions or weight dtypes are not what a teacher needs.
+    """
+    signature = program.graph_signature
+    vals = {n.name: n.meta.get("val") for n in program.graph.nodes}
+    names = [n for n in signature.user_inputs if isinstance(n, str) and isinstance(vals.get(n), torch.Tensor)]
+    inputs = [(n, vals[n]) for n in names]
+    seen = ", ".join(f"{n} {_describe(v)}" for n, v in inputs) or "no tensor"
+    if not inputs or len(inputs) > 2 or any(v.dtype != torch.int64 or v.dim() != 2 for _, v in inputs):
+        raise TeacherError(where, f"its inputs are {seen}; expected input_ids int64 [B, T]", EXPORT_HINT)
+    if len(inputs) == 2 and ("pos" not in names[1] or _dims(inputs[0][1]) != _dims(inputs[1][1])):
+        raise TeacherError(where, f"its inputs are {seen}; a second input must be position_ids [B, T]", EXPORT_HINT)
+    batch, length = inputs[0][1].shape
+    fixed = [f"{n} is fixed at {d}" for n, d in (("batch", batch), ("length", length)) if isinstance(d, int)]
+    if not fixed and str(batch) == str(length):
+        fixed = ["batch and length are one and the same dimension"]
+    if fixed:
+        raise TeacherError(where, f"{' and '.join(fixed)} ({seen}); both must be dynamic", EXPORT_HINT)
+    outs = [n for n in signature.user_outputs if isinstance(n, str) and isinstance(vals.get(n), torch.Tensor)]
+    out = vals[outs[0]] if outs else None
+    if out is None or out.dim() != 3 or not out.is_floating_point() or _dims(out)[:2] != _dims(inputs[0][1]):
+        raise TeacherError(where, f"its first output is {_describe(out)}; expected logits float [B, T, V]", EXPORT_HINT)
+    if not isinstance(out.shape[2], int):
+        raise TeacherError(where, f"its vocabulary size is not fixed: output {_describe(out)}", EXPORT_HINT)
+    wide = sorted(k for k, v in program.state_dict.items() if v.dtype == torch.float64)
+    if wide:
+        raise TeacherError(where, f"{len(wide)} weights are float64, such as {wide[0]}", "model.float() before export")
+    return ProgramFacts(out.shape[2], _upper_bound(program, length), len(inputs) == 2)
+
+
+def _dims(t: torch.Tensor) -> list[str]:
+    return [str(d) for d in t.shape]
+
+
+def _describe(t: Any) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} [{', '.join(_dims(t))}]" if isinstance(t, torch.Tensor) else str(t)
+
+
+def _upper_bound(program: ExportedProgram, dim: Any) -> int | None:
+    bounds = {str(symbol): str(r.upper) for symbol, r in program.range_constraints.items()}
+    upper = bounds.get(str(dim), "")
+    return int(upper) if upper.isdigit() and int(upper) < 1 << 40 else None
