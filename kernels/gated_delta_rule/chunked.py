@@ -33,6 +33,32 @@ def _split(x: Tensor, chunk: int) -> Tensor:
     return x.transpose(1, 2).reshape(batch, heads, tokens // chunk, chunk, *x.shape[3:])
 
 
+def _unit_lower_inverse(a: Tensor) -> Tensor:
+    """(I + a)^-1 for strictly lower a [..., C, C], C a power of two, by products of matrices only.
+
+    Blocks of 8 by the finite series (I - a)(I + a^2)(I + a^4): a^8 = 0, and its terms stay small at this size. Then
+    blocks double: the inverse of [[P, 0], [L, Q]] is [[P^-1, 0], [-Q^-1 L P^-1, Q^-1]].
+    """
+    size, lead = a.shape[-1], a.shape[:-2]
+    a = a.reshape(-1, size, size)
+    block = min(8, size)
+    parts = size // block
+    diag = a.view(-1, parts, block, parts, block).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    square = diag @ diag
+    inverse = torch.eye(block, dtype=a.dtype, device=a.device) - diag
+    inverse = inverse + inverse @ square
+    inverse = inverse + inverse @ (square @ square)
+    while block < size:
+        parts //= 2
+        low = a.view(-1, parts, 2, block, parts, 2, block)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        first, second = inverse[:, 0::2], inverse[:, 1::2]
+        corner = -(second @ low @ first)
+        top = torch.cat([first, torch.zeros_like(corner)], -1)
+        inverse = torch.cat([top, torch.cat([corner, second], -1)], -2)
+        block *= 2
+    return inverse.reshape(*lead, size, size)
+
+
 def _within_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
     """All that needs no state, for all chunks at once; arguments are [B, H, N, C, ...]."""
     size = q.shape[3]
@@ -42,11 +68,9 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> 
     k_beta = k * beta.unsqueeze(-1)
     kt = k.transpose(-1, -2)
     a = (k_beta @ kt * decay).tril(-1)
-    eye = torch.eye(size, device=q.device, dtype=q.dtype)
     grow = cum.exp().unsqueeze(-1)
     rhs = torch.cat([v * beta.unsqueeze(-1), k_beta * grow], -1)
-    uw = torch.linalg.solve_triangular(a + eye, rhs, upper=False, unitriangular=True)
-    u, w = uw.split([v.shape[-1], k.shape[-1]], -1)
+    u, w = (_unit_lower_inverse(a) @ rhs).split([v.shape[-1], k.shape[-1]], -1)
     last = cum[..., -1]
     k_out = (k * (last.unsqueeze(-1) - cum).exp().unsqueeze(-1)).transpose(-1, -2)
     return u, w, q @ kt * decay, q * grow, k_out, last.exp()
@@ -55,7 +79,7 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> 
 def gated_delta_rule_chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, *, scale: float, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `gated_delta_rule_reference`; `chunk` (tokens) does not change the result beyond rounding."""
+    """Same contract as `gated_delta_rule_reference`; `chunk` (tokens, a power of two) is invisible beyond rounding."""
     acc = torch.promote_types(q.dtype, torch.float32)
     tokens, heads = q.shape[1], q.shape[2]
     qf, kf, vf = q.to(acc) * scale, expand_heads(k, heads).to(acc), expand_heads(v, heads).to(acc)
@@ -63,7 +87,7 @@ def gated_delta_rule_chunked(
     if tokens == 1:
         out, state = _one_token(qf, kf, vf, gf, bf, state)
         return out.to(v.dtype), state.to(initial_state.dtype)
-    chunk = min(chunk, tokens)
+    chunk = min(chunk, 1 << (tokens - 1).bit_length())  # a power of two
     pad = -tokens % chunk  # padded tokens have beta = 0 and g = 0: they leave the state alone
     if pad:
         qf, kf, vf = (F.pad(z, (0, 0, 0, 0, 0, pad)) for z in (qf, kf, vf))
