@@ -68,8 +68,11 @@ def _sniff_zip(path: Path) -> FileKind:
     try:
         with zipfile.ZipFile(path) as z:
             names = z.namelist()
+            start = min((i.header_offset for i in z.infolist()), default=0)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return "damaged-zip"
+    if start > 0:
+        return "damaged-zip"  # cut off just behind an archive inside the archive, whose directory was found instead
     inner = {name.partition("/")[2] for name in names}
     if "serialized_exported_program.json" in names:
         return "program"  # torch <= 2.7

@@ -1,0 +1,42 @@
+# make demo: convert the model that ships.  make test: all tests.  Both make their own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+RUN := demo-run
+
+.PHONY: env demo test lint clean
+
+env: $(VENV)/.ready
+
+# torch comes first: on Linux PyPI's torch brings gigabytes of CUDA, so a machine without an NVIDIA GPU asks PyTorch's
+# own CPU index. Where that cannot be reached, the second line installs what pip finds. Constraints are for the third
+# line only, because the CPU index does not carry every version of what torch needs.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && ! $(PY) -c 'import torch' 2>/dev/null; \
+	then $(PIP) install --retries 1 --timeout 20 --index-url $(CPU_INDEX) "$$(grep '^torch==' constraints.txt)" || true; fi
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: env
+	$(VENV)/bin/tcal-compile embedded --policy uniform:25% -o $(RUN)
+	$(VENV)/bin/tcal eval $(RUN) --text tcal_compiler/assets/text/heldout.txt
+	$(VENV)/bin/tcal verify $(RUN)
+	$(VENV)/bin/tcal generate $(RUN) "The old man"
+	cat $(RUN)/report.md
+
+test: env
+	$(PY) -m pytest -n 2 -q tests
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p tcal_compiler
+
+clean:
+	rm -rf $(VENV) $(RUN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
