@@ -121,7 +121,7 @@ class RunFolder:
             RunFolderError: not a run folder, in use, damaged, or of another teacher; nothing is touched.
             StageError: no space left.
         """
-        path = Path(path)
+        path = Path(path).absolute()
         refuse_foreign(path)
         made = make_folders(path)
         try:
@@ -163,7 +163,7 @@ class RunFolder:
         Raises:
             RunFolderError: missing, not a run folder, damaged, or in use by a writer.
         """
-        path = Path(path)
+        path = Path(path).absolute()
         if not (path / MANIFEST_NAME).is_file():
             what = "is not a run folder (no tcal.json)" if path.exists() else "no such run folder"
             raise RunFolderError(str(path), what, "the folder given to tcal-compile with -o")

@@ -81,10 +81,10 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
         TeacherError: missing, truncated, of an unknown format, unsafe, or not a causal language model.
         DataError: the tokenizer that was asked for is missing.
     """
-    path = Path(errors.__file__).parent / "assets" / "teacher" if spec == EMBEDDED else Path(spec).expanduser()
+    path = Path(errors.__file__).parent / "assets" / "teacher" if spec == EMBEDDED else Path(os.path.expanduser(spec))
     if spec == EMBEDDED and not path.is_dir():
         raise TeacherError(spec, "this installation lacks the teacher that ships", "install from a full checkout")
-    if not spec or not path.exists():
+    if not spec or not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec):
             raise TeacherError(spec or "teacher", "no such file or folder", "a path, module:factory or 'embedded'")
         loaded, source, beside = _load_factory(spec), spec, None

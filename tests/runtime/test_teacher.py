@@ -231,7 +231,8 @@ def test_other_files(tmp_path):
     (tmp_path / "t.txt").write_text("hello")
     refused(tmp_path / "t.txt", "unknown format .starts with b'hello'")
     refused(tmp_path / "none.pt2", "no such file")
-    refused("", "no such file")
+    for name in ("", "x" * 300, "~nobody-of-that-name/x"):
+        refused(name, "no such file")
     refused(tmp_path, "a folder without config.json; seen: ")
     with zipfile.ZipFile(tmp_path / "z.pt2", "w") as z:
         z.writestr("a/b", "c")
