@@ -1,0 +1,243 @@
+"""A stateful graph becomes model.onnx with genai_config.json and the tokenizer's files beside it.
+
+File layout and names are those that onnxruntime-genai reads; our own session.py reads the same ones. The bytes depend
+on the student and the versions of torch and onnx only: paths and stack traces of the exporting machine are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcal_compiler.errors import ExportError
+from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, translation_table
+from tcal_compiler.passes.graph import aten, iter_targets, placeholders, value
+from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
+from tcal_compiler.passes.types import Check
+
+from .config import ExportConfig
+from .tokenizer import TokenizerLike
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+CONFIG_FILE = "genai_config.json"
+SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; a protobuf file must stay below 2 GiB
+_LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class OnnxArtifact:
+    """folder holds model.onnx, genai_config.json and the tokenizer's files; path is model.onnx itself."""
+
+    path: Path
+    profile: str
+    opset: int
+    layers: tuple[LayerState, ...]
+    context_length: int
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def with_checks(self, *checks: Check) -> OnnxArtifact:
+        return replace(self, checks=(*self.checks, *checks))
+
+
+def export_onnx(
+    stateful: StatefulGraph,
+    folder: Path,
+    *,
+    config: ExportConfig,
+    info: dict[str, Any] | None = None,
+    tokenizer: TokenizerLike | None = None,
+) -> OnnxArtifact:
+    """Writes the deployable folder.
+
+    Args:
+        info: bos_token_id, eos_token_id and context_length where known; the context is at most config.max_length.
+        tokenizer: its files are written beside the model.
+
+    Raises:
+        ExportError: an opset that the profile does not go with (before any file is touched), a graph that
+            torch.onnx cannot express, or a folder that cannot be written.
+    """
+    info = info or {}
+    low, high = LOWERINGS[config.profile].opsets
+    if not low <= config.opset <= high:
+        what = f"profile {config.profile} goes with opsets {low} to {high}, not {config.opset}"
+        raise ExportError("ONNX export", what)
+    model = build_model(stateful, profile=config.profile, opset=config.opset)
+    context = min(config.max_length, info.get("context_length") or config.max_length)
+    path = folder / MODEL_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(model, path, stateful)
+        text = json.dumps(genai_config(stateful, info=info, context_length=context), indent=2)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+    except OSError as e:
+        raise ExportError(str(folder), f"cannot be written: {e.strerror or e}", "free space, or another folder") from e
+    check = _run_checker(path)
+    return OnnxArtifact(path, config.profile, config.opset, stateful.layers, context, (check,))
+
+
+def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
+    """The stateful graph as an onnx_ir.Model, with the fallback function of the profile."""
+    import onnx_ir as ir
+
+    program = export_stateful(stateful)
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                (),
+                None,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=translation_table(profile),
+                input_names=list(stateful.input_names),
+                output_names=list(stateful.output_names),
+                dynamic_shapes=_axis_names(stateful),
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as e:
+        reason = " ".join(str(e.__cause__ or e).split())[:400]
+        raise ExportError("ONNX export", f"torch.onnx cannot express this student: {reason}") from e
+    assert exported is not None
+    model = exported.model
+    _strip(model)
+    _add_conv_passthrough(model, stateful)
+    make_function = LOWERINGS[profile].function
+    if make_function is not None and any(layer.kind == "gdn" for layer in stateful.layers):
+        function = ir.serde.deserialize_function(make_function())
+        model.functions[function.identifier()] = function
+    return model
+
+
+def _add_conv_passthrough(model: Any, stateful: StatefulGraph) -> None:
+    """A conv_state [B, 1, 1] that goes in and out unused: onnxruntime-genai wants one beside every recurrent_state."""
+    import onnx_ir as ir
+
+    for layer in stateful.layers:
+        if layer.kind != "gdn":
+            continue
+        shape, kind = ir.Shape(("batch", 1, 1)), ir.TensorType(ir.DataType.FLOAT)
+        past = ir.Value(name=f"past_key_values.{layer.index}.conv_state", shape=shape, type=kind)
+        node = ir.node("Identity", [past], name=f"conv_state_{layer.index}")
+        present = node.outputs[0]
+        present.name, present.shape, present.type = f"present.{layer.index}.conv_state", shape, kind
+        model.graph.inputs.append(past)
+        model.graph.append(node)
+        model.graph.outputs.append(present)
+
+
+def _axis_names(stateful: StatefulGraph) -> tuple[dict[int, str], ...]:
+    def of_state(name: str) -> dict[int, str]:
+        return {0: "batch"} if name.endswith("state") else {0: "batch", 2: "past_sequence"}
+
+    tokens = ({0: "batch", 1: "sequence"}, {0: "batch", 1: "total_sequence"})
+    return (*tokens, *(of_state(n) for n in stateful.state_names))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns about packages and axis names that do not matter here."""
+    loggers = [logging.getLogger(n) for n in _LOGGERS]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _strip(model: Any) -> None:
+    """Removes what depends on the exporting machine: stack traces with paths, notes of the exporter, symbol names."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = model.doc_string = None
+    border = {id(v) for v in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for v in node.outputs:
+            v.metadata_props.clear()
+            if id(v) not in border:
+                v.shape = None
+                v.type = None
+    for v in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        v.metadata_props.clear()
+        v.doc_string = None
+
+
+def _save(model: Any, path: Path, stateful: StatefulGraph) -> None:
+    import onnx_ir as ir
+
+    size = sum(p.numel() * p.element_size() for p in stateful.gm.parameters())
+    path.with_name(DATA_FILE).unlink(missing_ok=True)
+    ir.save(model, path, external_data=DATA_FILE if size > SINGLE_FILE_LIMIT else None)
+
+
+def _run_checker(path: Path) -> Check:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as e:
+        raise ExportError(str(path), f"is no valid ONNX model: {' '.join(str(e).split())[:400]}") from e
+    return Check("onnx.checker finds errors", 0.0, 0.0, f"onnx {onnx.__version__}")
+
+
+def genai_config(stateful: StatefulGraph, *, info: dict[str, Any], context_length: int) -> dict[str, Any]:
+    """The configuration that onnxruntime-genai reads; sizes are the graph's own."""
+    first = next((layer for layer in stateful.layers if layer.kind == "softmax"), stateful.layers[0])
+    eos = info.get("eos_token_id")
+    ids = placeholders(stateful.gm)[0]
+    widths = [value(n).shape[-1] for n in iter_targets(stateful.gm, aten.embedding.default) if n.args[1] is ids]
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL_FILE,
+        "head_size": first.key_dim,
+        "hidden_size": int(widths[0]) if widths else first.num_heads * first.key_dim,
+        "num_attention_heads": first.num_heads,
+        "num_key_value_heads": first.num_kv_heads,
+        "num_hidden_layers": len(stateful.layers),
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    model = {
+        "type": "decoder",
+        "bos_token_id": info.get("bos_token_id"),
+        "eos_token_id": eos,
+        "pad_token_id": eos,
+        "vocab_size": stateful.vocab_size,
+        "context_length": context_length,
+        "decoder": decoder,
+    }
+    search = {"do_sample": False, "max_length": context_length, "num_beams": 1, "past_present_share_buffer": False}
+    known = {k: v for k, v in model.items() if v is not None}
+    return {"model": known, "search": search}

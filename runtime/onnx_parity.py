@@ -1,0 +1,92 @@
+"""Is the ONNX student the torch student? Logits over several chunkings, and greedy tokens, each with its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tcal_compiler.passes.graph import widen_to_float64
+from tcal_compiler.passes.make_stateful import StatefulGraph, run_chunks
+from tcal_compiler.passes.types import Check
+
+from .onnx_export import OnnxArtifact
+from .session import OnnxSession, torch_generate
+
+LEAST_TOLERANCE = 1e-4  # absolute, in logits
+
+
+def check_parity(
+    artifact: OnnxArtifact,
+    stateful: StatefulGraph,
+    *,
+    whole: Callable[[Tensor], Tensor] | None = None,
+    prompts: Sequence[Sequence[int]] = (),
+    new_tokens: int = 64,
+    length: int = 40,
+    threads: int | None = None,
+) -> tuple[Check, ...]:
+    """Compares model.onnx in ONNX Runtime with the stateful torch graph.
+
+    Logits may differ by 1e-4, or by twice the torch graph's own |float32 - float64| where that is more (needs a float64
+    copy of the weights). Greedy tokens must be equal; a check's detail says how telling that is.
+
+    Args:
+        whole: ids [B, T] -> logits [B, T, V] of the student without state, compared as well.
+        prompts: token ids to continue greedily for new_tokens.
+        length: tokens of the random sequences that logits are compared on.
+    """
+    session = OnnxSession(artifact.path, threads=threads)
+    gen = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, stateful.vocab_size, (2, length), generator=gen)
+    checks = _logit_checks(session, stateful, ids, whole)
+    return (*checks, *(_greedy_check(session, stateful, p, new_tokens, i) for i, p in enumerate(prompts)))
+
+
+def _chunkings(length: int) -> tuple[tuple[int, ...], ...]:
+    return (length,), (1,) * length, (3, 1, 17, length - 21)
+
+
+def _logit_checks(
+    session: OnnxSession, stateful: StatefulGraph, ids: Tensor, whole: Callable[[Tensor], Tensor] | None
+) -> list[Check]:
+    names = ("one pass", "single tokens", "ragged chunks")
+    chunkings = _chunkings(ids.shape[1])
+    runs = [run_chunks(stateful, ids, c, dtype=torch.float32)[0] for c in chunkings]
+    wide = replace(stateful, gm=widen_to_float64(stateful.gm))
+    exact = run_chunks(wide, ids, chunkings[0], dtype=torch.float64)[0]
+    noise = max((r - exact).abs().max().item() for r in runs)
+    allowed, detail = max(LEAST_TOLERANCE, 2 * noise), f"torch float32 is {noise:.2g} from float64"
+    found = [_onnx_logits(session, ids, c) for c in chunkings]
+    checks = [
+        Check(f"ONNX logits equal torch, {name}", (onnx - run).abs().max().item(), allowed, detail)
+        for name, onnx, run in zip(names, found, runs, strict=True)
+    ]
+    if whole is not None:
+        with torch.no_grad():
+            error = max((onnx - whole(ids)).abs().max().item() for onnx in found)
+        checks.append(Check("ONNX logits equal the whole-sequence student", error, allowed, detail))
+    return checks
+
+
+def _onnx_logits(session: OnnxSession, ids: Tensor, chunks: tuple[int, ...]) -> Tensor:
+    session.reset(batch=len(ids))
+    parts = [session.forward(part.numpy()) for part in ids.split(list(chunks), dim=1)]
+    return torch.from_numpy(np.concatenate(parts, 1))
+
+
+def _greedy_check(
+    session: OnnxSession, stateful: StatefulGraph, prompt: Sequence[int], count: int, index: int
+) -> Check:
+    """Number of differing tokens. Telling only when the tokens vary and no choice was close."""
+    expected, logits = torch_generate(stateful, prompt, count)
+    session.reset()
+    got = list(session.generate(prompt, count))
+    best = np.sort(logits, -1)[:, -2:]
+    margin = float((best[:, 1] - best[:, 0]).min())
+    wrong = sum(a != b for a, b in zip(expected, got, strict=True))
+    detail = f"{count} tokens, {len(set(expected))} distinct, smallest top-1 margin {margin:.2g}"
+    return Check(f"greedy tokens of prompt {index} that differ", float(wrong), 0.0, detail)
