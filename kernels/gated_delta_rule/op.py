@@ -1,7 +1,7 @@
 """Registration of tcal::gated_delta_rule: schema, fake, backward and vmap rule.
 
-The backward is an op of its own that recomputes the chunked form under torch.func.vjp: autograd inside a custom op's
-kernel is not available, and recomputing inline in the autograd formula breaks AOTAutograd's view tracking.
+The backward is an op of its own, opaque like the forward: recomputing inline in the autograd formula breaks
+AOTAutograd's view tracking.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .chunked import gated_delta_rule_chunked
+from .chunked_backward import gated_delta_rule_chunked_backward
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
@@ -66,12 +67,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        _, pullback = torch.func.vjp(
-            lambda *tensors: gated_delta_rule_chunked(*tensors, scale=scale), q, k, v, g, beta, initial_state
-        )
-        grads = pullback((d_out, d_state))
-    dq, dk, dv, dg, dbeta, dstate = (x.contiguous().clone() for x in grads)
-    return dq, dk, dv, dg, dbeta, dstate
+        return gated_delta_rule_chunked_backward(d_out, d_state, q, k, v, g, beta, initial_state, scale=scale)
 
 
 @_backward.register_fake
