@@ -1,0 +1,168 @@
+"""Measures a conversion: perplexity and KL of naive, initialised and aligned students against their teacher.
+
+    python examples/measure_conversion.py TEACHER --policy keep=0,4,8 --calib calib.jsonl --eval heldout=heldout.jsonl \
+        --sequences 384 --steps 300 --steps 1000 --json out.json
+
+Every student of one call shares the teacher, the calibration sequences, the seed and the evaluation sequences. Texts
+given to --eval are scored as consecutive sequences of --eval-length tokens; a text that was calibrated on is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.graph import move_to
+from tcal_compiler.passes.types import Capture, Plan, SiteScan
+from tcal_compiler.runtime.align import align
+from tcal_compiler.runtime.calibrate import initialise
+from tcal_compiler.runtime.capture_teacher import capture_teacher
+from tcal_compiler.runtime.config import AlignConfig
+from tcal_compiler.runtime.data import check_not_calibrated, encode_documents, pack, paragraph_hashes, read_text, text_sha256
+from tcal_compiler.runtime.evaluate import evaluate
+from tcal_compiler.runtime.student import Student, make_student
+from tcal_compiler.runtime.taps import collect_taps
+from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("teacher")
+    p.add_argument("--policy", default="uniform:25%")
+    p.add_argument("--calib", required=True, help="calibration text")
+    p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="text to score on; repeat")
+    p.add_argument("--sequences", type=int, default=64)
+    p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--eval-length", type=int, default=2048)
+    p.add_argument("--eval-sequences", type=int, help="at most so many sequences of each text")
+    p.add_argument("--init", action="append", default=[], help="inits to score without a gradient step; repeat")
+    p.add_argument("--steps", type=int, action="append", default=[], help="alignment steps from closed-form; repeat")
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", type=Path)
+    return p.parse_args()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+class Bench:
+    """Teacher, calibration taps and evaluation sequences, shared by all students."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device)
+        self.seconds: dict[str, float] = {}
+        teacher = self.timed("load", lambda: load_teacher(args.teacher))
+        tokenizer = load_tokenizer(teacher)
+        self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))
+        self.scan: SiteScan = self.timed("match", lambda: find_attention(self.capture))
+        self.plan: Plan = choose(self.scan, args.policy)
+        move_to(self.capture.gm, self.device)
+        eos = tokenizer.eos_token_id
+        tokens = encode_documents(read_text(args.calib), tokenizer, eos)
+        self.ids = pack(tokens, sequences=args.sequences + args.holdout, length=args.length, what=args.calib)
+        seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
+        self.texts = {}
+        for item in args.eval:
+            name, path = item.split("=", 1)
+            check_not_calibrated(path, *seen)
+            ids = encode_documents(read_text(path), tokenizer, eos)
+            count = min(len(ids) // args.eval_length, args.eval_sequences or len(ids))
+            self.texts[name] = pack(ids, sequences=count, length=args.eval_length, what=path)
+
+    def timed(self, what: str, call: Any) -> Any:
+        start = time.perf_counter()
+        out = call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[what] = round(time.perf_counter() - start, 2)
+        print(f"{what}: {self.seconds[what]} s", flush=True)
+        return out
+
+    def fresh(self) -> Student:
+        student = make_student(self.capture, self.scan, self.plan)
+        move_to(student.gm, self.device)
+        return student
+
+    def initialised(self, init: str) -> tuple[Student, Any]:
+        student, a = self.fresh(), self.args
+        groups = self.timed(
+            f"taps for {init}", lambda: collect_taps(student, self.capture.gm, self.ids, batch=a.batch, dtype=tap_dtype(self.device))
+        )
+        train = [replace(g, x=g.x[:, : a.sequences], y=g.y[:, : a.sequences]) for g in groups]
+        student, _ = self.timed(
+            f"init {init}", lambda: initialise(student, train, init=init, seed=a.seed, batch=a.batch)
+        )
+        return student, groups
+
+    def aligned(self, steps: int) -> Student:
+        student, groups = self.initialised("closed-form")
+        config = AlignConfig(steps=steps, batch=self.args.batch)
+        torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
+        student, curve = self.timed(
+            f"align {steps} steps",
+            lambda: align(student, groups, train=self.args.sequences, config=config, seed=self.args.seed),
+        )
+        torch.set_float32_matmul_precision("highest")
+        for point in (curve[0], curve[-1]):
+            held = list(point["held_out"].values())
+            print(f"  step {point['step']}: held-out error {sum(held) / len(held):.4f}", flush=True)
+        return student
+
+    @torch.no_grad()
+    def score(self, name: str, student: Student) -> dict[str, Any]:
+        out = {}
+        for text, ids in self.texts.items():
+            batch = 4 if self.device.type == "cuda" else 1
+            results = evaluate(
+                ids.to(self.device),
+                teacher=lambda part: self.capture.gm(*self.capture.inputs(part)),
+                students={name: student.logits},
+                batch=batch,
+            )
+            teacher, mine = results["teacher"], results[name]
+            out[text] = asdict(mine) | {"teacher": teacher.perplexity, "ratio": mine.perplexity / teacher.perplexity}
+            print(
+                f"{name} on {text}: perplexity {mine.perplexity:.2f}, teacher {teacher.perplexity:.2f}, "
+                f"ratio {out[text]['ratio']:.4f}, KL {mine.kl:.4f} +- {mine.kl_stderr:.4f}",
+                flush=True,
+            )
+        return out
+
+
+def tap_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def main() -> None:
+    args = arguments()
+    bench = Bench(args)
+    scores = {}
+    for init in args.init:
+        scores[init] = bench.score(init, bench.initialised(init)[0])
+    for steps in args.steps:
+        scores[f"aligned-{steps}"] = bench.score(f"aligned-{steps}", bench.aligned(steps))
+    if args.json:
+        given = {k: Path(v).name if k in ("calib", "teacher") else v for k, v in vars(args).items() if k != "json"}
+        given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
+        body = {"arguments": given, "environment": environment(bench.device), "seconds": bench.seconds, "scores": scores}
+        args.json.write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""From a loaded teacher of any kind to its captured graph."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcal_compiler.errors import TcalError, UnsupportedModelError
+from tcal_compiler.passes.capture import SHAPES, capture_program, export_module
+from tcal_compiler.passes.graph import placeholders
+from tcal_compiler.passes.types import Capture
+
+from .teacher import Teacher, fingerprint
+
+
+class _Logits(nn.Module):
+    """A transformers causal model as (input_ids, position_ids) -> logits, without a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "config") and any("PreTrainedModel" in c.__name__ for c in type(module).__mro__)
+
+
+def _first(out: Any) -> Tensor:
+    return torch.utils._pytree.tree_leaves(getattr(out, "logits", out))[0]
+
+
+def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Capture:
+    """Captures and checks the teacher's graph; its fingerprint covers names, shapes and bytes of all weights.
+
+    Raises UnsupportedModelError when the teacher cannot be exported or its graph does not equal it.
+    """
+    if teacher.program is not None:
+        program, run = teacher.program, teacher.program.module()
+    else:
+        assert teacher.module is not None
+        module, has_positions = teacher.module, "position_ids" in inspect.signature(teacher.module.forward).parameters
+        if _is_transformers(module):
+            module, has_positions = _Logits(module).eval(), True
+        vocab = teacher.info.get("vocab_size") or 2
+        try:
+            program = export_module(module, has_positions=has_positions, vocab_size=vocab)
+        except TcalError:
+            raise
+        except Exception as e:  # torch.export fails in many ways, each with a type of its own
+            raise UnsupportedModelError(
+                teacher.source,
+                f"torch.export cannot capture it: {type(e).__name__}: {str(e).splitlines()[0][:300]}",
+                "export it yourself with dynamic batch and length, torch.export.save, and pass the .pt2 file",
+            ) from e
+        run = module
+    capture = capture_program(
+        program, teacher=lambda *args: _first(run(*args)), implementation=teacher.kind, shapes=shapes
+    )
+    if len(placeholders(capture.gm)) > 2:
+        names = [n.name for n in placeholders(capture.gm)]
+        raise UnsupportedModelError(teacher.source, f"takes {names}; want input_ids and at most position_ids")
+    weights = dict(capture.gm.named_parameters()) | dict(capture.gm.named_buffers())
+    return replace(capture, fingerprint=fingerprint(weights, ""))

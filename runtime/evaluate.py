@@ -1,0 +1,66 @@
+"""Perplexity and divergence on text that was not calibrated on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """tokens: predicted tokens. perplexity: exp of mean negative log likelihood. kl: mean KL(teacher || student), nats
+    per token; 0 for the teacher itself. *_stderr: standard error over sequences (of the log perplexity, and of kl)."""
+
+    tokens: int
+    perplexity: float
+    log_perplexity_stderr: float
+    kl: float
+    kl_stderr: float
+
+
+def _mean_and_error(per_sequence: list[float]) -> tuple[float, float]:
+    values = torch.tensor(per_sequence, dtype=torch.float64)
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return values.mean().item(), error
+
+
+@torch.no_grad()
+def evaluate(
+    ids: Tensor,
+    *,
+    teacher: Logits,
+    students: dict[str, Logits],
+    batch: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, EvalResult]:
+    """Scores the teacher (key "teacher") and students on sequences ids [N, T]; each predicts tokens 1..T-1 from scratch.
+
+    All run on the same batches, so that the teacher's logits are computed once. Log-softmax in float32.
+    """
+    nll: dict[str, list[float]] = {"teacher": []} | {n: [] for n in students}
+    kl: dict[str, list[float]] = {n: [] for n in students}
+    for start in range(0, len(ids), batch):
+        part = ids[start : start + batch]
+        target = part[:, 1:].unsqueeze(-1)
+        reference = F.log_softmax(teacher(part)[:, :-1].float(), -1)
+        nll["teacher"] += (-reference.gather(-1, target).squeeze(-1).double().mean(1)).tolist()
+        for name, logits in students.items():
+            log_p = F.log_softmax(logits(part)[:, :-1].float(), -1)
+            nll[name] += (-log_p.gather(-1, target).squeeze(-1).double().mean(1)).tolist()
+            divergence = (reference.exp() * (reference - log_p)).sum(-1).double().mean(1)
+            kl[name] += divergence.tolist()
+        if progress:
+            progress(min(start + batch, len(ids)), len(ids))
+    out = {}
+    for name, losses in nll.items():
+        loss, loss_error = _mean_and_error(losses)
+        div, div_error = _mean_and_error(kl[name]) if name in kl else (0.0, 0.0)
+        out[name] = EvalResult(ids[:, 1:].numel(), math.exp(min(loss, 700.0)), loss_error, div, div_error)
+    return out
