@@ -1,0 +1,231 @@
+"""The exported folder: ONNX Runtime gives torch's numbers, by kernel and by fallback function, on every chunking."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tcal_compiler.errors import ExportError
+from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS
+from tcal_compiler.passes.capture import capture_program, example_ids, export_module
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.graph import copy_module
+from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful, run_chunks
+from tcal_compiler.runtime import onnx_export
+from tcal_compiler.runtime.config import ExportConfig
+from tcal_compiler.runtime.initialize import naive_
+from tcal_compiler.runtime.onnx_export import OnnxArtifact, export_onnx
+from tcal_compiler.runtime.onnx_parity import check_parity
+from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.student import make_student
+
+VOCAB = 256
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products run faster on one thread, and much faster on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+def teacher(window: int | None) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    options = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    options |= dict(num_key_value_heads=2, head_dim=8, initializer_range=0.2, attn_implementation="sdpa")
+    if window is None:
+        return Wrapped(transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).eval())
+    config = transformers.MistralConfig(**options, sliding_window=window)
+    return Wrapped(transformers.MistralForCausalLM(config).eval())
+
+
+@dataclass(frozen=True)
+class Deployed:
+    whole: Callable[[Tensor], Tensor]
+    stateful: StatefulGraph
+    artifact: OnnxArtifact
+
+
+def deploy(folder: Path, policy: str, *, window: int | None = None) -> Deployed:
+    model = teacher(window)
+    program = export_module(model, has_positions=True, vocab_size=VOCAB)
+    capture = capture_program(program, teacher=model, implementation="sdpa", shapes=((2, 9),))
+    scan = find_attention(capture)
+    student = make_student(capture, scan, choose(scan, policy))
+    gen = torch.Generator().manual_seed(1)
+    for site in student.converted:
+        naive_(student.gm.get_submodule(f"tcal_mixers.{site.index}"), gen)
+    own = capture_program(student.export(), teacher=student.gm, implementation="student", shapes=((2, 9),))
+    stateful = make_stateful(own, verify=False)
+    info = {"bos_token_id": 1, "eos_token_id": 2, "context_length": 300}
+    return Deployed(student.logits, stateful, export_onnx(stateful, folder, config=ExportConfig(), info=info))
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """Layer 0 keeps its attention, over a window of 8 tokens; layer 1 is converted."""
+    return deploy(tmp_path_factory.mktemp("hybrid"), "keep=0", window=8)
+
+
+@pytest.fixture(scope="module")
+def all_converted(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    return deploy(tmp_path_factory.mktemp("none"), "none")
+
+
+def assert_parity(deployed: Deployed) -> None:
+    prompts = [[3, 141, 59], [26]]
+    checks = check_parity(
+        deployed.artifact, deployed.stateful, whole=deployed.whole, prompts=prompts, new_tokens=24, threads=1
+    )
+    assert len(checks) == 6
+    assert all(c.passed for c in checks), [c for c in checks if not c.passed]
+    assert all(c.measured < 2e-5 for c in checks)
+    assert "distinct" in checks[-1].detail and "margin" in checks[-1].detail
+
+
+def test_hybrid_equals_torch(hybrid: Deployed):
+    assert_parity(hybrid)
+
+
+def test_all_converted_equals_torch(all_converted: Deployed):
+    assert_parity(all_converted)
+    names = [i.name for i in onnx.load(all_converted.artifact.path).graph.input]
+    assert not any(n.endswith((".key", ".value")) for n in names)
+
+
+def test_parity_sees_a_model_that_differs(hybrid: Deployed):
+    wrong = replace(hybrid.stateful, gm=copy_module(hybrid.stateful.gm))
+    with torch.no_grad():
+        dict(wrong.gm.named_parameters())["tcal_mixers.1.dt_bias"].add_(0.5)
+    checks = check_parity(hybrid.artifact, wrong, threads=1)
+    assert not any(c.passed for c in checks)
+
+
+def optimized_ops(path: Path, tmp_path: Path) -> Counter[str]:
+    """Operators that ONNX Runtime really runs."""
+    target = tmp_path / "optimized.onnx"
+    OnnxSession(path, threads=1, optimized_path=target)
+    return Counter(n.op_type for n in onnx.load(target).graph.node)
+
+
+def test_the_runtime_uses_its_kernel_and_not_the_function(hybrid: Deployed, tmp_path: Path):
+    assert len(onnx.load(hybrid.artifact.path).functions) == 1
+    ops = optimized_ops(hybrid.artifact.path, tmp_path)
+    assert ops["LinearAttention"] == 1 and ops["Scan"] == 0
+
+
+def without_kernel(source: Path, target: Path) -> None:
+    """The same model under a domain for which no runtime has a kernel: only the function can define the op."""
+    model = onnx.load(source)
+    for entry in (*model.graph.node, *model.functions, *model.opset_import):
+        if entry.domain == "com.microsoft":
+            entry.domain = "no.kernel"
+    onnx.save(model, target)
+
+
+def test_the_function_alone_gives_the_same_numbers(hybrid: Deployed, tmp_path: Path):
+    path = tmp_path / "model.onnx"
+    without_kernel(hybrid.artifact.path, path)
+    ops = optimized_ops(path, tmp_path)
+    assert ops["LinearAttention"] == 0 and ops["Scan"] == 1
+    assert_parity(replace(hybrid, artifact=replace(hybrid.artifact, path=path)))
+
+
+def test_padded_batches_equal_torch_in_the_runtime(hybrid: Deployed):
+    ids = example_ids(3, 25, VOCAB)
+    mask = torch.ones_like(ids)
+    mask[0, :9], mask[2, 20:] = 0, 0
+    expected, _ = run_chunks(hybrid.stateful, ids, (7, 1, 17), mask=mask, dtype=torch.float32)
+    session = OnnxSession(hybrid.artifact.folder, threads=1)
+    session.reset(batch=3)
+    parts = zip(ids.split([7, 1, 17], 1), mask.split([7, 1, 17], 1), strict=True)
+    found = np.concatenate([session.forward(i.numpy(), m.numpy()) for i, m in parts], 1)
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
+
+
+def test_border_has_the_names_that_runtimes_expect(hybrid: Deployed):
+    graph = onnx.load(hybrid.artifact.path).graph
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+    }
+    assert shapes == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total_sequence"],
+        "past_key_values.0.key": ["batch", 2, "past_sequence", 8],
+        "past_key_values.0.value": ["batch", 2, "past_sequence", 8],
+        "past_key_values.1.recurrent_state": ["batch", 4, 8, 8],
+        "past_key_values.1.conv_state": ["batch", 1, 1],
+        "logits": ["batch", "sequence", VOCAB],
+        "present.0.key": ["batch", 2, "total_sequence", 8],
+        "present.0.value": ["batch", 2, "total_sequence", 8],
+        "present.1.recurrent_state": ["batch", 4, 8, 8],
+        "present.1.conv_state": ["batch", 1, 1],
+    }
+
+
+def test_genai_config_says_what_the_graph_is(hybrid: Deployed):
+    config = json.loads((hybrid.artifact.folder / "genai_config.json").read_text())
+    model = config["model"]
+    assert (model["vocab_size"], model["context_length"]) == (VOCAB, 300)
+    assert (model["bos_token_id"], model["eos_token_id"]) == (1, 2)
+    decoder = model["decoder"]
+    names = ("head_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    assert [decoder[n] for n in names] == [8, 32, 4, 2, 2]
+
+
+def test_bytes_are_the_same_again_and_free_of_the_machine(hybrid: Deployed, tmp_path: Path):
+    again = export_onnx(hybrid.stateful, tmp_path, config=ExportConfig())
+    content = again.path.read_bytes()
+    assert content == hybrid.artifact.path.read_bytes()
+    assert str(Path(__file__).parents[2]).encode() not in content and b"stack_trace" not in content
+
+
+def test_large_models_keep_their_weights_beside(hybrid: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(onnx_export, "SINGLE_FILE_LIMIT", 1000)
+    monkeypatch.setattr(onnx_export, "build_model", lambda *args, **kwargs: onnx_ir.load(hybrid.artifact.path))
+    artifact = export_onnx(hybrid.stateful, tmp_path, config=ExportConfig())
+    assert (tmp_path / "model.onnx.data").stat().st_size > artifact.path.stat().st_size / 10
+    ids = np.array([[5, 6, 7]])
+    a, b = (OnnxSession(p, threads=1).forward(ids) for p in (tmp_path, hybrid.artifact.folder))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_an_opset_that_the_profile_lacks_touches_nothing(
+    hybrid: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(LOWERINGS, "ort", replace(LOWERINGS["ort"], opsets=(22, 24)))
+    with pytest.raises(ExportError, match="opsets 22 to 24, not 21"):
+        export_onnx(hybrid.stateful, tmp_path / "new", config=ExportConfig())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(hybrid: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(onnx_export, "build_model", lambda *args, **kwargs: None)
+    with pytest.raises(ExportError, match="cannot be written"):
+        export_onnx(hybrid.stateful, tmp_path / "file" / "onnx", config=ExportConfig())
