@@ -104,7 +104,7 @@ def _within(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, *, scale: float, chun
     """q [B, T, H, Dk], k [B, T, K, Dk], g [B, T, H]; beta as rows [N, M, C, 1]."""
     keys = _gather(k, chunk, acc, q.shape[2] // k.shape[2])
     queries = keys.new_empty(*keys.shape[:2], 2 * chunk, keys.shape[-1])
-    torch.mul(_rows(q, chunk, 1).flatten(1, 3), scale, out=queries[:, :, :chunk])
+    queries[:, :, :chunk].copy_(_rows(q, chunk, 1).flatten(1, 3)).mul_(scale)  # scaled after it is widened
     torch.mul(keys, beta, out=queries[:, :, chunk:])
     # Sums of g in float64, because differences of large sums are small; a clamped g has decayed everything anyway.
     total = _gather(g, chunk, torch.float64).clamp_(min=FLOOR[acc]).cumsum(-1)
@@ -169,7 +169,7 @@ def gated_delta_rule_chunked(
     out = v.new_empty(batch, tokens, heads, v.shape[3])
     final = torch.empty(initial_state.shape, dtype=acc, device=q.device).copy_(initial_state)
     for b, hk, hq in _slices(batch, k.shape[2], heads // k.shape[2], FORWARD_MATRICES):
-        state = final[b, hq].flatten(0, 1)
+        state = final[b, hq].flatten(0, 1).clone()
         step = chunk * max(1, FORWARD_MATRICES // state.shape[0])
         for start in range(0, tokens, step):
             t = slice(start, start + step)

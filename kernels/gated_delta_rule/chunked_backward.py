@@ -122,8 +122,7 @@ def gated_delta_rule_chunked_backward(
         rate = _gather(beta[b, :, hq], chunk, acc).unsqueeze(-1)
         w = _within(q[b, :, hq], k[b, :, hk], g[b, :, hq], rate, scale=scale, chunk=chunk, acc=acc)
         values = _gather(v[b, :, hk], chunk, acc, group)
-        states = (x[b, hq].to(acc).flatten(0, 1) for x in (initial_state, d_state))
-        state, d_last = states
+        state, d_last = (x[b, hq].to(acc).flatten(0, 1).contiguous() for x in (initial_state, d_state))
         x = _walks(w, values * rate, state, _gather(d_out[b, :, hq], chunk, acc), d_last)
         d_queries, d_keys, d_gate = _gradients(w, x)
         d_scaled, d_values = d_queries[:, :, chunk:], x.z[:, :, chunk:].neg_()

@@ -1,0 +1,22 @@
+"""Assertions shared by tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_within_budget(name: str, *, actual: Tensor, exact: Tensor, naive: Tensor, factor: float = 2.0) -> None:
+    """`actual` may err at most `factor` times as much as `naive`, plain PyTorch in the same dtype; `exact` is float64.
+
+    Where the naive result happens to be nearly exact, four roundings of the dtype are allowed.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.isfinite().all(), f"{name}: not finite"
+    actual, exact, naive, eps = actual.cpu(), exact.cpu(), naive.cpu(), torch.finfo(actual.dtype).eps
+    error, budget = _rms(actual - exact), max(factor * _rms(naive - exact), 4 * eps * _rms(exact))
+    assert error <= budget, f"{name}: rms error {error:.2e} over budget {budget:.2e}"
