@@ -127,7 +127,8 @@ class OnnxSession:
     def forward(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """Logits [B, T, V] of the next ids [B, T]. mask [B, T]: 0 for padding, which leaves the state as it is.
 
-        Raises DataError for ids outside the vocabulary, another batch than `reset` said, or a full context.
+        Raises DataError for ids outside the vocabulary, another batch than `reset` said, or a full context, and
+        ExportError when the runtime fails: beyond the end of a position table, or out of memory. The state stays.
         """
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         if ids.ndim != 2 or ids.shape[0] != self._batch or ids.shape[1] == 0:
@@ -136,8 +137,10 @@ class OnnxSession:
             raise DataError("token ids", f"{ids.min()}..{ids.max()} are outside the vocabulary of {self.vocab_size}")
         self._check_room(ids.shape[1])
         new = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-        self._mask = np.concatenate([self._mask, new], 1)
-        return self._run(ids)
+        mask = np.concatenate([self._mask, new], 1)
+        logits = self._run(ids, mask)
+        self._mask = mask
+        return logits
 
     def prefill(self, ids: Sequence[int]) -> NDArray[Any]:
         """Feeds a prompt and returns the logits [V] behind its last token. Raises DataError when it is empty."""
@@ -193,10 +196,10 @@ class OnnxSession:
             what = f"{self.length} tokens and {new} more do not fit in the context of {self.context_length}"
             raise DataError("context", what, "a shorter prompt, fewer new tokens, or export with a larger max_length")
 
-    def _run(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[Any]:
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", self._mask)
+        binding.bind_cpu_input("attention_mask", mask)
         binding.bind_output("logits", "cpu")
         for slot in self._slots:
             binding.bind_ortvalue_input(slot.past, slot.value)
@@ -204,7 +207,11 @@ class OnnxSession:
                 binding.bind_output(slot.present, "cpu")
             else:
                 binding.bind_ortvalue_output(slot.present, slot.spare)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as e:  # ONNX Runtime raises its own types, which share no base
+            what = f"onnxruntime failed behind {self.length} tokens: {' '.join(str(e).split())[:300]}"
+            raise ExportError(str(self.path), what, "stay within the teacher's own context length") from e
         logits, *present = binding.get_outputs()  # in the order of binding, not of the graph
         for slot, value in zip(self._slots, present, strict=True):
             if slot.grows:

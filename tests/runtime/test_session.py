@@ -189,6 +189,20 @@ def test_limits_are_told_before_anything_runs(session: OnnxSession):
         session.step(1)
 
 
+def test_a_failed_run_leaves_the_state(deployed: tuple[StatefulGraph, Path], tmp_path: Path):
+    folder = copy_of(deployed[1], tmp_path)
+    (folder / "genai_config.json").unlink()  # nothing says where the table of positions ends
+    session = OnnxSession(folder, threads=1)
+    before = session.prefill(PROMPT)
+    with pytest.raises(ExportError, match="behind 5 tokens"):
+        session.prefill([1] * CONTEXT)
+    assert session.length == len(PROMPT)
+    after = session.step(7)
+    session.reset()
+    np.testing.assert_array_equal(session.prefill(PROMPT), before)
+    np.testing.assert_array_equal(session.step(7), after)
+
+
 def copy_of(folder: Path, target: Path) -> Path:
     return shutil.copytree(folder, target / "onnx")
 
