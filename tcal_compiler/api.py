@@ -1,0 +1,292 @@
+"""The conversion from teacher to deployed student: the only file that knows the order of the stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import DEFAULT_POLICY, Config
+from .errors import ConfigError, ParityError, TcalError, UnsupportedModelError
+from .passes.capture import capture_program
+from .passes.choose import choose, plan_from_toml, plan_to_toml
+from .passes.find_attention import find_attention
+from .passes.graph import move_to
+from .passes.make_stateful import make_stateful
+from .passes.types import Capture, Check, Plan, SiteScan
+from .progress import Progress
+from .report import render_report
+from .runtime import data
+from .runtime.align import align
+from .runtime.calibrate import initialise
+from .runtime.capture_teacher import capture_teacher
+from .runtime.onnx_export import export_onnx
+from .runtime.onnx_parity import check_parity
+from .runtime.run_folder import RunFolder
+from .runtime.student import Student, make_student
+from .runtime.taps import SiteGroup, collect_taps
+from .runtime.teacher import Teacher, load_teacher, load_tokenizer
+from .runtime.tokenizer import TokenizerLike
+from .runtime.weights import changed_names, load_align_state, load_weights, save_align_state, save_weights
+
+STAGES = ("plan", "calibrate", "align", "export")
+ASSETS = Path(__file__).parent / "assets"
+CALIBRATION_TEXT = ASSETS / "text" / "calibration.txt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded and captured teacher with its tokenizer."""
+
+    teacher: Teacher
+    tokenizer: TokenizerLike | None
+    capture: Capture
+    scan: SiteScan
+
+
+def open_source(spec: str, *, tokenizer: str | None = None, allow_pickle: bool = False, need_tokenizer: bool = True) -> Source:
+    """Loads, captures and scans a teacher. Raises TcalError for whatever is wrong with it."""
+    teacher = load_teacher(spec, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    found = load_tokenizer(teacher) if need_tokenizer else None
+    capture = capture_teacher(teacher)
+    return Source(teacher, found, capture, find_attention(capture))
+
+
+def calibration_ids(config: Config, tokenizer: TokenizerLike) -> tuple[Tensor, Path]:
+    """Sequences [sequences + holdout, length]: first those that are trained on, then the held-out slice."""
+    path = Path(config.calib.text) if config.calib.text else CALIBRATION_TEXT
+    tokens = data.encode_documents(data.read_text(path), tokenizer, tokenizer.eos_token_id)
+    count = config.calib.sequences + config.calib.holdout
+    return data.pack(tokens, sequences=count, length=config.calib.length, what=str(path)), path
+
+
+def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | None) -> Plan:
+    """The plan of an explicit file, of the run's edited plan.toml, or of the policy, in this order.
+
+    The run's own plan.toml counts unless another policy than the one it was made from is asked for.
+    """
+    if not scan.sites:
+        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
+        what = f"no attention core can be converted ({reasons or 'the model has no softmax attention'})"
+        raise UnsupportedModelError("teacher", what, "tcal inspect TEACHER shows every core with its reason")
+    own = out / "plan.toml"
+    if plan_file is not None:
+        return plan_from_toml(plan_file, scan)
+    if own.is_file() and (out / "tcal.json").is_file():
+        plan = plan_from_toml(own, scan)
+        if config.policy in (None, plan.policy):
+            return plan
+    return choose(scan, config.policy or DEFAULT_POLICY)
+
+
+class Conversion:
+    """One run folder being worked on; each method is a stage that is skipped when it is done."""
+
+    def __init__(
+        self, source: Source, plan: Plan, ids: Tensor, text: Path, config: Config, run: RunFolder, progress: Progress, device: str
+    ) -> None:
+        self.source, self.chosen, self.ids, self.text = source, plan, ids, text
+        self.config, self.run, self.progress = config, run, progress
+        self.device = torch.device(device)
+        self.train = config.calib.sequences
+
+    @cached_property
+    def student(self) -> Student:
+        """The student in memory, as far as the stages have come."""
+        move_to(self.source.capture.gm, self.device)
+        student = make_student(self.source.capture, self.source.scan, self.chosen)
+        move_to(student.gm, self.device)
+        return student
+
+    @cached_property
+    def groups(self) -> list[SiteGroup]:
+        if not self.chosen.convert:
+            return []
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return collect_taps(
+            self.student,
+            self.source.capture.gm,
+            self.ids,
+            batch=self.config.calib.batch,
+            dtype=dtype,
+            spill=self.run.path,
+            progress=self.progress.bar("teacher over the calibration text"),
+        )
+
+    def plan(self) -> None:
+        chosen = {"keep": list(self.chosen.keep), "convert": list(self.chosen.convert), "policy": self.chosen.policy}
+        inputs = {"teacher": self.source.capture.fingerprint}
+        with self.run.stage("plan", config=chosen, inputs=inputs) as stage:
+            if stage.done:
+                return
+            (stage.dir / "plan.toml").write_text(plan_to_toml(self.chosen, self.source.scan), encoding="utf-8")
+            stage.plan = chosen
+            stage.evidence = {
+                "sites": [s.summary() for s in self.source.scan.sites],
+                "refused": [asdict(r) for r in self.source.scan.rejected],
+                "checks": [asdict(c) for c in self.source.capture.checks],
+                "info": self.source.teacher.info,
+            }
+
+    def calibrate(self) -> None:
+        calib = self.config.calib
+        settings = {"init": self.config.init, "seed": self.config.seed, "sequences": calib.sequences, "length": calib.length}
+        inputs = {"plan": self.run.stage_hash("plan"), "text": data.text_sha256(self.text)}
+        with self.run.stage("calibrate", config=settings, inputs=inputs) as stage:
+            if stage.done:
+                return
+            train = [replace(g, x=g.x[:, : self.train], y=g.y[:, : self.train]) for g in self.groups]
+            bar = self.progress.bar(f"statistics and {self.config.init} init of each site")
+            _, reports = initialise(
+                self.student, train, init=self.config.init, seed=self.config.seed, batch=calib.batch, progress=bar
+            )
+            save_weights(self.student, stage.dir / "initial.safetensors", only=changed_names(self.student))
+            stage.evidence = {
+                "sites": [asdict(r) for r in reports],
+                "text": {self.text.name: data.text_sha256(self.text)},
+                "hashes": {self.text.name: data.paragraph_hashes(self.text)},
+                "tokens": calib.sequences * calib.length,
+            }
+
+    def align(self) -> None:
+        settings = {"align": self.config.align.model_dump(), "seed": self.config.seed, "holdout": self.config.calib.holdout}
+        with self.run.stage("align", config=settings, inputs={"calibrate": self.run.stage_hash("calibrate")}) as stage:
+            if stage.done:
+                return
+            load_weights(self.student, self.run.path / "initial.safetensors")
+            curve: list[dict[str, object]] = []
+            if self.config.align.steps and self.chosen.convert:
+                checkpoint = stage.scratch / "align.safetensors"
+                resume = load_align_state(checkpoint)
+                if resume:
+                    self.progress.say(f"alignment goes on from step {resume.step}")
+                _, curve = align(
+                    self.student,
+                    self.groups,
+                    train=self.train,
+                    config=self.config.align,
+                    seed=self.config.seed,
+                    resume=resume,
+                    save=lambda state: save_align_state(state, checkpoint),
+                    progress=self.progress.bar(f"alignment of {len(self.chosen.convert)} sites"),
+                )
+            save_weights(self.student, stage.dir / "weights.safetensors")
+            (stage.dir / "alignment.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+            stage.evidence = {"curve": curve, "checks": [asdict(c) for c in _not_worse(curve)]}
+
+    def export(self) -> None:
+        settings = {"export": self.config.export.model_dump()}
+        with self.run.stage("export", config=settings, inputs={"align": self.run.stage_hash("align")}) as stage:
+            if stage.done:
+                return
+            move_to(self.source.capture.gm, torch.device("cpu"))
+            move_to(self.student.gm, torch.device("cpu"))
+            load_weights(self.student, self.run.path / "weights.safetensors")
+            self.progress.say("export: the student as a program")
+            program = self.student.export()
+            torch.export.save(program, stage.dir / "student.pt2")
+            run = program.module()
+            flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
+            self.progress.say("export: state in and out, checked in float64")
+            stateful = make_stateful(flat)
+            self.progress.say("export: ONNX")
+            artifact = export_onnx(
+                stateful,
+                stage.dir / "onnx",
+                config=self.config.export,
+                info=self.source.teacher.info,
+                tokenizer=self.source.tokenizer,
+            )
+            self.progress.say("export: ONNX Runtime against PyTorch")
+            prompt = self.ids[-1, :16].tolist()
+            checks = (*flat.checks, *stateful.checks, *artifact.checks)
+            checks += check_parity(artifact, stateful, whole=lambda ids: run(*flat.inputs(ids)), prompts=[prompt], new_tokens=16)
+            if bad := [c for c in checks if not c.passed]:
+                raise ParityError("export", f"{bad[0].name}: {bad[0].measured:.3g}, allowed {bad[0].allowed:.3g}", bad[0].detail)
+            stage.evidence = {"checks": [asdict(c) for c in checks], "opset": artifact.opset, "profile": artifact.profile}
+
+
+def _not_worse(curve: list[dict[str, Any]]) -> list[Check]:
+    """No site ends worse than it began, on the held-out slice."""
+    if not curve:
+        return []
+    first = curve[0]["held_out"]
+    best = {i: min(p["held_out"][i] for p in curve) for i in first}
+    return [Check(f"layer {i}: held-out error against its start", best[i], first[i]) for i in first]
+
+
+def write_report(run: RunFolder) -> None:
+    """Renews report.md from what the stages recorded."""
+    inputs = {name: run.stage_hash(name) for name in run.manifest.stages if name != "report"}
+    with run.stage("report", config={}, inputs=inputs) as stage:
+        if not stage.done:
+            (stage.dir / "report.md").write_text(render_report(run.manifest), encoding="utf-8")
+
+
+def convert(
+    teacher: str,
+    *,
+    out: str | Path,
+    config: Config | None = None,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+    plan: Path | None = None,
+    until: str = "export",
+    resume: bool = True,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Path:
+    """Converts a teacher into the run folder `out`, going on from what is there; returns its path.
+
+    Args:
+        teacher: an exported program, a transformers folder, a .gguf file, module:factory, or "embedded".
+        until: last stage to run, of STAGES.
+        resume: False runs every stage anew.
+
+    Raises:
+        TcalError: bad input, before the folder is touched; or a stage that failed, with the last good stage kept.
+    """
+    config, progress, out = config or Config(), progress or Progress(quiet=True), Path(out)
+    if until not in STAGES:
+        raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
+    progress.say(f"loading {teacher}")
+    source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    assert source.tokenizer is not None
+    ids, text = calibration_ids(config, source.tokenizer)
+    chosen = choose_plan(source.scan, config, out, plan)
+    progress.say(f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}")
+    with RunFolder.create_or_open(
+        out,
+        teacher_fingerprint=source.capture.fingerprint,
+        teacher_source=source.teacher.source,
+        teacher_kind=source.teacher.kind,
+        vocab_size=source.capture.vocab_size,
+        config_json=config.model_dump(mode="json"),
+        resume=resume,
+    ) as run:
+        work = Conversion(source, chosen, ids, text, config, run, progress, device)
+        stages: dict[str, Callable[[], None]] = {n: getattr(work, n) for n in STAGES}
+        for name in STAGES[: STAGES.index(until) + 1]:
+            _guarded(name, stages[name])
+        write_report(run)
+    return out
+
+
+def _guarded(name: str, stage: Callable[[], None]) -> None:
+    """Out of memory becomes a typed error; everything else passes."""
+    from .errors import StageError
+
+    try:
+        stage()
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        raise StageError(f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences, or --batch") from e
+    except RuntimeError as e:
+        if isinstance(e, TcalError) or "not enough memory" not in str(e):
+            raise
+        raise StageError(f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences") from e

@@ -1,0 +1,266 @@
+"""The command line: options to api calls, results on stdout, progress on stderr. Exit 0 done, 1 our error, 2 usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .config import load_config
+from .errors import TcalError
+from .progress import Progress
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Stages and tools, one by one.")
+compile_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+# typer reads annotations at run time, where `X | None` inside Annotated is fine but needs these names
+TeacherArg = Annotated[str, typer.Argument(help="exported program, transformers folder, .gguf, module:factory, or embedded")]
+RunArg = Annotated[Path, typer.Argument(help="run folder")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="run folder to make or to go on with")]
+Policy = Annotated[Optional[str], typer.Option(help="uniform:N, uniform:P%, keep=0,4,8, none (convert all), all (convert nothing)")]  # noqa: UP045
+PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
+ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045
+Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
+Calib = Annotated[Optional[str], typer.Option(help="calibration text: .txt, .jsonl or .jsonl.zst")]  # noqa: UP045
+Sequences = Annotated[Optional[int], typer.Option("--calib-sequences", help="sequences to calibrate on")]  # noqa: UP045
+Length = Annotated[Optional[int], typer.Option("--calib-length", help="tokens in a sequence")]  # noqa: UP045
+Steps = Annotated[Optional[int], typer.Option("--align-steps", help="alignment steps; 0 for the initialisation alone")]  # noqa: UP045
+Batch = Annotated[Optional[int], typer.Option("--batch", help="sequences in an alignment step")]  # noqa: UP045
+Seed = Annotated[Optional[int], typer.Option(help="seed of everything random")]  # noqa: UP045
+Tokenizer = Annotated[Optional[str], typer.Option(help='folder with tokenizer files, or "bytes"')]  # noqa: UP045
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="load a pickled model: runs whatever code its author put in")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Again = Annotated[bool, typer.Option("--restart", help="run every stage anew")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
+Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
+TeacherAgain = Annotated[Optional[str], typer.Option("--teacher", help="where the teacher is now, if it moved")]  # noqa: UP045
+
+
+def _convert(until: str, teacher: str, out: Path, policy: str | None, *, options: dict[str, Any], json_out: bool) -> None:
+    from .api import convert
+
+    config_file, plan = options.pop("config"), options.pop("plan")
+    run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device", "resume")}
+    progress = Progress(quiet=options.pop("quiet"))
+    config = load_config(config_file, {"policy": policy, **options})
+    path = convert(teacher, out=out, config=config, plan=plan, until=until, progress=progress, **run_options)
+    if json_out:
+        from .runtime.run_folder import RunFolder
+
+        with RunFolder.open_existing(path) as run:
+            print(run.manifest.model_dump_json(indent=1))
+        return
+    print(f"{path}: {until} is complete. Report: {path / 'report.md'}")
+    if until == "export":
+        print(f'Try: tcal generate {path} "Once upon a time"')
+
+
+def _stage_command(until: str, description: str) -> Callable[..., None]:
+    def command(
+        teacher: TeacherArg = "embedded",
+        out: Out = Path("run"),
+        policy: Policy = None,
+        plan: PlanFile = None,
+        config: ConfigFile = None,
+        init: Init = None,
+        calib: Calib = None,
+        calib_sequences: Sequences = None,
+        calib_length: Length = None,
+        align_steps: Steps = None,
+        batch: Batch = None,
+        seed: Seed = None,
+        tokenizer: Tokenizer = None,
+        allow_pickle: Pickle = False,
+        device: Device = "cpu",
+        restart: Again = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        options = {
+            "config": config,
+            "plan": plan,
+            "init": init,
+            "calib.text": calib,
+            "calib.sequences": calib_sequences,
+            "calib.length": calib_length,
+            "align.steps": align_steps,
+            "align.batch": batch,
+            "seed": seed,
+            "tokenizer": tokenizer,
+            "allow_pickle": allow_pickle,
+            "device": device,
+            "resume": not restart,
+            "quiet": quiet,
+        }
+        _convert(until, teacher, out, policy, options=options, json_out=as_json)
+
+    command.__doc__ = description
+    return command
+
+
+compile_app.command()(_stage_command("export", "Converts TEACHER into a hybrid Gated DeltaNet student in a run folder."))
+app.command("plan")(_stage_command("plan", "Writes plan.toml, to edit before the next stages."))
+app.command("calibrate")(_stage_command("calibrate", "Measures the teacher's attention and initialises the student."))
+app.command("align")(_stage_command("align", "Aligns every converted layer with the teacher's."))
+app.command("export")(_stage_command("export", "Writes the program and the ONNX model."))
+
+
+@app.command()
+def inspect(teacher: TeacherArg = "embedded", allow_pickle: Pickle = False, as_json: Json = False) -> None:
+    """Lists the attention cores of TEACHER: what can be converted, and why the others cannot. Writes nothing."""
+    from .api import open_source
+
+    source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
+    sites, refused = [s.summary() for s in source.scan.sites], [asdict(r) for r in source.scan.rejected]
+    if as_json:
+        print(json.dumps({"sites": sites, "refused": refused}, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(*[k.replace("_", " ") for k in (sites[0] if sites else {"site": 0})])
+    for s in sites:
+        table.add_row(*["-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in s.values()])
+    console.print(table)
+    for r in refused:
+        console.print(f"refused: {r['layer'] or r['node']}: {r['reason']}", markup=False)
+    console.print(f"{len(sites)} sites can be converted, {len(refused)} are refused.", markup=False)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunArg,
+    text: Annotated[str, typer.Option(help="text that was not calibrated on")],
+    length: Annotated[Optional[int], typer.Option(help="tokens of a sequence; default as calibrated")] = None,  # noqa: UP045
+    sequences: Annotated[int, typer.Option(help="at most so many sequences", min=1)] = 32,
+    student_only: Annotated[bool, typer.Option("--student-only", help="skip the naive and initialised copies")] = False,
+    teacher: TeacherAgain = None,
+    tokenizer: Tokenizer = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity and mean KL(teacher, student) per token on a text."""
+    from .runs import evaluate_run
+
+    results = evaluate_run(
+        run,
+        text=text,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        length=length,
+        sequences=sequences,
+        baselines=not student_only,
+        progress=Progress(quiet=quiet),
+    )
+    if as_json:
+        print(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1))
+        return
+    base = results["teacher"].perplexity
+    for name, r in results.items():
+        print(f"{name:12} perplexity {r.perplexity:10.3f}  x{r.perplexity / base:8.3f}  KL {r.kl:.4f} ± {r.kl_stderr:.4f}")
+
+
+@app.command()
+def verify(
+    run: RunArg, teacher: TeacherAgain = None, tokenizer: Tokenizer = None, quiet: Quiet = False, as_json: Json = False
+) -> None:
+    """Repeats every check on the run folder; prints measured against allowed. Exit 1 when one fails."""
+    from .runs import require, verify_run
+
+    checks = verify_run(run, teacher=teacher, tokenizer=tokenizer, progress=Progress(quiet=quiet))
+    if as_json:
+        print(json.dumps([asdict(c) | {"passed": c.passed} for c in checks], indent=1))
+    else:
+        for c in checks:
+            print(f"{'ok  ' if c.passed else 'FAIL'} {c.name}: {c.measured:.3g} (allowed {c.allowed:.3g}) {c.detail}")
+    require(checks)
+
+
+@app.command()
+def generate(
+    run: RunArg,
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_k: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option()] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Streams text from the ONNX student in ONNX Runtime."""
+    from .runs import generate_text
+
+    print(prompt, end="", flush=True)
+    pieces = generate_text(
+        run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def report(run: RunArg) -> None:
+    """Renews report.md and prints it."""
+    from .api import write_report
+    from .runtime.run_folder import RunFolder
+
+    with RunFolder.open_existing(run, write=True) as opened:
+        opened.record("plan")
+        write_report(opened)
+        print((opened.path / "report.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, and every kernel against float64 on this machine."""
+    from .doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings, indent=1))
+    else:
+        for name, value in findings.items():
+            print(f"{name}: {value}")
+
+
+def _run(target: typer.Typer) -> None:
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    _prepare_process()
+    try:
+        target()
+    except TcalError as e:
+        if debug:
+            raise
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _prepare_process() -> None:
+    """No network in any default path, and denormal numbers as zero: they slow some CPUs by a factor of ten."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """Entry point of `tcal`."""
+    _run(app)
+
+
+def compile_main() -> None:
+    """Entry point of `tcal-compile`."""
+    _run(compile_app)

@@ -1,0 +1,72 @@
+"""The whole configuration of a conversion: one strict model, from options and a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from .errors import ConfigError
+from .runtime.config import AlignConfig, CalibConfig, ExportConfig, InitName, StrictModel
+
+
+class Config(StrictModel):
+    """What to do with a teacher; every field can stand in a TOML file under the same name."""
+
+    policy: str | None = Field(None, description="which sites stay softmax; default: the run's plan.toml, else uniform:25%")
+    init: InitName = Field("closed-form", description="initial values of the mixers")
+    seed: int = Field(0, ge=0, description="of the order of sequences and of random inits")
+    calib: CalibConfig = CalibConfig()
+    align: AlignConfig = AlignConfig()
+    export: ExportConfig = ExportConfig()
+
+
+DEFAULT_POLICY = "uniform:25%"
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for name, info in Config.model_fields.items():
+        keys.append(name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, StrictModel):
+            keys += [f"{name}.{k}" for k in info.annotation.model_fields]
+    return keys
+
+
+def build_config(data: dict[str, Any], where: str) -> Config:
+    """A checked configuration. Raises ConfigError that names the key, the value seen and the nearest known key."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(p) for p in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, _known_keys(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"keys are {', '.join(_known_keys())}"
+            raise ConfigError(where, f"unknown key {key}", hint) from None
+        raise ConfigError(where, f"{key} = {first.get('input')!r}: {first['msg']}") from None
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
+    """Configuration from a TOML file (optional) with overrides such as {"align.steps": 100} on top."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+            raise ConfigError(str(path), f"cannot be read as TOML: {e}") from None
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        node, *rest = key.split(".")
+        if rest:
+            section = data.setdefault(node, {})
+            if not isinstance(section, dict):
+                raise ConfigError(str(path), f"{node} is no table", f"[{node}]")
+            section[rest[0]] = value
+        else:
+            data[node] = value
+    return build_config(data, str(path) if path else "options")

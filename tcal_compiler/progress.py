@@ -1,0 +1,69 @@
+"""Progress of stages on stderr: a line that renews itself on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+
+
+class Progress:
+    """Shows what a stage does, how far it is and the time left. quiet: shows nothing.
+
+    Plain output prints a line at most every ten seconds, so that logs stay short.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet, self._tty = quiet, sys.stderr.isatty()
+        self._open = False
+
+    def say(self, text: str) -> None:
+        """One line of information."""
+        if not self._quiet:
+            self._newline()
+            print(text, file=sys.stderr, flush=True)
+
+    def _newline(self) -> None:
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False
+
+    def bar(self, what: str) -> Callable[..., None]:
+        """A callback (done, total[, loss]) that reports progress of `what`."""
+        started = time.monotonic()
+        state = {"shown": started, "first": -1, "loss": math.nan}
+
+        def update(done: int, total: int, loss: float = math.nan) -> None:
+            if not math.isnan(loss):
+                state["loss"] = loss
+            if state["first"] < 0:
+                state["first"] = done - 1
+            now = time.monotonic()
+            wait = 0.2 if self._tty else 10.0
+            if self._quiet or (now - state["shown"] < wait and done < total):
+                return
+            if done == total and now - started < 2 and not self._tty:
+                return
+            state["shown"] = now
+            rate = (done - state["first"]) / max(now - started, 1e-9)
+            left = (total - done) / rate if rate > 0 else math.inf
+            text = f"{what}: {done}/{total}, {rate:.3g}/s, {_clock(left)} left"
+            if not math.isnan(state["loss"]):
+                text += f", error {state['loss']:.4f}"
+            if self._tty:
+                print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+                self._open = True
+                if done == total:
+                    self._newline()
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+        return update
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

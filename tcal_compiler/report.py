@@ -1,0 +1,81 @@
+"""report.md: what was converted, what was measured, from the manifest alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .runtime.manifest import Manifest
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows]) + "\n"
+
+
+def _number(x: Any, digits: int = 4) -> str:
+    return f"{x:.{digits}g}" if isinstance(x, int | float) and math.isfinite(x) else str(x)
+
+
+def _sites(manifest: Manifest) -> str:
+    plan, evidence = manifest.plan, manifest.stages["plan"].evidence
+    measured = {s["index"]: s for s in manifest.stages["calibrate"].evidence["sites"]} if "calibrate" in manifest.stages else {}
+    curve = manifest.stages["align"].evidence["curve"] if "align" in manifest.stages else []
+    rows = []
+    for s in evidence["sites"]:  # type: ignore[union-attr]
+        i = s["layer"]
+        kept = i in plan["keep"]  # type: ignore[operator]
+        row = [str(i), s["module"] or "-", "softmax" if kept else "Gated DeltaNet"]
+        if kept or i not in measured:
+            rows.append([*row, "", "", "", ""])
+            continue
+        m = measured[i]
+        near, far = min(m["distance"]), max(m["distance"])
+        best = min((p["held_out"][str(i)] for p in curve), default=None)
+        rows.append(
+            [*row, f"{near:.1f} to {far:.1f}", f"{min(m['entropy']):.2f} to {max(m['entropy']):.2f}"]
+            + [_number(m["error"]), _number(best) if best is not None else ""]
+        )
+    head = ["layer", "module", "becomes", "look-back, tokens", "entropy, nats", "error after init", "held-out error after alignment"]
+    return _table(head, rows)
+
+
+def _scores(evidence: dict[str, Any]) -> str:
+    rows = []
+    teacher = evidence["results"]["teacher"]["perplexity"]
+    for name, r in evidence["results"].items():
+        rows.append(
+            [name, f"{r['perplexity']:.2f}", f"{r['perplexity'] / teacher:.3f}", f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]
+        )
+    text = f"On {evidence['text']}: {evidence['sequences']} sequences of {evidence['length']} tokens.\n\n"
+    return text + _table(["model", "perplexity", "ratio to teacher", "KL(teacher, model), nats per token"], rows)
+
+
+def _checks(manifest: Manifest) -> str:
+    rows = []
+    for name, stage in manifest.stages.items():
+        for c in stage.evidence.get("checks", []):  # type: ignore[union-attr]
+            ok = "yes" if c["measured"] <= c["allowed"] else "NO"
+            rows.append([name, c["name"], _number(c["measured"], 3), _number(c["allowed"], 3), ok, c["detail"]])
+    return _table(["stage", "check", "measured", "allowed", "holds", "detail"], rows)
+
+
+def render_report(manifest: Manifest) -> str:
+    """The report of a run folder with at least the stage plan complete."""
+    t = manifest.teacher
+    plan = manifest.plan
+    parts = [
+        "# Conversion report\n",
+        f"Teacher: {t.source.rsplit('/', 1)[-1]} ({t.kind}), vocabulary {t.vocab_size}, weights sha256 {t.fingerprint[:16]}.\n",
+        f"Policy {plan['policy']}: {len(plan['keep'])} sites stay softmax, {len(plan['convert'])} become Gated DeltaNet.\n",  # type: ignore[arg-type]
+        "## Sites\n",
+        "Errors are mean squared errors of the attention output over its mean square.\n",
+        _sites(manifest),
+    ]
+    if "eval" in manifest.stages:
+        parts += ["## Perplexity\n", _scores(manifest.stages["eval"].evidence)]
+    rows = [[n, f"{s.seconds:.1f}", s.finished_at] for n, s in manifest.stages.items() if n != "report"]
+    parts += ["## Checks\n", _checks(manifest), "## Stages\n", _table(["stage", "seconds", "finished"], rows)]
+    versions = ", ".join(f"{k} {v}" for k, v in manifest.versions.items())
+    parts += ["## Versions\n", f"tcal-compile {manifest.tcal_version}, {versions}.\n"]
+    return "\n".join(parts)

@@ -1,0 +1,221 @@
+"""Working with a finished run folder: evaluate, verify, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .api import Source, open_source, write_report
+from .errors import ParityError, RunFolderError
+from .passes.capture import capture_program, example_ids
+from .passes.make_stateful import make_stateful
+from .passes.types import Capture, Check, Plan
+from .progress import Progress
+from .runtime import data
+from .runtime.evaluate import EvalResult, evaluate
+from .runtime.initialize import naive_
+from .runtime.mixer import GdnMixer
+from .runtime.onnx_export import OnnxArtifact
+from .runtime.onnx_parity import check_parity
+from .runtime.program_file import load_program
+from .runtime.run_folder import RunFolder
+from .runtime.session import OnnxSession
+from .runtime.student import Student, make_student
+from .runtime.tokenizer import ByteTokenizer, TokenizerLike, read_tokenizer
+from .runtime.weights import load_weights
+
+MODEL = Path("onnx") / "model.onnx"
+
+
+def _plan(run: RunFolder) -> Plan:
+    run.record("plan")
+    p: dict[str, Any] = run.manifest.plan
+    return Plan(tuple(p["keep"]), tuple(p["convert"]), p["policy"])
+
+
+def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor]]:
+    """The deployed student: its flat graph and a function from ids to logits."""
+    run.record("export")
+    program, _ = load_program(run.path / "student.pt2", allow_pickle=False)
+    module = program.module()
+    flat = capture_program(program, teacher=module, implementation="student", shapes=((1, 8),))
+    return flat, lambda ids: flat.gm(*flat.inputs(ids))
+
+
+def _teacher_of(run: RunFolder, override: str | None, tokenizer: str | None) -> Source:
+    spec = override or run.manifest.teacher.source
+    source = open_source(spec, tokenizer=tokenizer, need_tokenizer=True)
+    if source.capture.fingerprint != run.manifest.teacher.fingerprint:
+        raise RunFolderError(
+            str(run.path),
+            f"was made from another teacher than {spec}: weights sha256 "
+            f"{run.manifest.teacher.fingerprint[:16]}, found {source.capture.fingerprint[:16]}",
+            "--teacher with the one it was made from",
+        )
+    return source
+
+
+def _naive(source: Source, plan: Plan) -> Student:
+    student = make_student(source.capture, source.scan, plan)
+    generator = torch.Generator().manual_seed(0)
+    for m in student.gm.modules():
+        if isinstance(m, GdnMixer):
+            naive_(m, generator)
+    return student
+
+
+def evaluate_run(
+    path: str | Path,
+    *,
+    text: str,
+    teacher: str | None = None,
+    tokenizer: str | None = None,
+    length: int | None = None,
+    sequences: int = 32,
+    baselines: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, EvalResult]:
+    """Perplexity and KL of teacher, student and (baselines) naive and initialised copies on a text.
+
+    length: tokens of a sequence, default the calibration's. Fewer sequences are used when the text is short. The result
+    is recorded in the run folder. Raises DataError when the text was calibrated on, or holds less than one sequence.
+    """
+    progress = progress or Progress(quiet=True)
+    with RunFolder.open_existing(path, write=True) as run:
+        calibrated = run.record("calibrate").evidence
+        data.check_not_calibrated(text, calibrated["text"], calibrated["hashes"])  # type: ignore[arg-type]
+        flat, student = _student_program(run)
+        source = _teacher_of(run, teacher, tokenizer)
+        assert source.tokenizer is not None
+        length = length or int(run.manifest.config["calib"]["length"])  # type: ignore[index,call-overload,arg-type]
+        tokens = data.encode_documents(data.read_text(text), source.tokenizer, source.tokenizer.eos_token_id)
+        count = max(1, min(sequences, len(tokens) // length))
+        ids = data.pack(tokens, sequences=count, length=length, what=text)
+        models: dict[str, Callable[[Tensor], Tensor]] = {"student": student}
+        plan = _plan(run)
+        if baselines and plan.convert:
+            initial = make_student(source.capture, source.scan, plan)
+            load_weights(initial, run.path / "initial.safetensors")
+            models = {"naive": _naive(source, plan).logits, "initialised": initial.logits} | models
+        results = evaluate(
+            ids,
+            teacher=lambda part: source.capture.gm(*source.capture.inputs(part)),
+            students=models,
+            progress=progress.bar("evaluation"),
+        )
+        _record_eval(run, Path(text), length, count, results)
+    return results
+
+
+def _record_eval(run: RunFolder, text: Path, length: int, count: int, results: dict[str, EvalResult]) -> None:
+    settings = {"length": length, "sequences": count, "models": sorted(results)}
+    inputs = {"export": run.stage_hash("export"), "text": data.text_sha256(text)}
+    with run.stage("eval", config=settings, inputs=inputs) as stage:
+        if not stage.done:
+            body = {n: asdict(r) for n, r in results.items()}
+            stage.evidence = {"text": text.name, "length": length, "sequences": count, "results": body}
+    write_report(run)
+
+
+def verify_run(
+    path: str | Path, *, teacher: str | None = None, tokenizer: str | None = None, progress: Progress | None = None
+) -> list[Check]:
+    """Repeats the checks of every stage on what lies in the run folder; returns them all, failed ones included."""
+    progress = progress or Progress(quiet=True)
+    with RunFolder.open_existing(path) as run:
+        problems = run.verify_files()
+        checks = [Check(f"file {name}: {what}", 1.0, 0.0) for name, what in problems.items()]
+        checks.append(Check("files that are not as the manifest says", float(len(problems)), 0.0, "sha256 of every file"))
+        progress.say("verify: teacher")
+        source = _teacher_of(run, teacher, tokenizer)
+        checks += source.capture.checks
+        checks += _plan_checks(run, source)
+        progress.say("verify: student")
+        flat, student = _student_program(run)
+        checks += _weight_checks(run, source, student)
+        stateful = make_stateful(flat)
+        checks += stateful.checks
+        progress.say("verify: ONNX Runtime against PyTorch")
+        artifact = OnnxArtifact(run.path / MODEL, "ort", 0, stateful.layers, 0)
+        prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
+        checks += check_parity(artifact, stateful, whole=student, prompts=prompts, new_tokens=64)
+    return checks
+
+
+def _plan_checks(run: RunFolder, source: Source) -> list[Check]:
+    plan = _plan(run)
+    sites = {s.index for s in source.scan.sites}
+    overlap = len(set(plan.keep) & set(plan.convert)) + len(sites ^ (set(plan.keep) | set(plan.convert)))
+    checks = [Check("plan: sites in both lists or in none", float(overlap), 0.0)]
+    same = make_student(source.capture, source.scan, Plan(tuple(sites), (), "all"))
+    ids = example_ids(2, 33, source.capture.vocab_size)
+    args = source.capture.inputs(ids)
+    with torch.no_grad():
+        error = (same.gm(*args) - source.capture.gm(*args)).abs().max().item()
+    checks.append(Check("nothing converted: logits equal the teacher's", error, 0.0, "bit for bit"))
+    return checks
+
+
+def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], Tensor]) -> list[Check]:
+    """student.pt2 computes what weights.safetensors says, and alignment left no site worse."""
+    student = make_student(source.capture, source.scan, _plan(run))
+    load_weights(student, run.path / "weights.safetensors")
+    ids = example_ids(2, 33, source.capture.vocab_size)
+    with torch.no_grad():
+        error = (student.logits(ids) - deployed(ids)).abs().max().item()
+    checks = [Check("student.pt2 equals the graph with weights.safetensors", error, 0.0, "bit for bit")]
+    recorded: Any = run.record("align").evidence.get("checks", [])
+    return checks + [Check(**c) for c in recorded]
+
+
+def require(checks: list[Check]) -> None:
+    """Raises ParityError for the first check that does not hold."""
+    if bad := [c for c in checks if not c.passed]:
+        what = f"{len(bad)} of {len(checks)} checks fail; first: {bad[0].name}: {bad[0].measured:.3g}"
+        raise ParityError("verify", f"{what}, allowed {bad[0].allowed:.3g}", bad[0].detail)
+
+
+def run_tokenizer(run: RunFolder) -> TokenizerLike:
+    """The tokenizer that lies beside the ONNX student."""
+    info: Any = run.record("plan").evidence["info"]
+    if info.get("tokenizer") == "bytes":
+        return ByteTokenizer()
+    return read_tokenizer(run.path / "onnx", eos_token_id=info.get("eos_token_id"), bos_token_id=info.get("bos_token_id"))
+
+
+def generate_text(
+    path: str | Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> Iterator[str]:
+    """Streams the text that the ONNX student appends to the prompt, in pieces that are whole characters."""
+    with RunFolder.open_existing(path) as run:
+        run.record("export")
+        tokenizer = run_tokenizer(run)
+        session = OnnxSession(run.path / MODEL)
+        ids = tokenizer.encode(prompt)
+    tokens: list[int] = []
+    shown = ""
+    stream = session.generate(
+        ids,
+        max_new_tokens,
+        eos=tokenizer.eos_token_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    start = tokenizer.decode(ids)
+    for token in stream:
+        tokens.append(token)
+        text = tokenizer.decode([*ids, *tokens]).removeprefix(start)
+        if not text.endswith("�"):
+            yield text[len(shown) :]
+            shown = text
+    final = tokenizer.decode([*ids, *tokens]).removeprefix(start)
+    if len(final) > len(shown):
+        yield final[len(shown) :]
+
