@@ -24,8 +24,10 @@ from torch import Tensor
 
 CHUNK = 64
 FLOOR = {torch.float32: -70.0, torch.float64: -600.0}  # exp below it is no part of any sum at this precision
-FORWARD_MATRICES = 96  # chunks times heads handled at once: a few MiB, which a last-level cache holds
-BACKWARD_BYTES = 96 << 20  # the backward keeps a slice's matrices for all chunks; one group of heads is the least
+# Chunks times heads that the forward handles at once: on a CPU a few MiB, which its last-level cache holds.
+FORWARD_MATRICES = {"cpu": 96, "cuda": 1 << 14}
+# The backward keeps a slice's matrices for all chunks; a slice is one group of heads at least.
+BACKWARD_BYTES = {"cpu": 96 << 20, "cuda": 4 << 30}
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -167,10 +169,11 @@ def gated_delta_rule_chunked(
         return out.to(v.dtype), state.to(initial_state.dtype)
     chunk = _chunk_for(tokens, chunk)
     out = v.new_empty(batch, tokens, heads, v.shape[3])
+    most = FORWARD_MATRICES.get(q.device.type, FORWARD_MATRICES["cuda"])
     final = torch.empty(initial_state.shape, dtype=acc, device=q.device).copy_(initial_state)
-    for b, hk, hq in _slices(batch, k.shape[2], heads // k.shape[2], FORWARD_MATRICES):
+    for b, hk, hq in _slices(batch, k.shape[2], heads // k.shape[2], most):
         state = final[b, hq].flatten(0, 1).clone()
-        step = chunk * max(1, FORWARD_MATRICES // state.shape[0])
+        step = chunk * max(1, most // state.shape[0])
         for start in range(0, tokens, step):
             t = slice(start, start + step)
             rate = _gather(beta[b, t, hq], chunk, acc).unsqueeze(-1)

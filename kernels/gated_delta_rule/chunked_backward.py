@@ -118,7 +118,8 @@ def gated_delta_rule_chunked_backward(
     dq, dk, dv, dg, dbeta, dstate = grads
     chunks = -(-tokens // chunk)
     a_row = chunks * (8 * chunk * chunk + 11 * chunk * key_dim + 6 * chunk * value_dim + 2 * key_dim * value_dim)
-    for b, hk, hq in _slices(batch, kv_heads, group, BACKWARD_BYTES // (a_row * acc.itemsize)):
+    most = BACKWARD_BYTES.get(q.device.type, BACKWARD_BYTES["cuda"]) // (a_row * acc.itemsize)
+    for b, hk, hq in _slices(batch, kv_heads, group, most):
         rate = _gather(beta[b, :, hq], chunk, acc).unsqueeze(-1)
         w = _within(q[b, :, hq], k[b, :, hk], g[b, :, hq], rate, scale=scale, chunk=chunk, acc=acc)
         values = _gather(v[b, :, hk], chunk, acc, group)

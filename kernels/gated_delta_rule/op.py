@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import gated_delta_rule_chunked
-from .chunked_backward import gated_delta_rule_chunked_backward
+from . import dispatch
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
@@ -44,7 +43,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, g, beta, initial_state)
     with torch.autocast(q.device.type, enabled=False):
-        out, state = gated_delta_rule_chunked(q, k, v, g, beta, initial_state, scale=scale)
+        out, state = dispatch.forward(q, k, v, g, beta, initial_state, scale=scale)
     return out.contiguous(), state.contiguous()
 
 
@@ -67,7 +66,9 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return gated_delta_rule_chunked_backward(d_out, d_state, q, k, v, g, beta, initial_state, scale=scale)
+        grads = dispatch.backward(d_out, d_state, q, k, v, g, beta, initial_state, scale=scale)
+    dq, dk, dv, dg, dbeta, dstate = grads
+    return dq, dk, dv, dg, dbeta, dstate
 
 
 @_backward.register_fake

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rule_cases import SCALE, exactly, make_args, op, reference, with_gradients
 from support import assert_within_budget
 
-from tcal_compiler.kernels.gated_delta_rule import chunked_backward, gated_delta_rule
+from tcal_compiler.kernels.gated_delta_rule import chunked, gated_delta_rule
 from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked, unit_lower_inverse
 from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
 
@@ -96,8 +96,8 @@ def test_slices_are_invisible(monkeypatch):
     args = make_args((3, 200, 6, 3, 8, 8))
     expected = with_gradients(op, args)
     for size in (1, 3, 12):
-        monkeypatch.setattr("tcal_compiler.kernels.gated_delta_rule.chunked.FORWARD_MATRICES", size)
-        monkeypatch.setattr(chunked_backward, "BACKWARD_BYTES", size * 300_000)
+        monkeypatch.setitem(chunked.FORWARD_MATRICES, "cpu", size)
+        monkeypatch.setitem(chunked.BACKWARD_BYTES, "cpu", size * 300_000)
         for name, actual in with_gradients(op, args).items():
             torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-12)
 

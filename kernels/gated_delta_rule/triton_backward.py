@@ -1,0 +1,273 @@
+"""Triton backward of the gated delta rule: five launches after the forward's solve and walk are run again.
+
+The names are those of `chunked_backward`; q is not scaled in memory, so `scale` is applied where q meets dO.
+1. inward, all chunks: P^T dO                                       -> d_fresh [B H, N, C, Dv]
+2. reverse walk, a part of Dv per program: dS before and after each chunk, dR; dS stays in registers
+3. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
+4. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
+5. sums over the parts, over the query heads of a group, and along tokens for dg, in PyTorch: no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_forward import Walked, as_kernels_take, walk
+from .triton_tiles import (
+    CHUNK,
+    Setting,
+    decay_sums,
+    dot,
+    exp32,
+    load_columns,
+    load_gate,
+    load_rows,
+    pair_decay,
+    pair_decay_transposed,
+    setting_for,
+    store_gate,
+    store_rows,
+)
+
+
+@triton.jit
+def _inward(
+    q, k, g, d_out, d_fresh, scale, T, N, H, K, DK, DV,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row, n = pid // N, pid % N
+    b, h = row // H, row % H
+    t0 = n * C
+    keys = load_rows(k + (b * T * K + h // (H // K)) * DK, t0, K * DK, T, 0, DK, C, BK)
+    queries_t = load_columns(q + (b * T * H + h) * DK, t0, H * DK, T, 0, DK, C, BK)
+    c, _ = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
+    scores_t = dot(keys, queries_t, RAW, PRECISION) * pair_decay_transposed(c, C) * scale
+    for v0 in range(0, DV, BV):
+        grad = load_rows(d_out + (b * T * H + h) * DV, t0, H * DV, T, v0, DV, C, BV)
+        store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
+
+
+@triton.jit
+def _walk_back(
+    q, k, g, beta, solve, d_out, d_final, d_fresh, d_rows, d_states, d_start, scale, T, N, H, K, DK, DV,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(DV, BV)
+    pid = tl.program_id(0).to(tl.int64)
+    row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
+    b, h = row // H, row % H
+    qp, kp = q + (b * T * H + h) * DK, k + (b * T * K + h // (H // K)) * DK
+    gate = b * T * H + h
+    state = load_rows(d_final + row * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
+    for step in range(N):
+        n = N - 1 - step
+        t0 = n * C
+        at = row * N + n
+        store_rows(d_states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+        c, last = decay_sums(g + gate, t0, H, T, C, GATE)
+        rate = load_gate(beta + gate, t0, H, T, C)
+        keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
+        new = load_rows(d_fresh + at * C * DV, 0, DV, C, v0, DV, C, BV).to(tl.float32)
+        new += dot(keys, state, DOT, PRECISION) * exp32(last - c)[:, None]
+        inverse_t = load_columns(solve + at * C * C, 0, C, C, 0, C, C, C)
+        rows = dot(inverse_t, new, DOT, PRECISION)
+        store_rows(d_rows + at * C * DV, rows, 0, DV, C, v0, DV, C, BV)
+        into = exp32(c)
+        queries_t = load_columns(qp, t0, H * DK, T, 0, DK, C, BK)
+        keys_t = load_columns(kp, t0, K * DK, T, 0, DK, C, BK)
+        grad = load_rows(d_out + gate * DV, t0, H * DV, T, v0, DV, C, BV).to(tl.float32)
+        state = state * exp32(last) + dot(queries_t, grad * (into * scale)[:, None], DOT, PRECISION)
+        state -= dot(keys_t, rows * (into * rate)[:, None], DOT, PRECISION)
+    store_rows(d_start + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+
+
+@triton.jit
+def _pairs(
+    q, k, v, g, beta, d_out, fresh, d_rows, pairs, dv, d_rate, d_total, scale, T, N, H, K, DK, DV,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row, n = pid // N, pid % N
+    b, h = row // H, row % H
+    t0 = n * C
+    gate, kv = b * T * H + h, b * T * K + h // (H // K)
+    rate = load_gate(beta + gate, t0, H, T, C)
+    d_scores = tl.zeros((C, C), tl.float32)
+    d_low = tl.zeros((C, C), tl.float32)
+    by_value = tl.zeros((C,), tl.float32)
+    for v0 in range(0, DV, BV):
+        new_t = load_columns(fresh + pid * C * DV, 0, DV, C, v0, DV, C, BV)
+        grad = load_rows(d_out + gate * DV, t0, H * DV, T, v0, DV, C, BV)
+        rows = load_rows(d_rows + pid * C * DV, 0, DV, C, v0, DV, C, BV)
+        d_scores += dot(grad, new_t, DOT, PRECISION)
+        d_low -= dot(rows, new_t, DOT, PRECISION)
+        values = load_rows(v + kv * DV, t0, K * DV, T, v0, DV, C, BV)
+        by_value += tl.sum(values.to(tl.float32) * rows.to(tl.float32), 1)
+        store_rows(dv + gate * DV, rows.to(tl.float32) * rate[:, None], t0, H * DV, T, v0, DV, C, BV)
+    store_gate(d_rate + pid * C, by_value, 0, 1, C, C)
+    i = tl.arange(0, C)
+    strict = i[:, None] > i[None, :]
+    c, _ = decay_sums(g + gate, t0, H, T, C, GATE)
+    decay = pair_decay(c, C)
+    d_scores = d_scores * decay * scale
+    d_low = tl.where(strict, d_low * decay, 0.0)
+    store_rows(pairs + pid * 2 * C * C, d_scores, 0, C, C, 0, C, C, C)
+    store_rows(pairs + (pid * 2 + 1) * C * C, d_low, 0, C, C, 0, C, C, C)
+    keys_t = load_columns(k + kv * DK, t0, K * DK, T, 0, DK, C, BK)
+    moved = d_scores * dot(load_rows(q + gate * DK, t0, H * DK, T, 0, DK, C, BK), keys_t, RAW, PRECISION)
+    low = dot(load_rows(k + kv * DK, t0, K * DK, T, 0, DK, C, BK), keys_t, RAW, PRECISION)
+    moved = tl.where(strict, moved + d_low * low * rate[:, None], 0.0)  # L_tt = 1 whatever g is
+    store_gate(d_total + pid * C, tl.sum(moved, 1) - tl.sum(moved, 0), 0, 1, C, C)
+
+
+@triton.jit
+def _keys(
+    q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs, dq, dk, d_rate, d_total, d_end, d_kept, scale,
+    T, N, H, K, DK, DV, count,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(DK, BK)
+    pid = tl.program_id(0).to(tl.int64)
+    at, part = pid // parts, pid % parts
+    k0 = part.to(tl.int32) * BK
+    row, n = at // N, at % N
+    b, h = row // H, row % H
+    t0 = n * C
+    gate, kv = b * T * H + h, b * T * K + h // (H // K)
+    c, last = decay_sums(g + gate, t0, H, T, C, GATE)
+    into, leave = exp32(c), exp32(last - c)
+    rate = load_gate(beta + gate, t0, H, T, C)
+    by_query = tl.zeros((C, BK), tl.float32)
+    by_scaled = tl.zeros((C, BK), tl.float32)
+    by_key = tl.zeros((C, BK), tl.float32)
+    kept = tl.zeros((BV, BK), tl.float32)
+    for v0 in range(0, DV, BV):
+        state_t = load_columns(states + at * DK * DV, k0, DV, DK, v0, DV, BK, BV)
+        d_state_t = load_columns(d_states + at * DK * DV, k0, DV, DK, v0, DV, BK, BV)
+        grad = load_rows(d_out + gate * DV, t0, H * DV, T, v0, DV, C, BV)
+        rows = load_rows(d_rows + at * C * DV, 0, DV, C, v0, DV, C, BV)
+        new = load_rows(fresh + at * C * DV, 0, DV, C, v0, DV, C, BV)
+        by_query += dot(grad, state_t, DOT, PRECISION)
+        by_scaled -= dot(rows, state_t, DOT, PRECISION)
+        by_key += dot(new, d_state_t, DOT, PRECISION)
+        kept += state_t.to(tl.float32) * d_state_t.to(tl.float32)
+    queries = load_rows(q + gate * DK, t0, H * DK, T, k0, DK, C, BK)
+    keys = load_rows(k + kv * DK, t0, K * DK, T, k0, DK, C, BK)
+    wide = keys.to(tl.float32)
+    by_query *= (into * scale)[:, None]
+    by_scaled *= into[:, None]
+    by_key *= leave[:, None]
+    total = tl.sum(by_query * queries.to(tl.float32) + by_scaled * wide * rate[:, None], 1)
+    share = (part * count + at) * C  # of [parts, B H, N, C]; count = B H N
+    store_gate(d_total + share, total, 0, 1, C, C)
+    store_gate(d_end + share, tl.sum(by_key * wide, 1), 0, 1, C, C)
+    tl.store(d_kept + part * count + at, tl.sum(tl.sum(kept, 1), 0) * exp32(last))
+    scores = pairs + at * 2 * C * C
+    by_query += dot(load_rows(scores, 0, C, C, 0, C, C, C), keys, DOT, PRECISION)
+    by_scaled += dot(load_rows(scores + C * C, 0, C, C, 0, C, C, C), keys, DOT, PRECISION)
+    by_key += dot(load_columns(scores, 0, C, C, 0, C, C, C), queries, DOT, PRECISION)
+    scaled = wide * rate[:, None]
+    by_key += dot(load_columns(scores + C * C, 0, C, C, 0, C, C, C), scaled, DOT, PRECISION)
+    store_gate(d_rate + share, tl.sum(by_scaled * wide, 1), 0, 1, C, C)
+    store_rows(dq + gate * DK, by_query, t0, H * DK, T, k0, DK, C, BK)
+    store_rows(dk + gate * DK, by_key + by_scaled * rate[:, None], t0, H * DK, T, k0, DK, C, BK)
+
+
+def _d_gates(pairs: Tensor, total: Tensor, end: Tensor, kept: Tensor, like: Tensor) -> Tensor:
+    """dg [B, T, H]: the sum of the gradients of c_s for s >= t, with what c_C takes at the chunk's end.
+
+    pairs [B H, N, C], total and end [parts, B H, N, C], kept [parts, B H, N]; summed in float64.
+    """
+    d_total = pairs.double() + total.sum(0, dtype=torch.float64)
+    at_end = end.sum(0, dtype=torch.float64)
+    later = d_total.sum(-1, keepdim=True) - d_total.cumsum(-1) + d_total
+    dg = later + (at_end.cumsum(-1) - at_end) + kept.sum(0, dtype=torch.float64).unsqueeze(-1)
+    return _by_token(dg, like)
+
+
+def _by_token(x: Tensor, like: Tensor) -> Tensor:
+    """[B H, N, C] -> [B, T, H] in the type of `like`."""
+    batch, tokens, heads = like.shape
+    return (
+        x.reshape(batch, heads, -1)[:, :, :tokens].transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format)
+    )
+
+
+def _over_group(x: Tensor, like: Tensor) -> Tensor:
+    """[B, T, H, D] -> [B, T, K, D]: the sum over the query heads that share a key/value head."""
+    kv_heads = like.shape[2]
+    return (x if x.shape[2] == kv_heads else x.unflatten(2, (kv_heads, -1)).sum(3)).to(like.dtype)
+
+
+def gated_delta_rule_triton_backward(
+    d_out: Tensor,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Same contract as `gated_delta_rule_chunked_backward`; float32, bfloat16 and float16, not float64."""
+    inputs = (q, k, v, g, beta, initial_state)
+    q, k, v, g, beta, state = as_kernels_take(inputs)
+    d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
+    s = setting_for(q, v)
+    w = walk(k, v, g, beta, state, s)
+    sizes = (q.shape[1], w.solve.shape[1], q.shape[2], *k.shape[2:], v.shape[3])
+    d_fresh, d_rows, d_states = torch.empty_like(w.fresh), torch.empty_like(w.fresh), torch.empty_like(w.states)
+    d_start = torch.empty_like(state)
+    chunks = (w.solve.shape[0] * w.solve.shape[1],)
+    shared = s.blocks(s.key_block)
+    _inward[chunks](q, k, g, d_out, d_fresh, scale, *sizes, **shared)
+    grid = (w.solve.shape[0] * triton.cdiv(v.shape[3], s.value_block),)
+    ends = (d_out, d_state, d_fresh, d_rows, d_states, d_start)
+    _walk_back[grid](q, k, g, beta, w.solve, *ends, scale, *sizes, **shared)
+    grads = _at_all_chunks((q, k, v, g, beta, d_out), w, d_rows, d_states, scale, s)
+    *firsts, dg, dbeta = grads
+    dq, dk, dv = (_over_group(x, like) for x, like in zip(firsts, inputs[:3], strict=True))
+    return dq, dk, dv, dg.to(inputs[3].dtype), dbeta.to(inputs[4].dtype), d_start.to(inputs[5].dtype)
+
+
+def _at_all_chunks(
+    inputs: tuple[Tensor, ...], w: Walked, d_rows: Tensor, d_states: Tensor, scale: float, s: Setting
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches 3 and 4 and their sums: dq, dk, dv per query head, dg, dbeta."""
+    q, k, v, g, beta, d_out = inputs
+    rows, num_chunks = w.solve.shape[:2]
+    sizes = (q.shape[1], num_chunks, q.shape[2], *k.shape[2:], v.shape[3])
+    parts = triton.cdiv(q.shape[3], s.key_part)
+    one_head = k.shape[2] == q.shape[2]
+
+    def floats(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=q.device)
+
+    def per_head(x: Tensor) -> Tensor:  # float32 where it is summed over a group afterwards
+        dtype = x.dtype if one_head else torch.float32
+        return torch.empty(*q.shape[:3], x.shape[3], dtype=dtype, device=q.device)
+
+    dq, dk, dv = torch.empty_like(q), per_head(k), per_head(v)
+    pairs = torch.empty(rows, num_chunks, 2, CHUNK, CHUNK, dtype=s.kept, device=q.device)
+    by_value, by_pair = floats(rows, num_chunks, CHUNK), floats(rows, num_chunks, CHUNK)
+    by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
+    kept = floats(parts, rows, num_chunks)
+    outputs = (pairs, dv, by_value, by_pair)
+    grid = (rows * num_chunks,)
+    _pairs[grid](q, k, v, g, beta, d_out, w.fresh, d_rows, *outputs, scale, *sizes, **s.blocks(s.key_block))
+    given = (d_out, w.fresh, d_rows, w.states, d_states, pairs)
+    grid = (rows * num_chunks * parts,)
+    sums = (dq, dk, by_key, total, end, kept)
+    _keys[grid](q, k, g, beta, *given, *sums, scale, *sizes, rows * num_chunks, **s.blocks(s.key_part))
+    dbeta = _by_token(by_value + by_key.sum(0), beta)
+    return dq, dk, dv, _d_gates(by_pair, total, end, kept, g), dbeta

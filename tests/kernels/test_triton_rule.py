@@ -1,0 +1,143 @@
+"""The Triton kernels: in the interpreter on tiny shapes, on a GPU at more; and the dispatcher's fallbacks."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+from rule_cases import NAMES, SCALE, exactly, make_args, op, reference, with_gradients
+from support import assert_within_budget
+from torch import Tensor
+
+from tcal_compiler.kernels.gated_delta_rule import dispatch
+
+triton = pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled")
+
+TINY = [(1, 3, 2, 1, 8, 8), (1, 17, 2, 1, 8, 24), (1, 70, 4, 2, 24, 40), (1, 130, 1, 1, 130, 16)]
+WIDER = [
+    (2, 1, 4, 2, 64, 64),
+    (2, 16, 4, 2, 64, 64),
+    (2, 63, 4, 4, 16, 16),
+    (3, 64, 6, 2, 64, 64),
+    (2, 200, 4, 1, 128, 128),
+    (1, 130, 2, 2, 80, 48),
+    (1, 257, 2, 1, 256, 256),
+    (70, 129, 9, 3, 64, 64),
+]
+
+
+def results(rule_args: list[Tensor], *, device: str) -> dict[str, Tensor]:
+    """Outputs and gradients straight from the kernels, past the dispatcher, for the seeds of `with_gradients`."""
+    from tcal_compiler.kernels.gated_delta_rule.triton_backward import gated_delta_rule_triton_backward
+    from tcal_compiler.kernels.gated_delta_rule.triton_forward import gated_delta_rule_triton
+
+    args = [x.to(device) for x in rule_args]
+    outputs = gated_delta_rule_triton(*args, scale=SCALE)
+    gen = torch.Generator().manual_seed(99)
+    seeds = [(torch.randint(-16, 17, x.shape, generator=gen) / 8).to(x) for x in outputs]
+    grads = gated_delta_rule_triton_backward(*seeds, *args, scale=SCALE)
+    return dict(zip(("o", "state"), outputs, strict=True)) | {f"d_{n}": x for n, x in zip(NAMES, grads, strict=True)}
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("shape", TINY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decay", [0.3, 6.0])
+def test_in_the_interpreter(shape, dtype, decay):
+    args = make_args(shape, dtype, decay=decay)
+    try:
+        actual = results(args, device="cpu")
+    except Exception as e:  # Triton 3.6's interpreter cannot count a loop under numpy 2.4
+        if "0-dimensional" not in repr(e):
+            raise
+        pytest.skip(f"this Triton's interpreter does not run here: {e!r}")
+    exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
+    for name, x in actual.items():
+        if dtype == torch.float32:
+            assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=3)
+        else:  # the interpreter cuts bfloat16 off instead of rounding it
+            error = (x.double() - exact[name]).norm() / exact[name].norm()
+            assert error < 1e-2, f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", WIDER, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("decay", [0.05, 6.0])
+def test_on_the_gpu(shape, dtype, decay):
+    args = make_args(shape, dtype, decay=decay)
+    exact = with_gradients(op, exactly(args))  # float64 chunks, themselves tested against the reference
+    plain = with_gradients(op, args) if dtype == torch.float32 else {}
+    first, second = results(args, device="cuda"), results(args, device="cuda")
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), f"{name}: two runs differ"
+        # Half precision: the exact result rounded once. Gates' gradients and the state are compared as rounded too.
+        factor = 4 if dtype == torch.float32 else 2
+        naive = plain[name] if dtype == torch.float32 else exact[name].to(dtype)
+        assert_within_budget(name, actual=x.to(dtype), exact=exact[name], naive=naive, factor=factor)
+
+
+@pytest.mark.gpu
+def test_extremes_stay_finite():
+    args = make_args((1, 4096, 2, 1, 64, 64), torch.bfloat16)
+    args[3].fill_(-50.0)
+    args[4].fill_(1.0)
+    assert all(x.isfinite().all() for x in results(args, device="cuda").values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(dispatch.ALLOWED), ids=str)
+def test_self_check_passes(dtype):
+    for dims in ((64, 64), (128, 128), (96, 48)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert dispatch._proved(0, dtype, *dims)
+
+
+@pytest.mark.gpu
+def test_op_on_the_gpu_trains_and_compiles():
+    args = make_args((2, 70, 4, 2, 32, 32), torch.float32, device="cuda")
+    expected = with_gradients(op, exactly(args))
+    for rule in (op, torch.compile(op, backend="aot_eager", fullgraph=True)):
+        for name, x in with_gradients(rule, args).items():
+            torch.testing.assert_close(x.cpu().double(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+@interpreted
+def test_self_check_sees_a_wrong_gradient(monkeypatch):
+    """A miscompiled kernel: dg is wrong. The call must fall back, and say so once."""
+    from tcal_compiler.kernels.gated_delta_rule import triton_backward
+
+    def wrong(*args: Tensor, scale: float) -> tuple[Tensor, ...]:
+        from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
+
+        dq, dk, dv, dg, *rest = gated_delta_rule_chunked_backward(*args, scale=scale)
+        return dq, dk, dv, dg.flip(1), *rest
+
+    def right(*args: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return dispatch.gated_delta_rule_chunked(*args, scale=scale)
+
+    monkeypatch.setattr(triton_backward, "gated_delta_rule_triton_backward", wrong)
+    monkeypatch.setattr("tcal_compiler.kernels.gated_delta_rule.triton_forward.gated_delta_rule_triton", right)
+    errors = dispatch.self_check(torch.device("cpu"), torch.float32, 8, 8)
+    assert errors["dg"] > 0.1 and all(e < 1e-5 for name, e in errors.items() if name != "dg")
+
+
+def test_without_triton_nothing_fails(monkeypatch):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    dispatch._proved.cache_clear()
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert not dispatch._proved(0, torch.float32, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dispatch._proved(0, torch.float32, 64, 64)  # once
+    dispatch._proved.cache_clear()
+
+
+def test_cpu_tensors_never_take_triton():
+    args = make_args((1, 5, 2, 1, 8, 8), torch.float32)
+    assert not dispatch._takes_triton(args[0], args[2])
