@@ -28,7 +28,14 @@ from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.capture_teacher import capture_teacher
 from tcal_compiler.runtime.config import AlignConfig
-from tcal_compiler.runtime.data import check_not_calibrated, encode_documents, pack, paragraph_hashes, read_text, text_sha256
+from tcal_compiler.runtime.data import (
+    check_not_calibrated,
+    encode_documents,
+    pack,
+    paragraph_hashes,
+    read_text,
+    text_sha256,
+)
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.taps import collect_taps
@@ -57,7 +64,11 @@ def arguments() -> argparse.Namespace:
 
 def environment(device: torch.device) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 
@@ -102,7 +113,8 @@ class Bench:
     def initialised(self, init: str) -> tuple[Student, Any]:
         student, a = self.fresh(), self.args
         groups = self.timed(
-            f"taps for {init}", lambda: collect_taps(student, self.capture.gm, self.ids, batch=a.batch, dtype=tap_dtype(self.device))
+            f"taps for {init}",
+            lambda: collect_taps(student, self.capture.gm, self.ids, batch=a.batch, dtype=tap_dtype(self.device)),
         )
         train = [replace(g, x=g.x[:, : a.sequences], y=g.y[:, : a.sequences]) for g in groups]
         student, _ = self.timed(
@@ -160,7 +172,12 @@ def main() -> None:
     if args.json:
         given = {k: Path(v).name if k in ("calib", "teacher") else v for k, v in vars(args).items() if k != "json"}
         given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
-        body = {"arguments": given, "environment": environment(bench.device), "seconds": bench.seconds, "scores": scores}
+        body = {
+            "arguments": given,
+            "environment": environment(bench.device),
+            "seconds": bench.seconds,
+            "scores": scores,
+        }
         args.json.write_text(json.dumps(body, indent=1) + "\n")
 
 

@@ -24,12 +24,12 @@ def _is_noop(n: Node) -> bool:
     if n.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
         return True
     if n.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):
-        return before.device == after.device and not n.kwargs.get("copy", False)
+        return bool(before.device == after.device and not n.kwargs.get("copy", False))
     if n.target is aten.slice.Tensor:
         start, end, step = (*n.args[2:], *(0, _MAX, 1)[len(n.args) - 2 :])[:3]
         return start in (0, None) and end in (_MAX, None) and step == 1
     if n.target is aten.dropout.default:
-        return n.args[1] == 0 or n.args[2] is False
+        return bool(n.args[1] == 0 or n.args[2] is False)
     return False
 
 

@@ -82,8 +82,10 @@ def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
     """Reads a plan back. Raises ConfigError when it is no plan of this teacher."""
     try:
         body = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise ConfigError(str(path), f"cannot be read as a plan: {e}", "delete it, or write it anew with tcal plan") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            str(path), f"cannot be read as a plan: {error}", "delete it, or write it anew with tcal plan"
+        ) from None
     entries = body.get("site")
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise ConfigError(str(path), "has no [[site]] tables", "write it anew with tcal plan")
@@ -99,6 +101,8 @@ def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
         mixers[layer] = mixer
     indices = [s.index for s in scan.sites]
     if sorted(mixers) != indices:
-        raise ConfigError(str(path), f"names layers {sorted(mixers)}", f"this teacher's convertible sites are {indices}")
+        raise ConfigError(
+            str(path), f"names layers {sorted(mixers)}", f"this teacher's convertible sites are {indices}"
+        )
     keep = tuple(i for i in indices if mixers[i] == "softmax")
     return Plan(keep, tuple(i for i in indices if mixers[i] == "gdn"), str(body.get("policy", "plan.toml")))

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 import networkx as nx
 from torch.fx import Node
 
-from .graph import LAYOUT, LINEAR, argument, aten, backward_slice, by_name, inputs, module_path, placeholders, taint, value
+from .graph import (
+    LAYOUT,
+    LINEAR,
+    argument,
+    aten,
+    backward_slice,
+    by_name,
+    inputs,
+    module_path,
+    placeholders,
+    taint,
+    value,
+)
 from .masks import MaskFacts, probe_mask
 from .types import AttentionSite, Capture, Rejection, SiteScan
 
@@ -57,9 +69,13 @@ def _token_part(capture: Capture) -> _Tokens:
     gm = capture.gm
     ins = placeholders(gm)
     data = taint(gm.graph.nodes, ins[:1])
-    aranges = [n for n in gm.graph.nodes if n.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)]
+    aranges = [
+        n for n in gm.graph.nodes if n.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+    ]
     position = taint(gm.graph.nodes, [*ins[1:], *aranges]) - data
-    tables = [n for n in gm.graph.nodes if n.target is aten.slice.Tensor and n not in data and len(n.all_input_nodes) > 1]
+    tables = [
+        n for n in gm.graph.nodes if n.target is aten.slice.Tensor and n not in data and len(n.all_input_nodes) > 1
+    ]
     position |= set(tables)
     graph = nx.DiGraph()
     graph.add_node(ins[0])
@@ -92,8 +108,10 @@ def _common_source(t: _Tokens, q: Node, k: Node, v: Node) -> Node:
     if x is None:
         raise _Unfit("q, k and v have no common source")
 
+    top = x
+
     def projected(n: Node) -> bool:
-        return any(t.is_linear(m) for m in backward_slice(n, x, t.data))
+        return any(t.is_linear(m) for m in backward_slice(n, top, t.data))
 
     if not (projected(q) and projected(k) and projected(v)):
         fused: Node = x

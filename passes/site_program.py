@@ -59,38 +59,41 @@ def cut_program(source: GraphModule, *, inputs_from: Sequence[str], outputs: Seq
     ins, outs = [nodes[n] for n in inputs_from], [nodes[n] for n in outputs]
     region = _region(outs, ins, list(source.graph.nodes))
     inside = set(region) | set(ins)
-    graph, root, params = Graph(), nn.Module(), {}
+    graph, root = Graph(), nn.Module()
+    params: dict[str, str] = {}
     mapped: dict[Node, Node] = {n: graph.placeholder(f"in{i}") for i, n in enumerate(ins)}
     outside: list[Node] = []
     for n in region:
         outside += [i for i in inputs(n) if i not in inside and i.op != "get_attr" and i not in outside]
-    for i, n in enumerate(outside):
-        mapped[n] = graph.placeholder(f"outside{i}")
+    for j, n in enumerate(outside):
+        mapped[n] = graph.placeholder(f"outside{j}")
     for n in region:
-        for i in inputs(n):
-            if i.op == "get_attr" and i not in mapped:
+        for a in inputs(n):
+            if a.op == "get_attr" and a not in mapped:
                 name = f"w{len(params)}"
-                set_tensor(root, name, get_tensor(source, str(i.target)))
-                params[name] = str(i.target)
-                mapped[i] = graph.get_attr(name)
+                set_tensor(root, name, get_tensor(source, str(a.target)))
+                params[name] = str(a.target)
+                mapped[a] = graph.get_attr(name)
         if n.op == "call_module":
-            root.add_module("mixer", source.get_submodule(str(n.target)))
-            params |= {f"mixer.{k}": f"{n.target}.{k}" for k, _ in root.mixer.named_parameters()}
+            mixer = source.get_submodule(str(n.target))
+            root.add_module("mixer", mixer)
+            params |= {f"mixer.{k}": f"{n.target}.{k}" for k, _ in mixer.named_parameters()}
             mapped[n] = graph.call_module("mixer", torch.fx.node.map_arg(n.args, lambda a: mapped[a]))
         else:
             mapped[n] = graph.node_copy(n, lambda a: mapped[a])
     result = tuple(mapped[n] for n in outs)
     graph.output(result[0] if len(result) == 1 else result)
-    for i, n in enumerate(graph.nodes):  # names by position, so that the code of like layers is the same text
+    for k, n in enumerate(graph.nodes):  # names by position, so that the code of like layers is the same text
         if n.op in ("call_function", "call_module"):
-            n.name = f"n{i}"
+            n.name = f"n{k}"
     graph.lint()
     return SiteProgram(GraphModule(root, graph), params, tuple(n.name for n in outside))
 
 
 def tap_graph(source: GraphModule, names: Sequence[str]) -> GraphModule:
     """The source graph with the named nodes as its only outputs; parameters are shared."""
-    graph, mapped = Graph(), {}
+    graph = Graph()
+    mapped: dict[Node, Node] = {}
     graph.graph_copy(source.graph, mapped)
     node = by_name(source)
     graph.output(tuple(mapped[node[n]] for n in names))
@@ -104,5 +107,3 @@ def outside_values(source: GraphModule, names: Sequence[str], args: Sequence[Ten
         return ()
     with torch.no_grad():
         return tuple(tap_graph(source, names)(*args))
-
-

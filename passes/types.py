@@ -28,7 +28,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Capture:
-    """A teacher as one graph: input_ids [B, T] int64 (and position_ids [B, T] when has_positions) -> logits [B, T, V]."""
+    """A teacher as one graph: input_ids [B, T] int64, position_ids [B, T] when has_positions -> logits [B, T, V]."""
 
     gm: GraphModule
     has_positions: bool

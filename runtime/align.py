@@ -78,7 +78,9 @@ class GroupTrainer:
         self._forward = lambda x: vmap(
             lambda p, xi: run(p, xi, *group.outside(x.shape[1])), in_dims=({n: 0 for n in names}, 0)
         )(self.params, x)
-        self.power = torch.stack([y[:train].float().square().mean(dtype=torch.float64).float() for y in group.y]).to(self.device)
+        self.power = torch.stack([y[:train].float().square().mean(dtype=torch.float64).float() for y in group.y]).to(
+            self.device
+        )
         self.best_error = torch.full((len(group.sites),), float("inf"), device=self.device)
         self.best = {n: p.detach().clone() for n, p in self.params.items()}
 
@@ -91,8 +93,8 @@ class GroupTrainer:
 
     def step(self, step: int, index: Tensor) -> Tensor:
         """One optimiser step with the gradient of each site clipped on its own; returns the losses before it [L]."""
-        for g, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            g["lr"] = peak * learning_rate(step, self.config)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * learning_rate(step, self.config)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.losses(index)
         losses.sum().backward()
@@ -167,7 +169,8 @@ def align(
     save: Callable[[AlignState], None] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[Student, list[dict[str, object]]]:
-    """Trains on sequences [0, train) of the groups, scores on the rest, writes each site's best weights into student.gm.
+    """Trains on sequences [0, train) of the groups, scores on the rest, writes each site's best weights into the
+    student's graph.
 
     A site's score is taken after a step on the weights that are then kept; the starting weights take part, so no site
     ends worse than it began. The step's sequences depend on seed and step only: a run resumed from `save`'s state

@@ -153,7 +153,7 @@ def initialise(
     batch: int,
     progress: Progress | None = None,
 ) -> tuple[Student, list[SiteReport]]:
-    """Sets every mixer's parameters (and for closed-form the output projection) in place; returns the student's next stage.
+    """Sets every mixer's parameters in place, for closed-form the output projection too.
 
     Statistics are measured for every init, so that the report shows them.
     """
@@ -174,7 +174,9 @@ def initialise(
                 job.refit()
             done += 1
             reports.append(
-                SiteReport(site.index, stats.distance.tolist(), stats.entropy.tolist(), stats.mass.tolist(), job.error())
+                SiteReport(
+                    site.index, stats.distance.tolist(), stats.entropy.tolist(), stats.mass.tolist(), job.error()
+                )
             )
             if progress:
                 progress(done, total)

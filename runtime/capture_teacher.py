@@ -42,7 +42,8 @@ def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = S
     Raises UnsupportedModelError when the teacher cannot be exported or its graph does not equal it.
     """
     if teacher.program is not None:
-        program, run = teacher.program, teacher.program.module()
+        program = teacher.program
+        run: nn.Module = program.module()
     else:
         assert teacher.module is not None
         module, has_positions = teacher.module, "position_ids" in inspect.signature(teacher.module.forward).parameters

@@ -14,7 +14,9 @@ class StrictModel(BaseModel):
 class CalibConfig(StrictModel):
     """Calibration text. A sequence is `length` consecutive tokens of the tokenised text."""
 
-    text: str | None = Field(None, description="path of a .txt, .jsonl or .jsonl.zst file; default: the text that ships")
+    text: str | None = Field(
+        None, description="path of a .txt, .jsonl or .jsonl.zst file; default: the text that ships"
+    )
     sequences: int = Field(64, ge=1, description="number of sequences for statistics and training")
     length: int = Field(512, ge=8, description="tokens in a sequence")
     holdout: int = Field(8, ge=1, description="further sequences that only score: never trained on")
@@ -30,7 +32,9 @@ class AlignConfig(StrictModel):
     steps: int = Field(300, ge=0, description="optimiser steps; 0 skips the stage")
     batch: int = Field(8, ge=1, description="sequences in a step")
     lr_new: float = Field(1e-2, gt=0, description="peak learning rate of gates and norm")
-    lr_teacher: float = Field(1e-3, gt=0, description="peak learning rate of the teacher's q, k, v and output projections")
+    lr_teacher: float = Field(
+        1e-3, gt=0, description="peak learning rate of the teacher's q, k, v and output projections"
+    )
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's projections only")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
@@ -41,6 +45,8 @@ class AlignConfig(StrictModel):
 class ExportConfig(StrictModel):
     """Deployed form."""
 
-    profile: Literal["ort"] = Field("ort", description="ort: com.microsoft LinearAttention with a Scan function as fallback")
+    profile: Literal["ort"] = Field(
+        "ort", description="ort: com.microsoft LinearAttention with a Scan function as fallback"
+    )
     opset: int = Field(21, ge=21, le=24, description="ONNX opset")
     max_length: int = Field(8192, ge=16, description="context length written into genai_config.json")

@@ -15,8 +15,11 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class EvalResult:
-    """tokens: predicted tokens. perplexity: exp of mean negative log likelihood. kl: mean KL(teacher || student), nats
-    per token; 0 for the teacher itself. *_stderr: standard error over sequences (of the log perplexity, and of kl)."""
+    """Attributes:
+    tokens: predicted tokens. perplexity: exp of the mean negative log likelihood.
+    kl: mean KL(teacher || student), nats per token; 0 for the teacher itself.
+    log_perplexity_stderr, kl_stderr: standard errors over sequences.
+    """
 
     tokens: int
     perplexity: float
@@ -40,11 +43,11 @@ def evaluate(
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, EvalResult]:
-    """Scores the teacher (key "teacher") and students on sequences ids [N, T]; each predicts tokens 1..T-1 from scratch.
+    """Scores the teacher (key "teacher") and students on sequences ids [N, T]: tokens 1..T-1 from scratch.
 
     All run on the same batches, so that the teacher's logits are computed once. Log-softmax in float32.
     """
-    nll: dict[str, list[float]] = {"teacher": []} | {n: [] for n in students}
+    nll: dict[str, list[float]] = {n: [] for n in ("teacher", *students)}
     kl: dict[str, list[float]] = {n: [] for n in students}
     for start in range(0, len(ids), batch):
         part = ids[start : start + batch]

@@ -9,7 +9,16 @@ from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.kernels.gates import decay_gate, gated_rms_norm, l2_normalize
 from tcal_compiler.passes.types import AttentionSite
 
-GATE_NAMES = ("a_proj.weight", "dt_bias", "A_log", "b_proj.weight", "b_proj.bias", "g_proj.weight", "g_proj.bias", "norm")
+GATE_NAMES = (
+    "a_proj.weight",
+    "dt_bias",
+    "A_log",
+    "b_proj.weight",
+    "b_proj.bias",
+    "g_proj.weight",
+    "g_proj.bias",
+    "norm",
+)
 
 
 class GdnMixer(nn.Module):

@@ -6,7 +6,6 @@ B sequences, T tokens, H query heads, D value dim. Query rows are taken a block 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ BLOCK = 128
 class SiteStats:
     """Sums over tokens of one site; merge two by adding.
 
-    sums: distance [H] sum_t sum_s a_ts max(t - s, 1/2) tokens; entropy [H] nats; mass [H, OCTAVES] row mass by distance.
+    sums: distance [H] sum_t sum_s a_ts max(t - s, 1/2) tokens; entropy [H] nats; mass [H, OCTAVES] by distance.
     """
 
     tokens: int
@@ -62,7 +61,9 @@ def attention_rows(q: Tensor, k: Tensor, *, site: AttentionSite, start: int, sto
 
 
 @torch.no_grad()
-def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, site: AttentionSite, block: int = BLOCK) -> tuple[SiteStats, Tensor]:
+def attention_statistics(
+    q: Tensor, k: Tensor, v: Tensor, *, site: AttentionSite, block: int = BLOCK
+) -> tuple[SiteStats, Tensor]:
     """Statistics of one batch and the teacher's context.
 
     q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv]. Returns the sums (float64) and ctx [B, T, H, Dv] = softmax(..) v.
@@ -81,7 +82,9 @@ def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, site: AttentionSite
         stop = min(start + block, length)
         rows = attention_rows(q, k, site=site, start=start, stop=stop)
         context.append(rows @ v[:, :, :stop])
-        steps = (torch.arange(start, stop, device=device)[:, None] - torch.arange(stop, device=device)[None]).clamp_min(0)
+        steps = (torch.arange(start, stop, device=device)[:, None] - torch.arange(stop, device=device)[None]).clamp_min(
+            0
+        )
         sums["distance"] += (rows * steps.clamp_min(0.5).to(rows.dtype)).sum((0, 2, 3), dtype=torch.float64)
         sums["entropy"] -= torch.xlogy(rows, rows).sum((0, 2, 3), dtype=torch.float64)
         octave = torch.where(steps > 0, steps.clamp_min(1).log2().floor().long() + 1, 0).clamp_max(OCTAVES - 1)
@@ -147,5 +150,3 @@ def normal_sums(z: Tensor, r: Tensor) -> NormalSums:
 def half_life_rate(distance: Tensor, low: float = 1e-3, high: float = 5.0) -> Tensor:
     """Decay rate ln 2 / distance per token, clipped: the state's half-life is the teacher's look-back distance."""
     return (math.log(2) / distance).clamp(low, high)
-
-

@@ -57,7 +57,9 @@ def _outside_for(student: Student, names: tuple[str, ...], length: int, device: 
     return values
 
 
-def group_programs(student: Student, length: int, device: torch.device) -> list[tuple[list[AttentionSite], list[SiteProgram]]]:
+def group_programs(
+    student: Student, length: int, device: torch.device
+) -> list[tuple[list[AttentionSite], list[SiteProgram]]]:
     """Converted sites grouped by code, parameter shapes and outside values."""
     groups: list[tuple[list[AttentionSite], list[SiteProgram], tuple[object, ...]]] = []
     for s in student.converted:
@@ -73,7 +75,9 @@ def group_programs(student: Student, length: int, device: torch.device) -> list[
     return [(sites, programs) for sites, programs, _ in groups]
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spill: Path | None, name: str) -> Tensor:
+def _allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spill: Path | None, name: str
+) -> Tensor:
     size = torch.Size(shape).numel() * dtype.itemsize
     if device.type == "cpu" and size > 0.2 * psutil.virtual_memory().available:
         if spill is None or psutil.disk_usage(str(spill)).free < 1.1 * size:
@@ -83,7 +87,9 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
                 "and the disk has no room either",
                 "fewer --calib-sequences, or free memory or disk",
             )
-        return torch.from_file(str(spill / f"{name}.bin"), shared=True, size=size // dtype.itemsize, dtype=dtype).view(shape)
+        return torch.from_file(str(spill / f"{name}.bin"), shared=True, size=size // dtype.itemsize, dtype=dtype).view(
+            shape
+        )
     return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -20,7 +20,7 @@ _META = "tcal"
 def unique_state(student: Student) -> dict[str, Tensor]:
     """Parameters and persistent tensors by their first name, each once."""
     seen: dict[int, str] = {}
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, tensor in student.state_dict().items():
         if tensor.data_ptr() in seen and tensor.numel() and out[seen[tensor.data_ptr()]].shape == tensor.shape:
             continue

@@ -13,7 +13,7 @@ _PUBLIC = {
     "generate_text": "runs",
 }
 
-__all__ = [*_PUBLIC]  # noqa: PLE0604
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

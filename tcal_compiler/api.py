@@ -50,7 +50,9 @@ class Source:
     scan: SiteScan
 
 
-def open_source(spec: str, *, tokenizer: str | None = None, allow_pickle: bool = False, need_tokenizer: bool = True) -> Source:
+def open_source(
+    spec: str, *, tokenizer: str | None = None, allow_pickle: bool = False, need_tokenizer: bool = True
+) -> Source:
     """Loads, captures and scans a teacher. Raises TcalError for whatever is wrong with it."""
     teacher = load_teacher(spec, tokenizer=tokenizer, allow_pickle=allow_pickle)
     found = load_tokenizer(teacher) if need_tokenizer else None
@@ -89,7 +91,15 @@ class Conversion:
     """One run folder being worked on; each method is a stage that is skipped when it is done."""
 
     def __init__(
-        self, source: Source, plan: Plan, ids: Tensor, text: Path, config: Config, run: RunFolder, progress: Progress, device: str
+        self,
+        source: Source,
+        plan: Plan,
+        ids: Tensor,
+        text: Path,
+        config: Config,
+        run: RunFolder,
+        progress: Progress,
+        device: str,
     ) -> None:
         self.source, self.chosen, self.ids, self.text = source, plan, ids, text
         self.config, self.run, self.progress = config, run, progress
@@ -136,7 +146,12 @@ class Conversion:
 
     def calibrate(self) -> None:
         calib = self.config.calib
-        settings = {"init": self.config.init, "seed": self.config.seed, "sequences": calib.sequences, "length": calib.length}
+        settings = {
+            "init": self.config.init,
+            "seed": self.config.seed,
+            "sequences": calib.sequences,
+            "length": calib.length,
+        }
         inputs = {"plan": self.run.stage_hash("plan"), "text": data.text_sha256(self.text)}
         with self.run.stage("calibrate", config=settings, inputs=inputs) as stage:
             if stage.done:
@@ -155,7 +170,11 @@ class Conversion:
             }
 
     def align(self) -> None:
-        settings = {"align": self.config.align.model_dump(), "seed": self.config.seed, "holdout": self.config.calib.holdout}
+        settings = {
+            "align": self.config.align.model_dump(),
+            "seed": self.config.seed,
+            "holdout": self.config.calib.holdout,
+        }
         with self.run.stage("align", config=settings, inputs={"calibrate": self.run.stage_hash("calibrate")}) as stage:
             if stage.done:
                 return
@@ -206,10 +225,18 @@ class Conversion:
             self.progress.say("export: ONNX Runtime against PyTorch")
             prompt = self.ids[-1, :16].tolist()
             checks = (*flat.checks, *stateful.checks, *artifact.checks)
-            checks += check_parity(artifact, stateful, whole=lambda ids: run(*flat.inputs(ids)), prompts=[prompt], new_tokens=16)
+            checks += check_parity(
+                artifact, stateful, whole=lambda ids: run(*flat.inputs(ids)), prompts=[prompt], new_tokens=16
+            )
             if bad := [c for c in checks if not c.passed]:
-                raise ParityError("export", f"{bad[0].name}: {bad[0].measured:.3g}, allowed {bad[0].allowed:.3g}", bad[0].detail)
-            stage.evidence = {"checks": [asdict(c) for c in checks], "opset": artifact.opset, "profile": artifact.profile}
+                raise ParityError(
+                    "export", f"{bad[0].name}: {bad[0].measured:.3g}, allowed {bad[0].allowed:.3g}", bad[0].detail
+                )
+            stage.evidence = {
+                "checks": [asdict(c) for c in checks],
+                "opset": artifact.opset,
+                "profile": artifact.profile,
+            }
 
 
 def _not_worse(curve: list[dict[str, Any]]) -> list[Check]:
@@ -260,7 +287,9 @@ def convert(
     assert source.tokenizer is not None
     ids, text = calibration_ids(config, source.tokenizer)
     chosen = choose_plan(source.scan, config, out, plan)
-    progress.say(f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}")
+    progress.say(
+        f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
+    )
     with RunFolder.create_or_open(
         out,
         teacher_fingerprint=source.capture.fingerprint,
@@ -285,7 +314,9 @@ def _guarded(name: str, stage: Callable[[], None]) -> None:
     try:
         stage()
     except (torch.OutOfMemoryError, MemoryError) as e:
-        raise StageError(f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences, or --batch") from e
+        raise StageError(
+            f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences, or --batch"
+        ) from e
     except RuntimeError as e:
         if isinstance(e, TcalError) or "not enough memory" not in str(e):
             raise

@@ -16,14 +16,20 @@ from .config import load_config
 from .errors import TcalError
 from .progress import Progress
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Stages and tools, one by one.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Stages and tools, one by one."
+)
 compile_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # typer reads annotations at run time, where `X | None` inside Annotated is fine but needs these names
-TeacherArg = Annotated[str, typer.Argument(help="exported program, transformers folder, .gguf, module:factory, or embedded")]
+TeacherArg = Annotated[
+    str, typer.Argument(help="exported program, transformers folder, .gguf, module:factory, or embedded")
+]
 RunArg = Annotated[Path, typer.Argument(help="run folder")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="run folder to make or to go on with")]
-Policy = Annotated[Optional[str], typer.Option(help="uniform:N, uniform:P%, keep=0,4,8, none (convert all), all (convert nothing)")]  # noqa: UP045
+Policy = Annotated[
+    str | None, typer.Option(help="uniform:N, uniform:P%, keep=0,4,8, none (convert all), all (convert nothing)")
+]
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045
 Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
@@ -34,7 +40,9 @@ Steps = Annotated[Optional[int], typer.Option("--align-steps", help="alignment s
 Batch = Annotated[Optional[int], typer.Option("--batch", help="sequences in an alignment step")]  # noqa: UP045
 Seed = Annotated[Optional[int], typer.Option(help="seed of everything random")]  # noqa: UP045
 Tokenizer = Annotated[Optional[str], typer.Option(help='folder with tokenizer files, or "bytes"')]  # noqa: UP045
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="load a pickled model: runs whatever code its author put in")]
+Pickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="load a pickled model: runs whatever code its author put in")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Again = Annotated[bool, typer.Option("--restart", help="run every stage anew")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
@@ -42,7 +50,9 @@ Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
 TeacherAgain = Annotated[Optional[str], typer.Option("--teacher", help="where the teacher is now, if it moved")]  # noqa: UP045
 
 
-def _convert(until: str, teacher: str, out: Path, policy: str | None, *, options: dict[str, Any], json_out: bool) -> None:
+def _convert(
+    until: str, teacher: str, out: Path, policy: str | None, *, options: dict[str, Any], json_out: bool
+) -> None:
     from .api import convert
 
     config_file, plan = options.pop("config"), options.pop("plan")
@@ -104,7 +114,9 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
     return command
 
 
-compile_app.command()(_stage_command("export", "Converts TEACHER into a hybrid Gated DeltaNet student in a run folder."))
+compile_app.command()(
+    _stage_command("export", "Converts TEACHER into a hybrid Gated DeltaNet student in a run folder.")
+)
 app.command("plan")(_stage_command("plan", "Writes plan.toml, to edit before the next stages."))
 app.command("calibrate")(_stage_command("calibrate", "Measures the teacher's attention and initialises the student."))
 app.command("align")(_stage_command("align", "Aligns every converted layer with the teacher's."))
@@ -164,7 +176,9 @@ def evaluate(
         return
     base = results["teacher"].perplexity
     for name, r in results.items():
-        print(f"{name:12} perplexity {r.perplexity:10.3f}  x{r.perplexity / base:8.3f}  KL {r.kl:.4f} ± {r.kl_stderr:.4f}")
+        print(
+            f"{name:12} perplexity {r.perplexity:10.3f}  x{r.perplexity / base:8.3f}  KL {r.kl:.4f} ± {r.kl_stderr:.4f}"
+        )
 
 
 @app.command()

@@ -16,7 +16,9 @@ from .runtime.config import AlignConfig, CalibConfig, ExportConfig, InitName, St
 class Config(StrictModel):
     """What to do with a teacher; every field can stand in a TOML file under the same name."""
 
-    policy: str | None = Field(None, description="which sites stay softmax; default: the run's plan.toml, else uniform:25%")
+    policy: str | None = Field(
+        None, description="which sites stay softmax; default: the run's plan.toml, else uniform:25%"
+    )
     init: InitName = Field("closed-form", description="initial values of the mixers")
     seed: int = Field(0, ge=0, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()

@@ -10,7 +10,17 @@ import torch
 
 from .kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
 
-_PACKAGES = ("torch", "triton", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "gguf", "tokenizers")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxscript",
+    "gguf",
+    "tokenizers",
+)
 
 
 def _version(name: str) -> str:
@@ -18,6 +28,11 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _grad(x: torch.Tensor) -> torch.Tensor:
+    assert x.grad is not None
+    return x.grad
 
 
 def kernel_errors(device: torch.device) -> dict[str, float]:
@@ -29,7 +44,13 @@ def kernel_errors(device: torch.device) -> dict[str, float]:
 
     batch, tokens, heads, dim = 2, 100, 3, 64
     q, k = (torch.nn.functional.normalize(draw(batch, tokens, heads, dim), dim=-1) for _ in range(2))
-    args = [q, k, draw(batch, tokens, heads, dim), -draw(batch, tokens, heads).abs(), draw(batch, tokens, heads).sigmoid()]
+    args = [
+        q,
+        k,
+        draw(batch, tokens, heads, dim),
+        -draw(batch, tokens, heads).abs(),
+        draw(batch, tokens, heads).sigmoid(),
+    ]
     args.append(draw(batch, heads, dim, dim))
     weight = draw(batch, tokens, heads, dim)
     exact = [a.clone().requires_grad_() for a in args]
@@ -39,7 +60,10 @@ def kernel_errors(device: torch.device) -> dict[str, float]:
     o2, s2 = gated_delta_rule(*mine[:3], g=mine[3], beta=mine[4], initial_state=mine[5])
     ((o2 * weight.float().to(device)).sum() + s2.sum()).backward()
     pairs = {"output": (o2, out), "state": (s2, state)}
-    pairs |= {f"d{n}": (m.grad, e.grad) for n, m, e in zip(("q", "k", "v", "g", "beta", "state"), mine, exact, strict=True)}
+    pairs |= {
+        f"d{n}": (_grad(m), _grad(e))
+        for n, m, e in zip(("q", "k", "v", "g", "beta", "state"), mine, exact, strict=True)
+    }
     return {n: ((a.double().cpu() - b).norm() / b.norm()).item() for n, (a, b) in pairs.items()}
 
 
@@ -53,5 +77,7 @@ def examine() -> dict[str, Any]:
         errors = kernel_errors(torch.device(name))
         verdict = "right" if max(errors.values()) < 1e-3 else "WRONG"
         worst = max(errors, key=lambda n: errors[n])
-        found[f"gated_delta_rule on {name}"] = f"{verdict}: largest relative error {errors[worst]:.1e} ({worst}) against float64"
+        found[f"gated_delta_rule on {name}"] = (
+            f"{verdict}: largest relative error {errors[worst]:.1e} ({worst}) against float64"
+        )
     return found

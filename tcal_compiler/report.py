@@ -17,14 +17,19 @@ def _number(x: Any, digits: int = 4) -> str:
     return f"{x:.{digits}g}" if isinstance(x, int | float) and math.isfinite(x) else str(x)
 
 
+def _evidence(manifest: Manifest, stage: str) -> dict[str, Any]:
+    return manifest.stages[stage].evidence if stage in manifest.stages else {}
+
+
 def _sites(manifest: Manifest) -> str:
-    plan, evidence = manifest.plan, manifest.stages["plan"].evidence
-    measured = {s["index"]: s for s in manifest.stages["calibrate"].evidence["sites"]} if "calibrate" in manifest.stages else {}
-    curve = manifest.stages["align"].evidence["curve"] if "align" in manifest.stages else []
+    plan: dict[str, Any] = manifest.plan
+    evidence = _evidence(manifest, "plan")
+    measured = {s["index"]: s for s in _evidence(manifest, "calibrate").get("sites", [])}
+    curve = _evidence(manifest, "align").get("curve", [])
     rows = []
-    for s in evidence["sites"]:  # type: ignore[union-attr]
+    for s in evidence["sites"]:
         i = s["layer"]
-        kept = i in plan["keep"]  # type: ignore[operator]
+        kept = i in plan["keep"]
         row = [str(i), s["module"] or "-", "softmax" if kept else "Gated DeltaNet"]
         if kept or i not in measured:
             rows.append([*row, "", "", "", ""])
@@ -33,10 +38,23 @@ def _sites(manifest: Manifest) -> str:
         near, far = min(m["distance"]), max(m["distance"])
         best = min((p["held_out"][str(i)] for p in curve), default=None)
         rows.append(
-            [*row, f"{near:.1f} to {far:.1f}", f"{min(m['entropy']):.2f} to {max(m['entropy']):.2f}"]
-            + [_number(m["error"]), _number(best) if best is not None else ""]
+            [
+                *row,
+                f"{near:.1f} to {far:.1f}",
+                f"{min(m['entropy']):.2f} to {max(m['entropy']):.2f}",
+                _number(m["error"]),
+                _number(best) if best is not None else "",
+            ]
         )
-    head = ["layer", "module", "becomes", "look-back, tokens", "entropy, nats", "error after init", "held-out error after alignment"]
+    head = [
+        "layer",
+        "module",
+        "becomes",
+        "look-back, tokens",
+        "entropy, nats",
+        "error after init",
+        "held-out error after alignment",
+    ]
     return _table(head, rows)
 
 
@@ -45,7 +63,12 @@ def _scores(evidence: dict[str, Any]) -> str:
     teacher = evidence["results"]["teacher"]["perplexity"]
     for name, r in evidence["results"].items():
         rows.append(
-            [name, f"{r['perplexity']:.2f}", f"{r['perplexity'] / teacher:.3f}", f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]
+            [
+                name,
+                f"{r['perplexity']:.2f}",
+                f"{r['perplexity'] / teacher:.3f}",
+                f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}",
+            ]
         )
     text = f"On {evidence['text']}: {evidence['sequences']} sequences of {evidence['length']} tokens.\n\n"
     return text + _table(["model", "perplexity", "ratio to teacher", "KL(teacher, model), nats per token"], rows)
@@ -53,8 +76,8 @@ def _scores(evidence: dict[str, Any]) -> str:
 
 def _checks(manifest: Manifest) -> str:
     rows = []
-    for name, stage in manifest.stages.items():
-        for c in stage.evidence.get("checks", []):  # type: ignore[union-attr]
+    for name in manifest.stages:
+        for c in _evidence(manifest, name).get("checks", []):
             ok = "yes" if c["measured"] <= c["allowed"] else "NO"
             rows.append([name, c["name"], _number(c["measured"], 3), _number(c["allowed"], 3), ok, c["detail"]])
     return _table(["stage", "check", "measured", "allowed", "holds", "detail"], rows)
@@ -63,11 +86,12 @@ def _checks(manifest: Manifest) -> str:
 def render_report(manifest: Manifest) -> str:
     """The report of a run folder with at least the stage plan complete."""
     t = manifest.teacher
-    plan = manifest.plan
+    plan: dict[str, Any] = manifest.plan
+    name, keep, convert = t.source.rsplit("/", 1)[-1], len(plan["keep"]), len(plan["convert"])
     parts = [
         "# Conversion report\n",
-        f"Teacher: {t.source.rsplit('/', 1)[-1]} ({t.kind}), vocabulary {t.vocab_size}, weights sha256 {t.fingerprint[:16]}.\n",
-        f"Policy {plan['policy']}: {len(plan['keep'])} sites stay softmax, {len(plan['convert'])} become Gated DeltaNet.\n",  # type: ignore[arg-type]
+        f"Teacher: {name} ({t.kind}), vocabulary {t.vocab_size}, weights sha256 {t.fingerprint[:16]}.\n",
+        f"Policy {plan['policy']}: {keep} sites stay softmax, {convert} become Gated DeltaNet.\n",
         "## Sites\n",
         "Errors are mean squared errors of the attention output over its mean square.\n",
         _sites(manifest),

@@ -89,7 +89,7 @@ def evaluate_run(
     with RunFolder.open_existing(path, write=True) as run:
         calibrated = run.record("calibrate").evidence
         data.check_not_calibrated(text, calibrated["text"], calibrated["hashes"])  # type: ignore[arg-type]
-        flat, student = _student_program(run)
+        _, student = _student_program(run)
         source = _teacher_of(run, teacher, tokenizer)
         assert source.tokenizer is not None
         length = length or int(run.manifest.config["calib"]["length"])  # type: ignore[index,call-overload,arg-type]
@@ -130,7 +130,9 @@ def verify_run(
     with RunFolder.open_existing(path) as run:
         problems = run.verify_files()
         checks = [Check(f"file {name}: {what}", 1.0, 0.0) for name, what in problems.items()]
-        checks.append(Check("files that are not as the manifest says", float(len(problems)), 0.0, "sha256 of every file"))
+        checks.append(
+            Check("files that are not as the manifest says", float(len(problems)), 0.0, "sha256 of every file")
+        )
         progress.say("verify: teacher")
         source = _teacher_of(run, teacher, tokenizer)
         checks += source.capture.checks
@@ -185,11 +187,20 @@ def run_tokenizer(run: RunFolder) -> TokenizerLike:
     info: Any = run.record("plan").evidence["info"]
     if info.get("tokenizer") == "bytes":
         return ByteTokenizer()
-    return read_tokenizer(run.path / "onnx", eos_token_id=info.get("eos_token_id"), bos_token_id=info.get("bos_token_id"))
+    return read_tokenizer(
+        run.path / "onnx", eos_token_id=info.get("eos_token_id"), bos_token_id=info.get("bos_token_id")
+    )
 
 
 def generate_text(
-    path: str | Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+    path: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
 ) -> Iterator[str]:
     """Streams the text that the ONNX student appends to the prompt, in pieces that are whole characters."""
     with RunFolder.open_existing(path) as run:
@@ -218,4 +229,3 @@ def generate_text(
     final = tokenizer.decode([*ids, *tokens]).removeprefix(start)
     if len(final) > len(shown):
         yield final[len(shown) :]
-
