@@ -27,7 +27,7 @@ def _is_noop(n: Node) -> bool:
         return bool(before.device == after.device and not n.kwargs.get("copy", False))
     if n.target is aten.slice.Tensor:
         start, end, step = (*n.args[2:], *(0, _MAX, 1)[len(n.args) - 2 :])[:3]
-        return start in (0, None) and end in (_MAX, None) and step == 1
+        return bool(start in (0, None) and end in (_MAX, None) and step == 1)
     if n.target is aten.dropout.default:
         return bool(n.args[1] == 0 or n.args[2] is False)
     return False

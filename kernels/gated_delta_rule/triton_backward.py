@@ -76,7 +76,7 @@ def _walk_back(
         new = load_rows(d_fresh + at * C * DV, 0, DV, C, v0, DV, C, BV).to(tl.float32)
         new += dot(keys, state, DOT, PRECISION) * exp32(last - c)[:, None]
         inverse_t = load_columns(solve + at * C * C, 0, C, C, 0, C, C, C)
-        rows = dot(inverse_t, new, DOT, PRECISION)
+        rows = dot(inverse_t, new, tl.float32, PRECISION)
         store_rows(d_rows + at * C * DV, rows, 0, DV, C, v0, DV, C, BV)
         into = exp32(c)
         queries_t = load_columns(qp, t0, H * DK, T, 0, DK, C, BK)

@@ -35,6 +35,46 @@ MOST_STEPS = 16  # tokens that the one-launch kernel takes
 
 
 @triton.jit
+def _inverse(low, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + low)^-1 for strictly lower [C, C]: blocks of 16 row by row, then blocks double.
+
+    The inverse on 2b is X - X L X, where X inverts the blocks of b and L is what lies between them.
+    """
+    i = tl.arange(0, C)
+    n: tl.constexpr = C // 16
+    a, r = tl.arange(0, n), tl.arange(0, 16)
+    same = a[:, None, None, None] == a[None, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(low, (n, 16, n, 16)), 0.0), 2)  # [n, 16, 16]: the diagonal blocks
+    x = tl.where(r[None, :, None] == r[None, None, :], 1.0, 0.0) + tl.zeros((n, 16, 16), tl.float32)
+    for t in tl.static_range(1, 16):
+        row = tl.sum(tl.where(r[None, :, None] == t, blocks, 0.0), 1)  # [n, 16]: row t of low
+        row = tl.sum(x * row[:, :, None], 1)  # that row times the rows found so far; later rows meet zeros
+        x = tl.where(r[None, :, None] == t, x - row[:, None, :], x)
+    x = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), (C, C))
+    for level in tl.static_range(4, 6):
+        near = (i[:, None] >> (level + 1)) == (i[None, :] >> (level + 1))
+        corner = tl.where(near & ((i[:, None] >> level) != (i[None, :] >> level)), low, 0.0)
+        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def _inverse_by_products(low, C: tl.constexpr, PRECISION: tl.constexpr):
+    i = tl.arange(0, C)
+    a = tl.where(i[:, None] // 8 == i[None, :] // 8, low, 0.0)
+    x = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - a
+    a = tl.dot(a, a, input_precision=PRECISION)
+    x += tl.dot(x, a, input_precision=PRECISION)
+    a = tl.dot(a, a, input_precision=PRECISION)
+    x += tl.dot(x, a, input_precision=PRECISION)
+    for level in tl.static_range(3, 6):
+        same = (i[:, None] >> (level + 1)) == (i[None, :] >> (level + 1))
+        corner = tl.where(same & ((i[:, None] >> level) != (i[None, :] >> level)), low, 0.0)
+        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
 def _solve(
     k, g, beta, solve, T, N, H, K, DK,
     C: tl.constexpr, BK: tl.constexpr, RAW: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,17 +91,7 @@ def _solve(
     c, _ = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
     low = dot(keys, keys_t, RAW, PRECISION) * rate[:, None]
     low = tl.where(i[:, None] > i[None, :], low, 0.0)
-    # blocks of 8 by a finite series, then blocks double: the inverse on 2b is X - X L X, L the corner between blocks
-    a = tl.where(i[:, None] // 8 == i[None, :] // 8, low, 0.0)
-    x = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - a
-    a = tl.dot(a, a, input_precision=PRECISION)
-    x += tl.dot(x, a, input_precision=PRECISION)
-    a = tl.dot(a, a, input_precision=PRECISION)
-    x += tl.dot(x, a, input_precision=PRECISION)
-    for level in tl.static_range(3, 6):
-        same = (i[:, None] >> (level + 1)) == (i[None, :] >> (level + 1))
-        corner = tl.where(same & ((i[:, None] >> level) != (i[None, :] >> level)), low, 0.0)
-        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
+    x = _inverse(low, C, PRECISION)
     x = x * pair_decay(c, C)
     store_rows(solve + pid * C * C, x, 0, C, C, 0, C, C, C)
 
@@ -91,7 +121,7 @@ def _walk(
         read = dot(keys, state, DOT, PRECISION)
         rows = values * rate[:, None] - read * (rate * exp32(c))[:, None]
         inverse = load_rows(solve + at * C * C, 0, C, C, 0, C, C, C)
-        new = dot(inverse, rows, DOT, PRECISION)
+        new = dot(inverse, rows, tl.float32, PRECISION)
         store_rows(fresh + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
         keys_t = load_columns(kp, t0, K * DK, T, 0, DK, C, BK)
         state = state * exp32(last) + dot(keys_t, new * exp32(last - c)[:, None], DOT, PRECISION)
@@ -160,10 +190,11 @@ def walk(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, s: Settin
     kv_heads, key_dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
     rows, chunks = batch * heads, triton.cdiv(tokens, CHUNK)
 
-    def empty(*size: int) -> Tensor:
-        return torch.empty(rows, chunks, *size, dtype=s.kept, device=k.device)
+    def empty(*size: int, dtype: torch.dtype = s.kept) -> Tensor:
+        return torch.empty(rows, chunks, *size, dtype=dtype, device=k.device)
 
-    solve, fresh, states = empty(CHUNK, CHUNK), empty(CHUNK, value_dim), empty(key_dim, value_dim)
+    solve = empty(CHUNK, CHUNK, dtype=torch.float32)
+    fresh, states = empty(CHUNK, value_dim), empty(key_dim, value_dim)
     final = torch.empty_like(state)
     sizes = (tokens, chunks, heads, kv_heads, key_dim)
     types = dict(RAW=s.raw, GATE=s.gate, PRECISION=s.precision)

@@ -94,33 +94,40 @@ class Setting:
     key_block: int  # all key columns, a power of two
     value_block: int  # value columns of one program of a walk
     key_part: int  # key columns of one program of the gradients
-    raw: Any  # type of the operands of products among q, k and dO, which are exact in their own type
+    raw: Any  # type of the operands of products of keys and queries, which are exact in their own type
     dot: Any  # type of the operands of products with computed values
     gate: Any  # type in which g is summed
     precision: str  # of products of float32 operands
-    kept: torch.dtype  # what stays in memory between kernels
+    kept: torch.dtype  # of V', dR, states and pairs between kernels; the inverse stays float32
+    stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int
 
     def blocks(self, columns: int) -> dict[str, Any]:
         """The constexpr arguments that most kernels share."""
         types = dict(RAW=self.raw, DOT=self.dot, GATE=self.gate, PRECISION=self.precision)
-        return dict(C=CHUNK, BK=columns, BV=self.value_block, num_warps=self.warps, **types)
+        return dict(C=CHUNK, BK=columns, BV=self.value_block, num_warps=self.warps, num_stages=self.stages, **types)
 
 
 def setting_for(q: Tensor, v: Tensor) -> Setting:
-    """float32 inputs: three tf32 products for one, g summed in float64; half-precision inputs: one tf32 product."""
+    """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values; float16: tf32 products,
+    because computed values may leave its range; float32: three tf32 products for one and g summed in float64.
+    """
     key_block = max(16, triton.next_power_of_2(q.shape[-1]))
-    value_block = min(32 if key_block > 128 else 64, max(16, triton.next_power_of_2(v.shape[-1])))
-    wide = q.dtype == torch.float32
+    narrow, wide = q.dtype == torch.bfloat16, q.dtype == torch.float32
+    most = 64 if narrow or key_block <= 64 else 32
+    if key_block > 128:
+        most = 32 if narrow else 16
     raw = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype, tl.float32)
+    emulated = not q.is_cuda  # the interpreter multiplies the bits of bfloat16
     return Setting(
         key_block=key_block,
-        value_block=value_block,
+        value_block=min(most, max(16, triton.next_power_of_2(v.shape[-1]))),
         key_part=min(64, key_block),
-        raw=raw if q.is_cuda else tl.float32,  # the interpreter multiplies the bits of bfloat16
-        dot=tl.float32,
+        raw=tl.float32 if emulated else raw,
+        dot=tl.bfloat16 if narrow and not emulated else tl.float32,
         gate=tl.float64 if wide else tl.float32,
         precision="tf32x3" if wide else "tf32",
-        kept=torch.float32,
+        kept=torch.bfloat16 if narrow else torch.float32,
+        stages=3 if narrow and key_block <= 128 else 2 if key_block <= 128 else 1,
         warps=4,
     )
