@@ -5,7 +5,8 @@ The names are those of `chunked_backward`; q is not scaled in memory, so `scale`
 2. reverse walk, a part of Dv per program: dS before and after each chunk, dR; dS stays in registers
 3. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
 4. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
-5. sums over the parts, over the query heads of a group, and along tokens for dg, in PyTorch: no atomics.
+5. gates: sums over the parts and along tokens give dg and dbeta
+dk and dv are summed over the query heads of a group in PyTorch. No atomics: results are the same every run.
 """
 
 from __future__ import annotations
@@ -181,24 +182,28 @@ def _keys(
     store_rows(dk + gate * DK, by_key + by_scaled * rate[:, None], t0, H * DK, T, k0, DK, C, BK)
 
 
-def _d_gates(pairs: Tensor, total: Tensor, end: Tensor, kept: Tensor, like: Tensor) -> Tensor:
-    """dg [B, T, H]: the sum of the gradients of c_s for s >= t, with what c_C takes at the chunk's end.
-
-    pairs [B H, N, C], total and end [parts, B H, N, C], kept [parts, B H, N]; summed in float64.
-    """
-    d_total = pairs.double() + total.sum(0, dtype=torch.float64)
-    at_end = end.sum(0, dtype=torch.float64)
-    later = d_total.sum(-1, keepdim=True) - d_total.cumsum(-1) + d_total
-    dg = later + (at_end.cumsum(-1) - at_end) + kept.sum(0, dtype=torch.float64).unsqueeze(-1)
-    return _by_token(dg, like)
-
-
-def _by_token(x: Tensor, like: Tensor) -> Tensor:
-    """[B H, N, C] -> [B, T, H] in the type of `like`."""
-    batch, tokens, heads = like.shape
-    return (
-        x.reshape(batch, heads, -1)[:, :, :tokens].transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format)
-    )
+@triton.jit
+def _gates(
+    by_value, by_pair, by_key, total, end, kept, dg, dbeta, T, N, H, parts, count, C: tl.constexpr, GATE: tl.constexpr
+):  # fmt: skip
+    """Sums over the parts of Dk. dg_t gathers the gradients of c_s for s >= t and what c_C takes at the chunk's end."""
+    pid = tl.program_id(0).to(tl.int64)
+    row, n = pid // N, pid % N
+    at, t0 = row // H * T * H + row % H, n * C
+    rate = load_gate(by_value + pid * C, 0, 1, C, C)
+    d_total = load_gate(by_pair + pid * C, 0, 1, C, C).to(GATE)
+    at_end = tl.zeros((C,), GATE)
+    whole = tl.zeros((C,), GATE)
+    for part in range(parts):
+        share = (part * count + pid) * C
+        rate += load_gate(by_key + share, 0, 1, C, C)
+        d_total += load_gate(total + share, 0, 1, C, C).to(GATE)
+        at_end += load_gate(end + share, 0, 1, C, C).to(GATE)
+        whole += tl.load(kept + part * count + pid).to(GATE)
+    later = tl.sum(d_total, 0) - tl.cumsum(d_total, 0) + d_total
+    grad = later + whole + tl.cumsum(at_end, 0) - at_end
+    store_gate(dg + at, grad.to(tl.float32), t0, H, T, C)
+    store_gate(dbeta + at, rate, t0, H, T, C)
 
 
 def _over_group(x: Tensor, like: Tensor) -> Tensor:
@@ -267,7 +272,25 @@ def _at_all_chunks(
     _pairs[grid](q, k, v, g, beta, d_out, w.fresh, d_rows, *outputs, scale, *sizes, **s.blocks(s.key_block))
     given = (d_out, w.fresh, d_rows, w.states, d_states, pairs)
     grid = (rows * num_chunks * parts,)
-    sums = (dq, dk, by_key, total, end, kept)
-    _keys[grid](q, k, g, beta, *given, *sums, scale, *sizes, rows * num_chunks, **s.blocks(s.key_part))
-    dbeta = _by_token(by_value + by_key.sum(0), beta)
-    return dq, dk, dv, _d_gates(by_pair, total, end, kept, g), dbeta
+    _keys[grid](
+        q,
+        k,
+        g,
+        beta,
+        *given,
+        dq,
+        dk,
+        by_key,
+        total,
+        end,
+        kept,
+        scale,
+        *sizes,
+        rows * num_chunks,
+        **s.blocks(s.key_part),
+    )
+    dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
+    sums = (by_value, by_pair, by_key, total, end, kept)
+    where = (*sizes[:3], parts, rows * num_chunks)
+    _gates[(rows * num_chunks,)](*sums, dg, dbeta, *where, C=CHUNK, GATE=s.gate, num_warps=1)
+    return dq, dk, dv, dg, dbeta

@@ -198,7 +198,7 @@ def walk(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, s: Settin
     final = torch.empty_like(state)
     sizes = (tokens, chunks, heads, kv_heads, key_dim)
     types = dict(RAW=s.raw, GATE=s.gate, PRECISION=s.precision)
-    _solve[(rows * chunks,)](k, g, beta, solve, *sizes, C=CHUNK, BK=s.key_block, num_warps=s.warps, **types)
+    _solve[(rows * chunks,)](k, g, beta, solve, *sizes, C=CHUNK, BK=s.key_block, num_warps=s.solve_warps, **types)
     grid = (rows * triton.cdiv(value_dim, s.value_block),)
     _walk[grid](k, v, g, beta, solve, state, fresh, states, final, *sizes, value_dim, **s.blocks(s.key_block))
     return Walked(solve, fresh, states, final)

@@ -101,6 +101,7 @@ class Setting:
     kept: torch.dtype  # of V', dR, states and pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int
+    solve_warps: int = 4
 
     def blocks(self, columns: int) -> dict[str, Any]:
         """The constexpr arguments that most kernels share."""
@@ -127,7 +128,7 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
         dot=tl.bfloat16 if narrow and not emulated else tl.float32,
         gate=tl.float64 if wide else tl.float32,
         precision="tf32x3" if wide else "tf32",
-        kept=torch.bfloat16 if narrow else torch.float32,
+        kept=torch.bfloat16 if narrow and not emulated else torch.float32,
         stages=3 if narrow and key_block <= 128 else 2 if key_block <= 128 else 1,
         warps=4,
     )
