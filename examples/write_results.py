@@ -1,0 +1,81 @@
+"""Writes docs/results.md from the JSON files that the measuring scripts left in docs/results/.
+
+python examples/write_results.py docs/results --out docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Measured results
+
+Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py` and
+`examples/bench_onnx.py` wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to
+the teacher in the same run. Calibration texts and scored texts are different files, and the script refuses a scored text
+that was calibrated on.
+"""
+
+
+def conversion(name: str, body: dict[str, Any]) -> str:
+    a, env = body["arguments"], body["environment"]
+    lines = [
+        f"## {name}\n",
+        f"Teacher {a['teacher']}, policy {a['policy']}; calibrated on {a['sequences']} x {a['length']}",
+    ]
+    lines[-1] += (
+        f" tokens of {a['calib']}, {a['holdout']} more sequences choose the weights; batch {a['batch']}, seed {a['seed']}."
+    )
+    lines += [f"Scored in sequences of {a['eval_length']} tokens.", _machine(env), ""]
+    lines += [
+        "| student | text | tokens | perplexity | teacher | ratio | KL, nats per token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for student, texts in body["scores"].items():
+        for text, r in texts.items():
+            cells = [
+                student,
+                text,
+                str(r["tokens"]),
+                f"{r['perplexity']:.2f}",
+                f"{r['teacher']:.2f}",
+                f"{r['ratio']:.3f}",
+            ]
+            lines.append("| " + " | ".join([*cells, f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]) + " |")
+    seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
+    return "\n".join([*lines, "", f"Seconds: {seconds}.", ""])
+
+
+def decode(name: str, body: dict[str, Any]) -> str:
+    lines = [f"## {name}\n", _machine(body["environment"]), f"Medians of {body['steps']} single-token steps.", ""]
+    lines += [
+        "| model | context | median ms | 10% to 90% | against the first | state, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, rows in body["decode"].items():
+        for context, r in rows.items():
+            cells = [model, context, f"{r['median_ms']:.2f}", f"{r['p10_ms']:.2f} to {r['p90_ms']:.2f}"]
+            lines.append("| " + " | ".join([*cells, f"{r['speedup_over_first']:.2f}x", f"{r['state_mb']:.2f}"]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _machine(env: dict[str, Any]) -> str:
+    return "Machine: " + ", ".join(f"{k} {v}" for k, v in env.items() if v is not None) + "."
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path)
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args()
+    parts = [HEAD]
+    for path in sorted(args.folder.glob("*.json")):
+        body = json.loads(path.read_text(encoding="utf-8"))
+        parts.append((decode if "decode" in body else conversion)(path.stem.replace("-", " "), body))
+    args.out.write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
