@@ -38,8 +38,9 @@ from tcal_compiler.runtime.data import (
 )
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.student import Student, make_student
-from tcal_compiler.runtime.taps import collect_taps
+from tcal_compiler.runtime.taps import SiteGroup, collect_taps
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
+from tcal_compiler.runtime.weights import changed_names
 
 
 def arguments() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("teacher")
     p.add_argument("--policy", default="uniform:25%")
     p.add_argument("--calib", required=True, help="calibration text")
-    p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="text to score on; repeat")
+    p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE[:LENGTH]", help="text; repeat")
     p.add_argument("--sequences", type=int, default=64)
     p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
     p.add_argument("--length", type=int, default=512)
@@ -56,6 +57,15 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--init", action="append", default=[], help="inits to score without a gradient step; repeat")
     p.add_argument("--steps", type=int, action="append", default=[], help="alignment steps from closed-form; repeat")
     p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--lr-new", type=float, help="peak rate of gates and norms; default as in tcal-compile")
+    p.add_argument(
+        "--lr-teacher",
+        type=float,
+        action="append",
+        default=[],
+        help="peak rate of the teacher's projections; of several, the one with the least error on the held-out "
+        "calibration sequences after the first --steps is used",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path)
@@ -78,6 +88,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
         self.seconds: dict[str, float] = {}
+        self.start: tuple[Student, list[SiteGroup], dict[str, torch.Tensor]] | None = None
         teacher = self.timed("load", lambda: load_teacher(args.teacher))
         tokenizer = load_tokenizer(teacher)
         self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))
@@ -90,11 +101,13 @@ class Bench:
         seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
         self.texts = {}
         for item in args.eval:
-            name, path = item.split("=", 1)
+            name, _, place = item.partition("=")
+            path, _, own = place.partition(":")
             check_not_calibrated(path, *seen)
             ids = encode_documents(read_text(path), tokenizer, eos)
-            count = min(len(ids) // args.eval_length, args.eval_sequences or len(ids))
-            self.texts[name] = pack(ids, sequences=count, length=args.eval_length, what=path)
+            length = int(own) if own else args.eval_length
+            count = min(len(ids), (args.eval_sequences or len(ids)) * args.eval_length) // length
+            self.texts[f"{name} ({length})"] = pack(ids, sequences=count, length=length, what=path)
 
     def timed(self, what: str, call: Any) -> Any:
         start = time.perf_counter()
@@ -122,25 +135,33 @@ class Bench:
         )
         return student, groups
 
-    def aligned(self, steps: int) -> Student:
-        student, groups = self.initialised("closed-form")
-        config = AlignConfig(steps=steps, batch=self.args.batch)
+    def aligned(self, steps: int, lr_teacher: float | None) -> tuple[Student, float]:
+        """A student after alignment from closed-form, and its error on the held-out calibration sequences."""
+        if self.start is None:
+            student, groups = self.initialised("closed-form")
+            names = sorted(changed_names(student))
+            self.start = student, groups, {n: student.gm.get_parameter(n).detach().clone() for n in names}
+        student, groups, values = self.start
+        with torch.no_grad():
+            for n, v in values.items():
+                student.gm.get_parameter(n).copy_(v)
+        rates = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher}
+        config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in rates.items() if v is not None})
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(
-            f"align {steps} steps",
+            f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
             lambda: align(student, groups, train=self.args.sequences, config=config, seed=self.args.seed),
         )
         torch.set_float32_matmul_precision("highest")
-        for point in (curve[0], curve[-1]):
-            held = list(point["held_out"].values())
-            print(f"  step {point['step']}: held-out error {sum(held) / len(held):.4f}", flush=True)
-        return student
+        means = [[sum(p[k].values()) / len(p[k]) for k in ("train", "held_out")] for p in curve]
+        print("  error on trained, held-out: " + ", ".join(f"{t:.4f} {h:.4f}" for t, h in means), flush=True)
+        return student, min(h for _, h in means)
 
     @torch.no_grad()
     def score(self, name: str, student: Student) -> dict[str, Any]:
         out = {}
         for text, ids in self.texts.items():
-            batch = 4 if self.device.type == "cuda" else 1
+            batch = max(1, 8192 // ids.shape[1]) if self.device.type == "cuda" else 1
             results = evaluate(
                 ids.to(self.device),
                 teacher=lambda part: self.capture.gm(*self.capture.inputs(part)),
@@ -167,11 +188,16 @@ def main() -> None:
     scores = {}
     for init in args.init:
         scores[init] = bench.score(init, bench.initialised(init)[0])
-    for steps in args.steps:
-        scores[f"aligned-{steps}"] = bench.score(f"aligned-{steps}", bench.aligned(steps))
+    rates: list[float | None] = args.lr_teacher or [None]
+    for i, steps in enumerate(args.steps):
+        if i == 0 and len(rates) > 1:
+            rates = [min(rates, key=lambda rate: bench.aligned(args.steps[0], rate)[1])]
+        name = f"aligned-{steps}"
+        scores[name] = bench.score(name, bench.aligned(steps, rates[0])[0])
     if args.json:
         given = {k: Path(v).name if k in ("calib", "teacher") else v for k, v in vars(args).items() if k != "json"}
         given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
+        given["lr_teacher_used"] = rates[0]
         body = {
             "arguments": given,
             "environment": environment(bench.device),
