@@ -18,7 +18,7 @@ from .chunked import gated_delta_rule_chunked
 from .chunked_backward import gated_delta_rule_chunked_backward
 
 LARGEST_HEAD_DIM = 256
-ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # rms error over rms, of any result
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # rms error over rms, of any result
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "d_initial_state")
 
 

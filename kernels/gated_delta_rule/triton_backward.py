@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_forward import Walked, as_kernels_take, walk
+from .triton_forward import Walked, walk
 from .triton_tiles import (
     CHUNK,
     Setting,
+    as_kernels_take,
     decay_sums,
     dot,
     exp32,
@@ -37,7 +38,7 @@ from .triton_tiles import (
 @triton.jit
 def _inward(
     q, k, g, d_out, d_fresh, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -47,7 +48,7 @@ def _inward(
     keys = load_rows(k + (b * T * K + h // (H // K)) * DK, t0, K * DK, T, 0, DK, C, BK)
     queries_t = load_columns(q + (b * T * H + h) * DK, t0, H * DK, T, 0, DK, C, BK)
     c, _ = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
-    scores_t = dot(keys, queries_t, RAW, PRECISION) * pair_decay_transposed(c, C) * scale
+    scores_t = dot(keys, queries_t, DOT, PRECISION) * pair_decay_transposed(c, C) * scale
     for v0 in range(0, DV, BV):
         grad = load_rows(d_out + (b * T * H + h) * DV, t0, H * DV, T, v0, DV, C, BV)
         store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
@@ -56,7 +57,7 @@ def _inward(
 @triton.jit
 def _walk_back(
     q, k, g, beta, solve, d_out, d_final, d_fresh, d_rows, d_states, d_start, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV)
@@ -91,7 +92,7 @@ def _walk_back(
 @triton.jit
 def _pairs(
     q, k, v, g, beta, d_out, fresh, d_rows, pairs, dv, d_rate, d_total, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -122,8 +123,8 @@ def _pairs(
     store_rows(pairs + pid * 2 * C * C, d_scores, 0, C, C, 0, C, C, C)
     store_rows(pairs + (pid * 2 + 1) * C * C, d_low, 0, C, C, 0, C, C, C)
     keys_t = load_columns(k + kv * DK, t0, K * DK, T, 0, DK, C, BK)
-    moved = d_scores * dot(load_rows(q + gate * DK, t0, H * DK, T, 0, DK, C, BK), keys_t, RAW, PRECISION)
-    low = dot(load_rows(k + kv * DK, t0, K * DK, T, 0, DK, C, BK), keys_t, RAW, PRECISION)
+    moved = d_scores * dot(load_rows(q + gate * DK, t0, H * DK, T, 0, DK, C, BK), keys_t, DOT, PRECISION)
+    low = dot(load_rows(k + kv * DK, t0, K * DK, T, 0, DK, C, BK), keys_t, DOT, PRECISION)
     moved = tl.where(strict, moved + d_low * low * rate[:, None], 0.0)  # L_tt = 1 whatever g is
     store_gate(d_total + pid * C, tl.sum(moved, 1) - tl.sum(moved, 0), 0, 1, C, C)
 
@@ -132,7 +133,7 @@ def _pairs(
 def _keys(
     q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs, dq, dk, d_rate, d_total, d_end, d_kept, scale,
     T, N, H, K, DK, DV, count,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DK, BK)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .triton_tiles import (
     CHUNK,
     Setting,
+    as_kernels_take,
     decay_sums,
     dot,
     exp32,
@@ -59,25 +60,9 @@ def _inverse(low, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _inverse_by_products(low, C: tl.constexpr, PRECISION: tl.constexpr):
-    i = tl.arange(0, C)
-    a = tl.where(i[:, None] // 8 == i[None, :] // 8, low, 0.0)
-    x = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - a
-    a = tl.dot(a, a, input_precision=PRECISION)
-    x += tl.dot(x, a, input_precision=PRECISION)
-    a = tl.dot(a, a, input_precision=PRECISION)
-    x += tl.dot(x, a, input_precision=PRECISION)
-    for level in tl.static_range(3, 6):
-        same = (i[:, None] >> (level + 1)) == (i[None, :] >> (level + 1))
-        corner = tl.where(same & ((i[:, None] >> level) != (i[None, :] >> level)), low, 0.0)
-        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
-    return x
-
-
-@triton.jit
 def _solve(
     k, g, beta, solve, T, N, H, K, DK,
-    C: tl.constexpr, BK: tl.constexpr, RAW: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row, n = pid // N, pid % N
@@ -89,7 +74,7 @@ def _solve(
     keys_t = load_columns(kp, t0, K * DK, T, 0, DK, C, BK)
     rate = load_gate(beta + b * T * H + h, t0, H, T, C)
     c, _ = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
-    low = dot(keys, keys_t, RAW, PRECISION) * rate[:, None]
+    low = dot(keys, keys_t, DOT, PRECISION) * rate[:, None]
     low = tl.where(i[:, None] > i[None, :], low, 0.0)
     x = _inverse(low, C, PRECISION)
     x = x * pair_decay(c, C)
@@ -99,7 +84,7 @@ def _solve(
 @triton.jit
 def _walk(
     k, v, g, beta, solve, start, fresh, states, final, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV)
@@ -131,7 +116,7 @@ def _walk(
 @triton.jit
 def _outputs(
     q, k, g, fresh, states, out, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -141,7 +126,7 @@ def _outputs(
     queries = load_rows(q + (b * T * H + h) * DK, t0, H * DK, T, 0, DK, C, BK)
     keys_t = load_columns(k + (b * T * K + h // (H // K)) * DK, t0, K * DK, T, 0, DK, C, BK)
     c, _ = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
-    scores = dot(queries, keys_t, RAW, PRECISION) * pair_decay(c, C)
+    scores = dot(queries, keys_t, DOT, PRECISION) * pair_decay(c, C)
     into = exp32(c)
     for v0 in range(0, DV, BV):
         state = load_rows(states + pid * DK * DV, 0, DV, DK, v0, DV, BK, BV)
@@ -197,17 +182,11 @@ def walk(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, s: Settin
     fresh, states = empty(CHUNK, value_dim), empty(key_dim, value_dim)
     final = torch.empty_like(state)
     sizes = (tokens, chunks, heads, kv_heads, key_dim)
-    types = dict(RAW=s.raw, GATE=s.gate, PRECISION=s.precision)
+    types = dict(DOT=s.dot, GATE=s.gate, PRECISION=s.precision)
     _solve[(rows * chunks,)](k, g, beta, solve, *sizes, C=CHUNK, BK=s.key_block, num_warps=s.solve_warps, **types)
     grid = (rows * triton.cdiv(value_dim, s.value_block),)
     _walk[grid](k, v, g, beta, solve, state, fresh, states, final, *sizes, value_dim, **s.blocks(s.key_block))
     return Walked(solve, fresh, states, final)
-
-
-def as_kernels_take(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """q, k, v, g, beta, state: contiguous, q, k, v of one dtype, the rest float32."""
-    q, k, v, *rest = tensors
-    return (*(x.to(q.dtype).contiguous() for x in (q, k, v)), *(x.float().contiguous() for x in rest))
 
 
 def gated_delta_rule_triton(

@@ -94,41 +94,51 @@ class Setting:
     key_block: int  # all key columns, a power of two
     value_block: int  # value columns of one program of a walk
     key_part: int  # key columns of one program of the gradients
-    raw: Any  # type of the operands of products of keys and queries, which are exact in their own type
-    dot: Any  # type of the operands of products with computed values
+    dot: Any  # type of the operands of products
     gate: Any  # type in which g is summed
     precision: str  # of products of float32 operands
     kept: torch.dtype  # of V', dR, states and pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int
-    solve_warps: int = 4
+    solve_warps: int
 
     def blocks(self, columns: int) -> dict[str, Any]:
         """The constexpr arguments that most kernels share."""
-        types = dict(RAW=self.raw, DOT=self.dot, GATE=self.gate, PRECISION=self.precision)
+        types = dict(DOT=self.dot, GATE=self.gate, PRECISION=self.precision)
         return dict(C=CHUNK, BK=columns, BV=self.value_block, num_warps=self.warps, num_stages=self.stages, **types)
 
 
 def setting_for(q: Tensor, v: Tensor) -> Setting:
-    """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values; float16: tf32 products,
-    because computed values may leave its range; float32: three tf32 products for one and g summed in float64.
+    """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
+    float32: three tf32 products for one, and g summed in float64. q and v as `as_kernels_take` returns them.
+
+    Shared memory sets value_block and stages; each row was run on an H100 with Triton 3.6. bfloat16 products with 256
+    key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
     """
     key_block = max(16, triton.next_power_of_2(q.shape[-1]))
-    narrow, wide = q.dtype == torch.bfloat16, q.dtype == torch.float32
-    most = 64 if narrow or key_block <= 64 else 32
-    if key_block > 128:
-        most = 32 if narrow else 16
-    raw = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype, tl.float32)
+    narrow = q.dtype == torch.bfloat16
     emulated = not q.is_cuda  # the interpreter multiplies the bits of bfloat16
+    bfloat16_products = narrow and not emulated
+    value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
     return Setting(
         key_block=key_block,
-        value_block=min(most, max(16, triton.next_power_of_2(v.shape[-1]))),
+        value_block=min(value_block, max(16, triton.next_power_of_2(v.shape[-1]))),
         key_part=min(64, key_block),
-        raw=tl.float32 if emulated else raw,
-        dot=tl.bfloat16 if narrow and not emulated else tl.float32,
-        gate=tl.float64 if wide else tl.float32,
-        precision="tf32x3" if wide else "tf32",
-        kept=torch.bfloat16 if narrow and not emulated else torch.float32,
-        stages=3 if narrow and key_block <= 128 else 2 if key_block <= 128 else 1,
+        dot=tl.bfloat16 if bfloat16_products else tl.float32,
+        gate=tl.float32 if narrow else tl.float64,
+        precision="tf32" if narrow else "tf32x3",
+        kept=torch.bfloat16 if bfloat16_products else torch.float32,
+        stages=2 if key_block <= 128 else 1,
         warps=4,
+        solve_warps=2 if narrow else 4,
     )
+
+
+def as_kernels_take(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """q, k, v, g, beta, state: contiguous; q, k, v bfloat16 or float32, the rest float32.
+
+    float16 is widened, since computed values may leave its range, and so is bfloat16 beyond head dims of 128.
+    """
+    q, k, v, *rest = tensors
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and q.shape[-1] <= 128 else torch.float32
+    return (*(x.to(dtype).contiguous() for x in (q, k, v)), *(x.float().contiguous() for x in rest))
