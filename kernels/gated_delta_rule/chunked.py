@@ -129,15 +129,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _one_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence for T = 1 with the state read twice and written twice: both products with it come first."""
-    acc, group = state.dtype, q.shape[2] // k.shape[2]
-    rows = [x[:, 0].to(acc).repeat_interleave(n, 1).flatten(0, 1) for x, n in ((q, 1), (k, group), (v, group))]
-    query, key, value = rows[0] * scale, rows[1], rows[2]
-    keep, rate = _exp(g[:, 0].to(acc, copy=True)).reshape(-1, 1), beta[:, 0].to(acc).reshape(-1, 1)
-    read = torch.bmm(torch.stack([key, query], 1), state.flatten(0, 1))
-    write = (value - keep * read[:, 0]) * rate
-    out = keep * read[:, 1] + (query * key).sum(-1, keepdim=True) * write
-    new = (state.flatten(0, 1) * keep.unsqueeze(-1)).baddbmm_(key.unsqueeze(-1), write.unsqueeze(1))
+    """The recurrence for T = 1 in few operations: at batch 1 their number is the cost."""
+    acc, group, rows = state.dtype, q.shape[2] // k.shape[2], state.flatten(0, 1)
+    if group > 1:
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    query, key, value = (x.to(acc).reshape(rows.shape[0], 1, -1) for x in (q, k, v))
+    keep = _exp(g.to(acc, copy=True)).reshape(-1, 1, 1)
+    write = torch.addcmul(value, keep, torch.bmm(key, rows), value=-1).mul_(beta.to(acc).reshape(-1, 1, 1))
+    new = (rows * keep).addcmul_(key.transpose(1, 2), write)
+    out = torch.bmm(query, new).mul_(scale)
     return out.view(state.shape[0], 1, state.shape[1], -1), new.view(state.shape)
 
 
