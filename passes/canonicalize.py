@@ -8,23 +8,34 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .base import PassResult
-from .graph import aten, is_effect, value
+from .graph import argument, aten, is_effect, value
 
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range")
 _MAX = 9223372036854775807
 
 
-def _is_noop(n: Node) -> bool:
+_COPIES = (aten.lift_fresh_copy.default, aten._to_copy.default)
+
+
+def _mutates(gm: GraphModule) -> bool:
+    """An in-place op is in the graph: then a copy may be there to be written to."""
+    schemas = (getattr(n.target, "_schema", None) for n in gm.graph.nodes if n.op == "call_function")
+    return any(s is not None and s.is_mutable for s in schemas)
+
+
+def _is_noop(n: Node, mutates: bool) -> bool:
     """True for a node whose value is its first argument's, same dtype, shape and strides."""
     if n.op != "call_function" or not n.args or not isinstance(n.args[0], Node):
         return False
     before, after = value(n.args[0]), value(n)
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)) or before.dtype != after.dtype:
         return False
+    if n.target in _COPIES and mutates:
+        return False
     if n.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
         return True
     if n.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):
-        return bool(before.device == after.device and not n.kwargs.get("copy", False))
+        return bool(before.device == after.device and not argument(n, "copy", False))
     if n.target is aten.slice.Tensor:
         start, end, step = (*n.args[2:], *(0, _MAX, 1)[len(n.args) - 2 :])[:3]
         return bool(start in (0, None) and end in (_MAX, None) and step == 1)
@@ -38,12 +49,12 @@ class RemoveNoOps:
     """Drops assertions, aliases, casts to the same dtype, full slices and dropout that is off."""
 
     def run(self, gm: GraphModule) -> PassResult:
-        changed = 0
+        changed, mutates = 0, _mutates(gm)
         for n in list(gm.graph.nodes):
             if n.op == "call_function" and any(a in str(n.target) for a in _ASSERTS) and not n.users:
                 gm.graph.erase_node(n)
                 changed += 1
-            elif _is_noop(n):
+            elif _is_noop(n, mutates):
                 n.replace_all_uses_with(n.args[0])
                 gm.graph.erase_node(n)
                 changed += 1
@@ -52,4 +63,5 @@ class RemoveNoOps:
         return PassResult(changed + before - len(gm.graph.nodes))
 
     def ensures(self, gm: GraphModule) -> None:
-        assert not any(_is_noop(n) for n in gm.graph.nodes)
+        mutates = _mutates(gm)
+        assert not any(_is_noop(n, mutates) for n in gm.graph.nodes)

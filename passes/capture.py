@@ -70,3 +70,26 @@ def capture_program(
             "export the model yourself with dynamic batch and length and pass the .pt2 file",
         )
     return Capture(gm, len(ins) > 1, vocab, implementation, "", tuple(checks))
+
+
+def require_causal(capture: Capture, *, length: int = 48) -> Check:
+    """Changes the last tokens and compares the logits before them: they may differ by 1e-5 of the largest logit.
+
+    Raises UnsupportedModelError when an earlier token's logits see a later token, wherever that happens in the model.
+    """
+    first = length // 3
+    ids = example_ids(1, length, capture.vocab_size)
+    other = ids.clone()
+    other[:, first:] = (other[:, first:] + 1) % capture.vocab_size
+    with torch.no_grad():
+        before, after = (capture.gm(*capture.inputs(i))[0, :first].float() for i in (ids, other))
+    per_token = (before - after).abs().amax(-1)
+    check = Check("logits do not see later tokens", per_token.max().item(), 1e-5 * before.abs().max().item())
+    if not check.passed:
+        raise UnsupportedModelError(
+            "teacher",
+            f"is not causal: changing the tokens from {first} on changes the logits of token {int(per_token.argmax())} "
+            f"by {check.measured:.3g} (allowed {check.allowed:.3g})",
+            "a decoder-only language model, in which no token sees a later one",
+        )
+    return check

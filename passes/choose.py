@@ -23,7 +23,7 @@ def _uniform(budget: str, total: int, policy: str) -> list[int]:
     try:
         count = round(total * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
         percent_ok = not budget.endswith("%") or 0 <= float(budget[:-1]) <= 100
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"--policy {policy}", f"'{budget}' is no number", f"policies: {POLICIES}") from None
     if not percent_ok or not 0 <= count <= total:
         raise ConfigError(
@@ -82,7 +82,7 @@ def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
     """Reads a plan back. Raises ConfigError when it is no plan of this teacher."""
     try:
         body = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(
             str(path), f"cannot be read as a plan: {error}", "delete it, or write it anew with tcal plan"
         ) from None
@@ -91,13 +91,18 @@ def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
         raise ConfigError(str(path), "has no [[site]] tables", "write it anew with tcal plan")
     if extra := sorted(set(body) - {"policy", "site", "refused"}):
         raise ConfigError(str(path), f"unknown keys {extra}", "keys are policy, site and refused")
+    policy = body.get("policy", "plan.toml")
+    if not isinstance(policy, str):
+        raise ConfigError(str(path), f"policy is {policy!r}", "a text in quotes; it only says where the plan came from")
     mixers: dict[int, str] = {}
     for e in entries:
         layer, mixer = e.get("layer"), e.get("mixer")
-        if not isinstance(layer, int) or layer in mixers:
-            raise ConfigError(str(path), f"layer {layer!r} is no number or stands twice")
+        if not isinstance(layer, int) or isinstance(layer, bool) or layer in mixers:
+            raise ConfigError(str(path), f"layer {layer!r} is no number or stands twice", "one [[site]] for each layer")
         if mixer not in ("softmax", "gdn"):
             raise ConfigError(str(path), f"layer {layer}: mixer is {mixer!r}", 'write "softmax" or "gdn"')
+        if extra := sorted(set(e) - {"layer", "module", "mixer"}):
+            raise ConfigError(str(path), f"layer {layer}: unknown keys {extra}", "keys are layer, module and mixer")
         mixers[layer] = mixer
     indices = [s.index for s in scan.sites]
     if sorted(mixers) != indices:
@@ -105,4 +110,4 @@ def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
             str(path), f"names layers {sorted(mixers)}", f"this teacher's convertible sites are {indices}"
         )
     keep = tuple(i for i in indices if mixers[i] == "softmax")
-    return Plan(keep, tuple(i for i in indices if mixers[i] == "gdn"), str(body.get("policy", "plan.toml")))
+    return Plan(keep, tuple(i for i in indices if mixers[i] == "gdn"), policy)

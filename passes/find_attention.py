@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 from torch.fx import Node
 
 from .graph import (
@@ -19,13 +20,14 @@ from .graph import (
     aten,
     backward_slice,
     by_name,
+    get_tensor,
     inputs,
     module_path,
     placeholders,
     taint,
     value,
 )
-from .masks import MaskFacts, probe_mask
+from .masks import Evaluator, MaskFacts, probe_mask
 from .types import AttentionSite, Capture, Rejection, SiteScan
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
@@ -85,8 +87,8 @@ def _token_part(capture: Capture) -> _Tokens:
     return _Tokens(capture, ins[0], data, position, graph, idom)
 
 
-def _before_repeat(node: Node) -> Node:
-    """K or V before its heads are repeated by unsqueeze, expand and reshape; else the node itself."""
+def _above_expand(node: Node) -> Node:
+    """The 4-D tensor whose heads unsqueeze, expand and reshape may have repeated; else the node itself."""
     allowed = LAYOUT | {aten.slice.Tensor, aten.unsqueeze.default}
     c = node
     for _ in range(8):
@@ -99,6 +101,20 @@ def _before_repeat(node: Node) -> Node:
             return node
         c = c.args[0]  # type: ignore[assignment]
     return node
+
+
+def _before_repeat(t: _Tokens, node: Node) -> Node:
+    """K or V before whole heads are repeated for the query heads that share them; else the node itself."""
+    before = _above_expand(node)
+    if before is node:
+        return node
+    few, many = value(before).shape, value(node).shape
+    if not (isinstance(few[1], int) and isinstance(many[1], int)) or [*map(str, few[2:])] != [*map(str, many[2:])]:
+        return node
+    probe = torch.randn(1, few[1], 5, int(few[3]), generator=torch.Generator().manual_seed(0)).to(value(before).dtype)
+    repeated = Evaluator(t.capture, 5, {before: probe})(node)
+    same = many[1] % few[1] == 0 and torch.equal(repeated, probe.repeat_interleave(many[1] // few[1], 1))
+    return before if same else node  # another order of heads, such as 0 1 0 1
 
 
 def _common_source(t: _Tokens, q: Node, k: Node, v: Node) -> Node:
@@ -153,6 +169,16 @@ def _check_region(t: _Tokens, x: Node, y: Node) -> None:
             raise _Unfit(f"{n.name} also reads {outside[0].name}, which is not computed from {x.name}")
         if n is not y and (leak := [u for u in t.users(n) if u not in region]):
             raise _Unfit(f"{n.name} is also used outside the attention block, by {leak[0].name}")
+    weights = {id(w): n for r in region for n in inputs(r) if (w := _weight(t, n)) is not None}
+    for n in t.capture.gm.graph.nodes:
+        if n not in region and (shared := [i for i in inputs(n) if id(_weight(t, i)) in weights]):
+            raise _Unfit(f"its weight {shared[0].target} is also used outside the attention block, by {n.name}")
+
+
+def _weight(t: _Tokens, node: Node) -> torch.nn.Parameter | None:
+    """The parameter that a node reads; alignment gives each site its own, so layers must not share them."""
+    tensor = get_tensor(t.capture.gm, str(node.target)) if node.op == "get_attr" else None
+    return tensor if isinstance(tensor, torch.nn.Parameter) else None
 
 
 def _mask_facts(t: _Tokens, anchor: Node) -> MaskFacts:
@@ -176,17 +202,19 @@ def _site(t: _Tokens, anchor: Node, index: int) -> AttentionSite:
     if facts.kind != "causal":
         label = {"none": "not causal", "bias": "a position bias on the scores", "other": "not provably causal"}
         raise _Unfit(f"{label[facts.kind]}: the mask {facts.detail}")
-    k, v = _before_repeat(k), _before_repeat(v)
+    k, v = _before_repeat(t, k), _before_repeat(t, v)
     shapes = [tuple(value(n).shape) for n in (q, k, v)]
     if any(len(s) != 4 for s in shapes):
         raise _Unfit(f"q, k, v have {[len(s) for s in shapes]} dimensions, want [B, H, T, D]")
     heads, kv_heads = shapes[0][1], shapes[1][1]
     if shapes[2][1] != kv_heads or heads % kv_heads:
         raise _Unfit(f"{heads} query heads, {kv_heads} key heads and {shapes[2][1]} value heads do not group")
+    scale = argument(anchor, "scale")
+    if isinstance(scale, Node):
+        raise _Unfit("its scale is computed from the length")
     x = _common_source(t, q, k, v)
     y = _output_projection(t, anchor)
     _check_region(t, x, y)
-    scale = argument(anchor, "scale")
     return AttentionSite(
         index=index,
         layer=module_path(anchor),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,12 @@ class MaskFacts:
 
 
 class Evaluator:
-    """Evaluates chosen nodes of a graph on concrete ids, computing only what they need."""
+    """Evaluates chosen nodes of a graph on concrete ids [1, length], computing only what they need beyond `known`."""
 
-    def __init__(self, capture: Capture, length: int) -> None:
+    def __init__(self, capture: Capture, length: int, known: Mapping[Node, Tensor] | None = None) -> None:
         self._gm: GraphModule = capture.gm
         args = capture.inputs(torch.ones(1, length, dtype=torch.long))
-        self._env: dict[Node, Any] = dict(zip(placeholders(capture.gm), args, strict=True))
+        self._env: dict[Node, Any] = dict(zip(placeholders(capture.gm), args, strict=True)) | dict(known or {})
 
     @torch.no_grad()
     def __call__(self, target: Node) -> Any:

@@ -61,6 +61,8 @@ def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = S
                 "export it yourself with dynamic batch and length, torch.export.save, and pass the .pt2 file",
             ) from e
         run = module
+    longest = teacher.info.get("context_length") or max(t for _, t in shapes)
+    shapes = tuple((b, min(t, longest)) for b, t in shapes)
     capture = capture_program(
         program, teacher=lambda *args: _first(run(*args)), implementation=teacher.kind, shapes=shapes
     )

@@ -1,0 +1,67 @@
+"""A mask means what it evaluates to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import scanned
+
+from tcal_compiler.passes.graph import argument, by_name
+from tcal_compiler.passes.masks import Evaluator, classify_mask, probe_mask
+
+STEPS = torch.arange(12)
+FAR = STEPS[:, None] - STEPS[None, :]
+CAUSAL = FAR >= 0
+LEAST = torch.finfo(torch.float32).min
+
+
+def additive(seen: torch.Tensor, hidden: float = LEAST) -> torch.Tensor:
+    return torch.zeros(seen.shape).masked_fill(~seen, hidden)
+
+
+CASES = [
+    (CAUSAL, "causal", None, "lower triangle at 12"),
+    (CAUSAL[None, None], "causal", None, ""),
+    (additive(CAUSAL), "causal", None, ""),
+    (additive(CAUSAL, float("-inf"))[None, None].half(), "causal", None, ""),
+    (CAUSAL & (FAR < 4), "causal", 4, "window of 4"),
+    (CAUSAL & (FAR < 1), "causal", 1, "window of 1"),
+    (torch.ones_like(CAUSAL), "none", None, "hides nothing"),
+    (FAR >= -1, "other", None, "T=12 row 0 sees column 1"),
+    (FAR <= 0, "other", None, "sees column"),
+    (CAUSAL & (FAR % 3 == 0), "other", None, "no window"),
+    (CAUSAL & (FAR < 4) | (CAUSAL & (STEPS < 1)), "other", None, "no window"),  # an attention sink
+    (additive(CAUSAL) - 0.01 * FAR.clamp_min(0), "bias", None, "adds values"),
+    (torch.stack([CAUSAL, CAUSAL & (FAR < 4)]), "other", None, "differs between heads"),
+    (additive(CAUSAL).masked_fill(FAR == 2, float("nan")), "other", None, ""),
+]
+
+
+@pytest.mark.parametrize("mask, kind, window, detail", CASES)
+def test_classification(mask, kind, window, detail):
+    facts = classify_mask(mask)
+    assert (facts.kind, facts.window) == (kind, window) and detail in facts.detail
+
+
+def mask_node(core):
+    capture, _ = scanned(core, layers=1)
+    node = next(n for n in capture.gm.graph.nodes if "scaled_dot_product" in str(n.target))
+    return capture, argument(node, "attn_mask")
+
+
+def test_a_window_longer_than_the_first_probe_is_seen():
+    from tiny_models import CORES, masked
+
+    CORES["window of 60"] = masked(lambda d: (d >= 0) & (d < 60))
+    capture, node = mask_node("window of 60")
+    assert classify_mask(Evaluator(capture, 48)(node)).window is None  # a short probe alone would be fooled
+    assert probe_mask(capture, node).window == 60
+
+
+def test_only_what_a_node_needs_is_evaluated():
+    capture, node = mask_node("mask")
+    evaluator = Evaluator(capture, 6)
+    assert torch.equal(evaluator(node), torch.ones(6, 6, dtype=torch.bool).tril())
+    names = {n.name for n in evaluator._env}
+    assert not any("linear" in n or "attention" in n for n in names)
+    assert len(names) < len(by_name(capture.gm))
