@@ -10,6 +10,7 @@ given to --eval are scored as consecutive sequences of --eval-length tokens; a t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import subprocess
@@ -27,7 +28,7 @@ from tcal_compiler.passes.types import Capture, Plan, SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.capture_teacher import capture_teacher
-from tcal_compiler.runtime.config import AlignConfig
+from tcal_compiler.runtime.config import AlignConfig, InitName
 from tcal_compiler.runtime.data import (
     check_not_calibrated,
     encode_documents,
@@ -123,7 +124,7 @@ class Bench:
         move_to(student.gm, self.device)
         return student
 
-    def initialised(self, init: str) -> tuple[Student, Any]:
+    def initialised(self, init: InitName) -> tuple[Student, Any]:
         student, a = self.fresh(), self.args
         groups = self.timed(
             f"taps for {init}",
@@ -149,7 +150,7 @@ class Bench:
         config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in rates.items() if v is not None})
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(
-            f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
+            f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher or '1.5 / width'}",
             lambda: align(student, groups, train=self.args.sequences, config=config, seed=self.args.seed),
         )
         torch.set_float32_matmul_precision("highest")
@@ -158,23 +159,26 @@ class Bench:
         return student, min(h for _, h in means)
 
     @torch.no_grad()
-    def score(self, name: str, student: Student) -> dict[str, Any]:
-        out = {}
+    def score(self, students: dict[str, Student]) -> dict[str, dict[str, Any]]:
+        """All students on all texts; the teacher's logits are computed once."""
+        out: dict[str, dict[str, Any]] = {n: {} for n in students}
         for text, ids in self.texts.items():
             batch = max(1, 8192 // ids.shape[1]) if self.device.type == "cuda" else 1
             results = evaluate(
                 ids.to(self.device),
                 teacher=lambda part: self.capture.gm(*self.capture.inputs(part)),
-                students={name: student.logits},
+                students={n: s.logits for n, s in students.items()},
                 batch=batch,
             )
-            teacher, mine = results["teacher"], results[name]
-            out[text] = asdict(mine) | {"teacher": teacher.perplexity, "ratio": mine.perplexity / teacher.perplexity}
-            print(
-                f"{name} on {text}: perplexity {mine.perplexity:.2f}, teacher {teacher.perplexity:.2f}, "
-                f"ratio {out[text]['ratio']:.4f}, KL {mine.kl:.4f} +- {mine.kl_stderr:.4f}",
-                flush=True,
-            )
+            teacher = results.pop("teacher").perplexity
+            for name, r in results.items():
+                ratio = r.perplexity / teacher
+                out[name][text] = asdict(r) | {"teacher": teacher, "ratio": ratio}
+                print(
+                    f"{name} on {text}: perplexity {r.perplexity:.2f}, teacher {teacher:.2f}, ratio {ratio:.4f}, "
+                    f"KL {r.kl:.4f} +- {r.kl_stderr:.4f}",
+                    flush=True,
+                )
         return out
 
 
@@ -185,15 +189,14 @@ def tap_dtype(device: torch.device) -> torch.dtype:
 def main() -> None:
     args = arguments()
     bench = Bench(args)
-    scores = {}
-    for init in args.init:
-        scores[init] = bench.score(init, bench.initialised(init)[0])
+    students = {init: bench.initialised(init)[0] for init in args.init}
     rates: list[float | None] = args.lr_teacher or [None]
     for i, steps in enumerate(args.steps):
         if i == 0 and len(rates) > 1:
             rates = [min(rates, key=lambda rate: bench.aligned(args.steps[0], rate)[1])]
-        name = f"aligned-{steps}"
-        scores[name] = bench.score(name, bench.aligned(steps, rates[0])[0])
+        student, _ = bench.aligned(steps, rates[0])
+        students[f"aligned-{steps}"] = replace(student, gm=copy.deepcopy(student.gm))
+    scores = bench.timed("evaluation", lambda: bench.score(students))
     if args.json:
         given = {k: Path(v).name if k in ("calib", "teacher") else v for k, v in vars(args).items() if k != "json"}
         given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]

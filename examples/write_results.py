@@ -14,8 +14,8 @@ HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py` and
 `examples/bench_onnx.py` wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to
-the teacher in the same run. Calibration texts and scored texts are different files, and the script refuses a scored text
-that was calibrated on.
+the teacher in the same run. Calibration texts and scored texts are different files, and the script refuses a scored
+text that was calibrated on.
 """
 
 
@@ -25,9 +25,8 @@ def conversion(name: str, body: dict[str, Any]) -> str:
         f"## {name}\n",
         f"Teacher {a['teacher']}, policy {a['policy']}; calibrated on {a['sequences']} x {a['length']}",
     ]
-    lines[-1] += (
-        f" tokens of {a['calib']}, {a['holdout']} more sequences choose the weights; batch {a['batch']}, seed {a['seed']}."
-    )
+    lines[-1] += f" tokens of {a['calib']}, {a['holdout']} more sequences choose the weights;"
+    lines[-1] += f" batch {a['batch']}, seed {a['seed']}."
     lines += [f"Scored in sequences of {a['eval_length']} tokens.", _machine(env), ""]
     lines += [
         "| student | text | tokens | perplexity | teacher | ratio | KL, nats per token |",

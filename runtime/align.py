@@ -20,6 +20,7 @@ from .config import AlignConfig
 from .student import Student
 from .taps import SiteGroup
 
+PROJECTION_RATE = 1.5  # times 1 / width: Adam's steps are as large in every entry, so their sum grows with the width
 NO_DECAY = "mixer."  # gates, norms and rates of a mixer: never decayed
 
 
@@ -60,12 +61,13 @@ class GroupTrainer:
         fast = [p for n, p in self.params.items() if n.startswith(NO_DECAY)]
         matrices = [p for n, p in self.params.items() if not n.startswith(NO_DECAY) and p.dim() > 2]
         vectors = [p for n, p in self.params.items() if not n.startswith(NO_DECAY) and p.dim() <= 2]
-        self.peaks = [config.lr_new, config.lr_teacher, config.lr_teacher]
+        projections = config.lr_teacher or PROJECTION_RATE / group.sites[0].hidden
+        self.peaks = [config.lr_new, projections, projections]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": fast, "lr": config.lr_new, "weight_decay": 0.0},
-                {"params": matrices, "lr": config.lr_teacher, "weight_decay": config.weight_decay},
-                {"params": vectors, "lr": config.lr_teacher, "weight_decay": 0.0},
+                {"params": matrices, "lr": projections, "weight_decay": config.weight_decay},
+                {"params": vectors, "lr": projections, "weight_decay": 0.0},
             ],
             fused=self.device.type == "cuda",
         )
@@ -121,6 +123,11 @@ class GroupTrainer:
         return error
 
     @torch.no_grad()
+    def largest(self) -> Tensor:
+        """Largest parameter of each site [L]; NaN where any is NaN."""
+        return torch.stack([p.abs().flatten(1).amax(1) for p in self.params.values()]).amax(0)
+
+    @torch.no_grad()
     def write_back(self) -> None:
         for i, names in enumerate(self.group.names):
             for n, path in names.items():
@@ -142,10 +149,9 @@ class GroupTrainer:
             for n, p in self.params.items():
                 p.copy_(tensors[f"{prefix}.param.{n}"])
                 self.best[n] = tensors[f"{prefix}.best.{n}"].to(self.device)
-                slots = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[p] = {k: tensors[f"{prefix}.optimizer.{k}.{n}"].clone() for k in slots}
-                for k in slots[1:]:
-                    self.optimizer.state[p][k] = self.optimizer.state[p][k].to(self.device)
+                # the count of steps too: AdamW is fused, and keeps it on the device, when that is not the CPU
+                slots = {k: tensors[f"{prefix}.optimizer.{k}.{n}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {k: v.to(self.device, copy=True) for k, v in slots.items()}
             self.best_error = tensors[f"{prefix}.best_error"].to(self.device)
 
 
@@ -156,6 +162,16 @@ def _curve_point(step: int, groups: list[SiteGroup], train: Tensor, held: Tensor
         "train": {str(i): v for i, v in zip(order, train.tolist(), strict=True)},
         "held_out": {str(i): v for i, v in zip(order, held.tolist(), strict=True)},
     }
+
+
+def _require_finite(per_site: Tensor, groups: list[SiteGroup], step: int) -> None:
+    if not bool(per_site.isfinite().all()):
+        site = [s for g in groups for s in g.sites][int((~per_site.isfinite()).nonzero()[0])]
+        raise StageError(
+            f"align, {site.layer or site.anchor}",
+            f"the loss is not finite at step {step}",
+            "lower align.lr_new and align.lr_teacher in --config FILE, or another --init",
+        )
 
 
 def align(
@@ -193,16 +209,10 @@ def align(
         if done % config.score_every == 0 or done == config.steps:
             held = torch.cat([t.score() for t in trainers])
             state.curve.append(_curve_point(done, groups, losses, held))
-            if not bool(losses.isfinite().all() and held.isfinite().all()):
-                order = [s for g in groups for s in g.sites]
-                bad = order[int((~(losses.isfinite() & held.isfinite())).nonzero()[0])]
-                raise StageError(
-                    f"align, {bad.layer or bad.anchor}",
-                    f"the loss is not finite at step {done}",
-                    "a lower --lr, or another init",
-                )
+            _require_finite(losses + held, groups, done)
         state.step = done
         if save and (done % config.checkpoint_every == 0 and done < config.steps):
+            _require_finite(torch.cat([t.largest() for t in trainers]), groups, done)
             state.tensors = {k: v for i, t in enumerate(trainers) for k, v in t.state(f"group{i}").items()}
             save(state)
         if progress:
