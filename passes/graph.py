@@ -115,21 +115,22 @@ def fresh(root: nn.Module, graph: Graph) -> GraphModule:
 
 
 def copy_module(gm: GraphModule) -> GraphModule:
-    """An independent GraphModule: own graph, own parameters, ties kept, node names and meta kept."""
-    memo: dict[int, Any] = {}
+    """An independent GraphModule: own graph, parameters and submodules; ties, node names and meta kept."""
     root = nn.Module()
+    called = sorted({str(n.target) for n in gm.graph.nodes if n.op == "call_module"})
+    for path in called:
+        set_module(root, path, copy.deepcopy(gm.get_submodule(path)))
+    memo: dict[int, Any] = {}
     for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        if any(name.startswith(f"{path}.") for path in called):
+            continue
         if id(tensor) not in memo:
             data = tensor.detach().clone()
             memo[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
         set_tensor(root, name, memo[id(tensor)])
     graph = Graph()
-    mapping: dict[Node, Node] = {}
-    out = graph.graph_copy(gm.graph, mapping)
+    out = graph.graph_copy(gm.graph, {})
     graph.output(out).meta = dict(output_node(gm).meta)
-    for n in gm.graph.nodes:
-        if n.op == "call_module" and not hasattr(root, str(n.target)):
-            set_module(root, str(n.target), gm.get_submodule(str(n.target)))
     for n in gm.graph.nodes:  # plain tensors that are neither parameters nor buffers
         if n.op == "get_attr" and not has_tensor(root, str(n.target)):
             set_tensor(root, str(n.target), get_tensor(gm, str(n.target)))
@@ -224,9 +225,6 @@ def _rewrite_literals(gm: GraphModule, swap: Callable[[Any], Any]) -> None:
 def widen_to_float64(gm: GraphModule) -> GraphModule:
     """A copy that computes in float64 throughout, also where the graph names float32 (norms do)."""
     wide = copy_module(gm)
-    for n in wide.graph.nodes:
-        if n.op == "call_module":
-            set_module(wide, str(n.target), copy.deepcopy(wide.get_submodule(str(n.target))))
     _rewrite_literals(wide, lambda a: torch.float64 if a is torch.float32 else a)
     return wide.double()
 
