@@ -59,8 +59,12 @@ def capture_program(
     checks = []
     for batch, length in shapes:
         args = capture.inputs(example_ids(batch, length, vocab))
-        with torch.no_grad():
-            error = (gm(*args) - teacher(*args)).abs().max().item()
+        try:
+            with torch.no_grad():
+                error = (gm(*args) - teacher(*args)).abs().max().item()
+        except (AssertionError, IndexError, RuntimeError) as e:
+            what = f"fails on {batch} x {length} tokens: {type(e).__name__}: {str(e).splitlines()[0][:200]}"
+            raise UnsupportedModelError("teacher", what, "a model for any batch, and for 70 tokens at least") from e
         checks.append(Check(f"capture equals teacher at B={batch} T={length}", error, 0.0, implementation))
     bad = [c for c in checks if not c.passed]
     if bad:

@@ -81,6 +81,18 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
+def check_output(path: Path, teacher: TeacherRecord | None = None) -> None:
+    """What create_or_open would refuse, found before any work is done; nothing is touched.
+
+    Raises:
+        RunFolderError: a file, a foreign folder, or the run folder of another teacher.
+    """
+    path = path.absolute()
+    refuse_foreign(path)
+    if teacher is not None and (path / MANIFEST_NAME).is_file():
+        check_teacher(read_manifest(path), teacher, path)
+
+
 def make_folders(path: Path) -> list[Path]:
     """Make path and its parents; the folders that were made, innermost first."""
     missing = [p for p in (path, *path.parents) if not p.exists()]

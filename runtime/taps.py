@@ -5,6 +5,8 @@ L sites of a group, N sequences, T tokens, C width. Sites of a group run one pro
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +77,17 @@ def group_programs(
     return [(sites, programs) for sites, programs, _ in groups]
 
 
-def _allocate(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spill: Path | None, name: str
-) -> Tensor:
+def _mapped(size: int, dtype: torch.dtype, folder: Path) -> Tensor:
+    """A tensor of so many bytes on the disk of folder; its file has no name, so that nothing stays when we are done."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-taps-", dir=folder) as place:
+        file = Path(place) / "taps.bin"
+        with file.open("wb") as f:
+            if hasattr(os, "posix_fallocate"):  # a disk that is full shows here; later it would be a deadly signal
+                os.posix_fallocate(f.fileno(), 0, size)
+        return torch.from_file(str(file), shared=True, size=size // dtype.itemsize, dtype=dtype)
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spill: Path | None) -> Tensor:
     size = torch.Size(shape).numel() * dtype.itemsize
     if device.type == "cpu" and size > 0.2 * psutil.virtual_memory().available:
         if spill is None or psutil.disk_usage(str(spill)).free < 1.1 * size:
@@ -87,9 +97,7 @@ def _allocate(
                 "and the disk has no room either",
                 "fewer --calib-sequences, or free memory or disk",
             )
-        return torch.from_file(str(spill / f"{name}.bin"), shared=True, size=size // dtype.itemsize, dtype=dtype).view(
-            shape
-        )
+        return _mapped(size, dtype, spill).view(shape)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -115,13 +123,19 @@ def collect_taps(
     taps = tap_graph(teacher_gm, [n for s in sites for n in (s.x, s.y)])
     shape = (ids.shape[0], ids.shape[1], -1)
     stores: list[tuple[Tensor, Tensor]] = []
-    for g, (group, _) in enumerate(groups):
+    for group, _ in groups:
         widths = [int(taps_width) for taps_width in (group[0].hidden, _output_width(teacher_gm, group[0]))]
         full = [(len(group), *shape[:2], w) for w in widths]
-        stores.append(tuple(_allocate(f, dtype, device, spill, f"{n}{g}") for f, n in zip(full, "xy", strict=True)))  # type: ignore[arg-type]
+        stores.append(tuple(_allocate(f, dtype, device, spill) for f in full))  # type: ignore[arg-type]
     for start in range(0, len(ids), batch):
         part = ids[start : start + batch].to(device)
-        values = iter(taps(*student.capture.inputs(part)))
+        try:
+            values = iter(taps(*student.capture.inputs(part)))
+        except (IndexError, RuntimeError) as e:
+            if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+                raise
+            what = f"the teacher fails on {len(part)} x {ids.shape[1]} tokens: {str(e).splitlines()[0]}"
+            raise StageError("calibrate", what, "a shorter --calib-length") from e
         for (group, _), (xs, ys) in zip(groups, stores, strict=True):
             for i in range(len(group)):
                 xs[i, start : start + len(part)] = next(values).to(dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from .config import DEFAULT_POLICY, Config
 from .errors import ConfigError, ParityError, TcalError, UnsupportedModelError
-from .passes.capture import capture_program
+from .passes.capture import capture_program, require_causal
 from .passes.choose import choose, plan_from_toml, plan_to_toml
 from .passes.find_attention import find_attention
 from .passes.graph import move_to
@@ -26,8 +28,10 @@ from .runtime import data
 from .runtime.align import align
 from .runtime.calibrate import initialise
 from .runtime.capture_teacher import capture_teacher
+from .runtime.manifest import TeacherRecord
 from .runtime.onnx_export import export_onnx
 from .runtime.onnx_parity import check_parity
+from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.student import Student, make_student
 from .runtime.taps import SiteGroup, collect_taps
@@ -68,6 +72,26 @@ def calibration_ids(config: Config, tokenizer: TokenizerLike) -> tuple[Tensor, P
     return data.pack(tokens, sequences=count, length=config.calib.length, what=str(path)), path
 
 
+def check_device(name: str) -> torch.device:
+    """Raises ConfigError for a device that is unknown or not here."""
+    count = torch.cuda.device_count()
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError("--device", f"unknown device {name!r}", "cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            "--device", f"{name} is not here: {count} CUDA devices are seen", "cpu; tcal doctor says more"
+        )
+    return device
+
+
+def check_length(length: int, source: Source, where: str) -> None:
+    """Raises ConfigError when sequences are longer than the teacher's context, where that is known."""
+    context = source.teacher.info.get("context_length")
+    if context is not None and length > context:
+        raise ConfigError(where, f"is {length} tokens, but the teacher's context holds {context}", "a smaller length")
+
+
 def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | None) -> Plan:
     """The plan of an explicit file, of the run's edited plan.toml, or of the policy, in this order.
 
@@ -99,11 +123,11 @@ class Conversion:
         config: Config,
         run: RunFolder,
         progress: Progress,
-        device: str,
+        device: torch.device,
     ) -> None:
         self.source, self.chosen, self.ids, self.text = source, plan, ids, text
         self.config, self.run, self.progress = config, run, progress
-        self.device = torch.device(device)
+        self.device = device
         self.train = config.calib.sequences
 
     @cached_property
@@ -131,7 +155,10 @@ class Conversion:
 
     def plan(self) -> None:
         chosen = {"keep": list(self.chosen.keep), "convert": list(self.chosen.convert), "policy": self.chosen.policy}
-        inputs = {"teacher": self.source.capture.fingerprint}
+        inputs = {
+            "teacher": self.source.capture.fingerprint,
+            "tokenizer": self.source.teacher.info.get("tokenizer"),
+        }
         with self.run.stage("plan", config=chosen, inputs=inputs) as stage:
             if stage.done:
                 return
@@ -152,7 +179,8 @@ class Conversion:
             "sequences": calib.sequences,
             "length": calib.length,
         }
-        inputs = {"plan": self.run.stage_hash("plan"), "text": data.text_sha256(self.text)}
+        tokens = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()  # of another tokenizer: another calibration
+        inputs = {"plan": self.run.stage_hash("plan"), "text": data.text_sha256(self.text), "tokens": tokens}
         with self.run.stage("calibrate", config=settings, inputs=inputs) as stage:
             if stage.done:
                 return
@@ -282,11 +310,17 @@ def convert(
     config, progress, out = config or Config(), progress or Progress(quiet=True), Path(out)
     if until not in STAGES:
         raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
+    place = check_device(device)
+    check_output(out)
     progress.say(f"loading {teacher}")
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
     assert source.tokenizer is not None
+    record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
+    check_output(out, record)
+    check_length(config.calib.length, source, "calib.length")
     ids, text = calibration_ids(config, source.tokenizer)
     chosen = choose_plan(source.scan, config, out, plan)
+    require_causal(source.capture)
     progress.say(
         f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
     )
@@ -299,12 +333,15 @@ def convert(
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
-        work = Conversion(source, chosen, ids, text, config, run, progress, device)
+        work = Conversion(source, chosen, ids, text, config, run, progress, place)
         stages: dict[str, Callable[[], None]] = {n: getattr(work, n) for n in STAGES}
         for name in STAGES[: STAGES.index(until) + 1]:
             _guarded(name, stages[name])
         write_report(run)
     return out
+
+
+_NO_MEMORY = ("not enough memory", "allocate memory")  # PyTorch on the CPU raises a plain RuntimeError
 
 
 def _guarded(name: str, stage: Callable[[], None]) -> None:
@@ -318,6 +355,6 @@ def _guarded(name: str, stage: Callable[[], None]) -> None:
             f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences, or --batch"
         ) from e
     except RuntimeError as e:
-        if isinstance(e, TcalError) or "not enough memory" not in str(e):
+        if isinstance(e, TcalError) or not any(words in str(e) for words in _NO_MEMORY):
             raise
         raise StageError(f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -150,11 +151,12 @@ def inspect(teacher: TeacherArg = "embedded", allow_pickle: Pickle = False, as_j
 def evaluate(
     run: RunArg,
     text: Annotated[str, typer.Option(help="text that was not calibrated on")],
-    length: Annotated[Optional[int], typer.Option(help="tokens of a sequence; default as calibrated")] = None,  # noqa: UP045
+    length: Annotated[Optional[int], typer.Option(help="tokens of a sequence; default as calibrated", min=2)] = None,  # noqa: UP045
     sequences: Annotated[int, typer.Option(help="at most so many sequences", min=1)] = 32,
     student_only: Annotated[bool, typer.Option("--student-only", help="skip the naive and initialised copies")] = False,
     teacher: TeacherAgain = None,
     tokenizer: Tokenizer = None,
+    allow_pickle: Pickle = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -169,10 +171,12 @@ def evaluate(
         length=length,
         sequences=sequences,
         baselines=not student_only,
+        allow_pickle=allow_pickle,
         progress=Progress(quiet=quiet),
     )
     if as_json:
-        print(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1))
+        rows = {n: {k: v if math.isfinite(v) else None for k, v in asdict(r).items()} for n, r in results.items()}
+        print(json.dumps(rows, indent=1))
         return
     base = results["teacher"].perplexity
     for name, r in results.items():
@@ -183,12 +187,19 @@ def evaluate(
 
 @app.command()
 def verify(
-    run: RunArg, teacher: TeacherAgain = None, tokenizer: Tokenizer = None, quiet: Quiet = False, as_json: Json = False
+    run: RunArg,
+    teacher: TeacherAgain = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Repeats every check on the run folder; prints measured against allowed. Exit 1 when one fails."""
     from .runs import require, verify_run
 
-    checks = verify_run(run, teacher=teacher, tokenizer=tokenizer, progress=Progress(quiet=quiet))
+    checks = verify_run(
+        run, teacher=teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=Progress(quiet=quiet)
+    )
     if as_json:
         print(json.dumps([asdict(c) | {"passed": c.passed} for c in checks], indent=1))
     else:
@@ -205,15 +216,15 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
     top_p: Annotated[Optional[float], typer.Option()] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Streams text from the ONNX student in ONNX Runtime."""
     from .runs import generate_text
 
-    print(prompt, end="", flush=True)
     pieces = generate_text(
         run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
+    print(prompt + next(pieces, ""), end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -265,9 +276,13 @@ def _run(target: typer.Typer) -> None:
 
 
 def _prepare_process() -> None:
-    """No network in any default path, and denormal numbers as zero: they slow some CPUs by a factor of ten."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Settings that torch and transformers read when they are imported, which happens later.
+
+    No network in any default path. Threads that wait sleep instead of spinning: beside other work on the same cores,
+    spinning made this many times slower.
+    """
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("OMP_WAIT_POLICY", "PASSIVE")):
+        os.environ.setdefault(name, value)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ class Config(StrictModel):
         None, description="which sites stay softmax; default: the run's plan.toml, else uniform:25%"
     )
     init: InitName = Field("closed-form", description="initial values of the mixers")
-    seed: int = Field(0, ge=0, description="of the order of sequences and of random inits")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()
     align: AlignConfig = AlignConfig()
     export: ExportConfig = ExportConfig()
@@ -58,7 +58,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
     if path is not None:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
             raise ConfigError(str(path), f"cannot be read as TOML: {e}") from None
     for key, value in overrides.items():
         if value is None:

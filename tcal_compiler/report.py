@@ -17,6 +17,11 @@ def _number(x: Any, digits: int = 4) -> str:
     return f"{x:.{digits}g}" if isinstance(x, int | float) and math.isfinite(x) else str(x)
 
 
+def _fixed(x: Any, digits: int) -> str:
+    """Numbers that are not finite lie in the manifest as text: the error of a single sequence is one."""
+    return f"{x:.{digits}f}" if isinstance(x, int | float) and math.isfinite(x) else "-"
+
+
 def _evidence(manifest: Manifest, stage: str) -> dict[str, Any]:
     return manifest.stages[stage].evidence if stage in manifest.stages else {}
 
@@ -65,9 +70,9 @@ def _scores(evidence: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                f"{r['perplexity']:.2f}",
-                f"{r['perplexity'] / teacher:.3f}",
-                f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}",
+                _fixed(r["perplexity"], 2),
+                _fixed(r["perplexity"] / teacher, 3),
+                f"{_fixed(r['kl'], 4)} ± {_fixed(r['kl_stderr'], 4)}",
             ]
         )
     text = f"On {evidence['text']}: {evidence['sequences']} sequences of {evidence['length']} tokens.\n\n"

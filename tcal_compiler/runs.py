@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import Source, open_source, write_report
-from .errors import ParityError, RunFolderError
+from .api import STAGES, Source, check_length, open_source, write_report
+from .errors import ConfigError, DataError, ParityError, RunFolderError, StageError
 from .passes.capture import capture_program, example_ids
 from .passes.make_stateful import make_stateful
 from .passes.types import Capture, Check, Plan
@@ -40,16 +40,19 @@ def _plan(run: RunFolder) -> Plan:
 
 def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor]]:
     """The deployed student: its flat graph and a function from ids to logits."""
-    run.record("export")
+    problem = run.changed("export").get("student.pt2")
+    if problem:
+        raise RunFolderError(str(run.path / "student.pt2"), problem, "the same tcal-compile command makes it again")
     program, _ = load_program(run.path / "student.pt2", allow_pickle=False)
     module = program.module()
     flat = capture_program(program, teacher=module, implementation="student", shapes=((1, 8),))
     return flat, lambda ids: flat.gm(*flat.inputs(ids))
 
 
-def _teacher_of(run: RunFolder, override: str | None, tokenizer: str | None) -> Source:
+def _teacher_of(run: RunFolder, override: str | None, tokenizer: str | None, allow_pickle: bool) -> Source:
+    """The run's teacher; with a tokenizer only when one is named."""
     spec = override or run.manifest.teacher.source
-    source = open_source(spec, tokenizer=tokenizer, need_tokenizer=True)
+    source = open_source(spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=tokenizer is not None)
     if source.capture.fingerprint != run.manifest.teacher.fingerprint:
         raise RunFolderError(
             str(run.path),
@@ -78,6 +81,7 @@ def evaluate_run(
     length: int | None = None,
     sequences: int = 32,
     baselines: bool = True,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, EvalResult]:
     """Perplexity and KL of teacher, student and (baselines) naive and initialised copies on a text.
@@ -86,14 +90,17 @@ def evaluate_run(
     is recorded in the run folder. Raises DataError when the text was calibrated on, or holds less than one sequence.
     """
     progress = progress or Progress(quiet=True)
+    if sequences < 1 or (length is not None and length < 2):
+        raise ConfigError("eval", f"{sequences} sequences of {length} tokens", "at least 1 sequence of 2 tokens")
     with RunFolder.open_existing(path, write=True) as run:
         calibrated = run.record("calibrate").evidence
         data.check_not_calibrated(text, calibrated["text"], calibrated["hashes"])  # type: ignore[arg-type]
         _, student = _student_program(run)
-        source = _teacher_of(run, teacher, tokenizer)
-        assert source.tokenizer is not None
+        source = _teacher_of(run, teacher, tokenizer, allow_pickle)
+        words = source.tokenizer or run_tokenizer(run)
         length = length or int(run.manifest.config["calib"]["length"])  # type: ignore[index,call-overload,arg-type]
-        tokens = data.encode_documents(data.read_text(text), source.tokenizer, source.tokenizer.eos_token_id)
+        check_length(length, source, "--length")
+        tokens = data.encode_documents(data.read_text(text), words, words.eos_token_id)
         count = max(1, min(sequences, len(tokens) // length))
         ids = data.pack(tokens, sequences=count, length=length, what=text)
         models: dict[str, Callable[[Tensor], Tensor]] = {"student": student}
@@ -102,12 +109,16 @@ def evaluate_run(
             initial = make_student(source.capture, source.scan, plan)
             load_weights(initial, run.path / "initial.safetensors")
             models = {"naive": _naive(source, plan).logits, "initialised": initial.logits} | models
-        results = evaluate(
-            ids,
-            teacher=lambda part: source.capture.gm(*source.capture.inputs(part)),
-            students=models,
-            progress=progress.bar("evaluation"),
-        )
+        try:
+            results = evaluate(
+                ids,
+                teacher=lambda part: source.capture.gm(*source.capture.inputs(part)),
+                students=models,
+                progress=progress.bar("evaluation"),
+            )
+        except (IndexError, RuntimeError) as e:  # a table of positions that ends, or no memory left
+            what = f"a model fails on sequences of {length} tokens: {str(e).splitlines()[0]}"
+            raise StageError("eval", what, "a smaller --length") from e
         _record_eval(run, Path(text), length, count, results)
     return results
 
@@ -123,9 +134,17 @@ def _record_eval(run: RunFolder, text: Path, length: int, count: int, results: d
 
 
 def verify_run(
-    path: str | Path, *, teacher: str | None = None, tokenizer: str | None = None, progress: Progress | None = None
+    path: str | Path,
+    *,
+    teacher: str | None = None,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
 ) -> list[Check]:
-    """Repeats the checks of every stage on what lies in the run folder; returns them all, failed ones included."""
+    """Repeats the checks of every stage on what lies in the run folder; returns them all, failed ones included.
+
+    Files that are not as the manifest says are reported, and then nothing is run.
+    """
     progress = progress or Progress(quiet=True)
     with RunFolder.open_existing(path) as run:
         problems = run.verify_files()
@@ -133,8 +152,12 @@ def verify_run(
         checks.append(
             Check("files that are not as the manifest says", float(len(problems)), 0.0, "sha256 of every file")
         )
+        for name in STAGES:
+            run.record(name)
+        if problems:
+            return checks
         progress.say("verify: teacher")
-        source = _teacher_of(run, teacher, tokenizer)
+        source = _teacher_of(run, teacher, tokenizer, allow_pickle)
         checks += source.capture.checks
         checks += _plan_checks(run, source)
         progress.say("verify: student")
@@ -205,6 +228,10 @@ def generate_text(
     """Streams the text that the ONNX student appends to the prompt, in pieces that are whole characters."""
     with RunFolder.open_existing(path) as run:
         run.record("export")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise DataError("prompt", f"is not UTF-8 at character {e.start}", "a terminal with a UTF-8 locale") from e
         tokenizer = run_tokenizer(run)
         session = OnnxSession(run.path / MODEL)
         ids = tokenizer.encode(prompt)

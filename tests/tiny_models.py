@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tcal_compiler.passes.capture import capture_program, export_module
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
-from tcal_compiler.passes.types import Capture, SiteScan
+from tcal_compiler.passes.types import AttentionSite, Capture, SiteScan
 from tcal_compiler.runtime.student import Student, make_student
 
 VOCAB, WIDTH, HEADS, KV_HEADS, DIM = 64, 32, 4, 2, 8
@@ -195,6 +195,13 @@ class Bag(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.head(self.embed(input_ids))
+
+
+def lone_site(window: int | None = None, scale: float = 0.9) -> AttentionSite:
+    """A site's facts without a graph around it."""
+    names = dict.fromkeys(("layer", "anchor", "q", "k", "v", "x", "y", "proof"), "")
+    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "key_dim": DIM, "value_dim": DIM, "hidden": WIDTH}
+    return AttentionSite(index=0, scale=scale, window=window, rope=True, **names, **sizes)
 
 
 def llama(**changes: object) -> nn.Module:

@@ -1,0 +1,176 @@
+"""Alignment: exact resuming, honest scores, sites that do not touch each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_models import VOCAB, student_of
+
+from tcal_compiler.errors import StageError
+from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.rewrite_gdn import mixer_path
+from tcal_compiler.runtime.align import AlignState, GroupTrainer, align, batch_indices, learning_rate
+from tcal_compiler.runtime.calibrate import initialise
+from tcal_compiler.runtime.config import AlignConfig
+from tcal_compiler.runtime.student import Student
+from tcal_compiler.runtime.taps import SiteGroup, collect_taps
+from tcal_compiler.runtime.weights import changed_names, load_align_state, save_align_state
+
+TRAIN, SEED = 6, 3
+CONFIG = AlignConfig(steps=11, batch=2, warmup=3, lr_new=1e-2, lr_teacher=1e-3, score_every=4, checkpoint_every=1)
+MIXED = ("is_causal", "window", "is_causal")  # a window makes no difference to the program, but to the group
+
+
+def start(init: str = "naive", core: object = "is_causal") -> tuple[Student, list[SiteGroup]]:
+    student = student_of(core, "none", sharp=3.0)
+    ids = example_ids(TRAIN + 2, 24, VOCAB, seed=1)
+    groups = collect_taps(student, student.capture.gm, ids, batch=4)
+    train = [replace(g, x=g.x[:, :TRAIN], y=g.y[:, :TRAIN]) for g in groups]
+    initialise(student, train, init=init, seed=0, batch=4)
+    return student, groups
+
+
+def run(student: Student, groups: list[SiteGroup], config: AlignConfig = CONFIG, **options):
+    return align(student, groups, train=TRAIN, config=config, seed=SEED, **options)
+
+
+def weights(student: Student) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in student.gm.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """A whole run, with every checkpoint that it could have been stopped at."""
+    saved: list[AlignState] = []
+    student, groups = start(core=MIXED)
+    before = weights(student)
+    _, curve = run(student, groups, save=lambda s: saved.append(copy.deepcopy(s)))
+    return before, weights(student), curve, saved, groups, student
+
+
+def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
+    _, final, curve, saved, groups, _ = undisturbed
+    assert [s.step for s in saved] == list(range(1, CONFIG.steps))
+    for state in saved:
+        save_align_state(state, tmp_path / "state")
+        resumed, _ = start(core=MIXED)
+        _, again = run(resumed, groups, resume=load_align_state(tmp_path / "state"))
+        assert again == curve, state.step
+        for name, tensor in weights(resumed).items():
+            assert torch.equal(tensor, final[name]), (state.step, name)
+
+
+def test_kept_weights_score_what_was_recorded_and_no_site_is_worse(undisturbed):
+    _, _, curve, _, groups, student = undisturbed
+    assert [p["step"] for p in curve] == [0, 4, 8, 11]
+    for group in groups:
+        trainer = GroupTrainer(student, group, TRAIN, CONFIG)
+        scored = trainer.score()
+        for site, error in zip(group.sites, scored.tolist(), strict=True):
+            recorded = [p["held_out"][str(site.index)] for p in curve]
+            assert error == min(recorded) < recorded[0]
+
+
+def test_frozen_weights_keep_their_bits(undisturbed):
+    before, after, _, _, _, student = undisturbed
+    may = changed_names(student)
+    for name in before:
+        if name not in may:
+            assert torch.equal(before[name], after[name]), name
+    moved = [n for n in before if not torch.equal(before[n], after[n])]
+    assert any("attn.out" in n for n in moved) and any("A_log" in n for n in moved)
+
+
+def test_groups_differ_by_window_and_cover_every_site(undisturbed):
+    groups = undisturbed[4]
+    assert [[s.index for s in g.sites] for g in groups] == [[0, 2], [1]]
+
+
+def test_groups_of_different_shapes_train_together():
+    from tiny_models import TinyModel, capture_of
+
+    from tcal_compiler.passes.choose import choose
+    from tcal_compiler.passes.find_attention import find_attention
+    from tcal_compiler.runtime.student import make_student
+
+    model = TinyModel(layers=2)
+    fused = TinyModel(layers=1, fused=True, bias=True)
+    model.blocks[1] = fused.blocks[0]
+    capture = capture_of(model)
+    scan = find_attention(capture)
+    student = make_student(capture, scan, choose(scan, "none"))
+    groups = collect_taps(student, capture.gm, example_ids(8, 24, VOCAB), batch=4)
+    assert len(groups) == 2
+    initialise(student, groups, init="naive", seed=0, batch=4)
+    _, curve = run(student, groups)
+    assert all(set(p["held_out"]) == {"0", "1"} for p in curve)
+    assert all(curve[-1]["held_out"][i] < curve[0]["held_out"][i] for i in "01")
+
+
+def test_a_stack_trains_each_site_as_if_it_were_alone():
+    together, groups = start()
+    assert len(groups) == 1 and len(groups[0].sites) == 2
+    _, curve = run(together, groups)
+    for i, site in enumerate(groups[0].sites):
+        alone, _ = start()
+        single = replace(
+            groups[0],
+            sites=(site,),
+            names=groups[0].names[i : i + 1],
+            x=groups[0].x[i : i + 1],
+            y=groups[0].y[i : i + 1],
+        )
+        _, own = run(alone, [single])
+        for a, b in zip(own, curve, strict=True):
+            assert a["held_out"][str(i)] == pytest.approx(b["held_out"][str(i)], rel=1e-3)
+        for path in groups[0].names[i].values():
+            torch.testing.assert_close(alone.gm.get_parameter(path), together.gm.get_parameter(path), rtol=0, atol=3e-3)
+
+
+def test_a_bad_step_is_not_kept():
+    """A rate that ruins the weights: the starting weights stay."""
+    student, groups = start()
+    before = weights(student)
+    _, curve = run(student, groups, AlignConfig(steps=4, batch=2, warmup=0, lr_new=3.0, lr_teacher=3.0, score_every=1))
+    worse = [i for i in ("0", "1") if min(p["held_out"][i] for p in curve[1:]) > curve[0]["held_out"][i]]
+    assert worse
+    for i in worse:
+        path = f"{mixer_path(int(i))}.A_log"
+        assert torch.equal(student.gm.get_parameter(path), before[path])
+
+
+@pytest.mark.parametrize("score_every", [1, 100])
+def test_a_loss_that_is_not_finite_is_a_stage_error_and_never_saved(score_every):
+    student, groups = start()
+    before, saved = weights(student), []
+    bad = replace(groups[0], x=groups[0].x.clone())
+    bad.x[1, :TRAIN] = float("nan")
+    config = AlignConfig(steps=8, batch=2, score_every=score_every, checkpoint_every=2)
+    with pytest.raises(StageError, match=r"align, .*blocks\.1\.attn: the loss is not finite at step \d") as e:
+        run(student, [bad], config, save=saved.append)
+    assert "align.lr_new" in e.value.hint and not saved
+    assert all(torch.equal(p, before[n]) for n, p in student.gm.named_parameters())
+
+
+def test_every_epoch_is_a_permutation_and_depends_on_seed_and_step_alone():
+    epochs = [[batch_indices(s, sequences=8, batch=2, seed=1) for s in range(e * 4, e * 4 + 4)] for e in range(2)]
+    assert all(sorted(torch.cat(e).tolist()) == list(range(8)) for e in epochs)
+    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+    assert not torch.equal(
+        batch_indices(0, sequences=8, batch=8, seed=1), batch_indices(0, sequences=8, batch=8, seed=2)
+    )
+    assert len(batch_indices(5, sequences=3, batch=8, seed=0)) == 3
+    assert batch_indices(10, sequences=9, batch=2, seed=2**31 - 1).max() < 9
+
+
+def test_the_rate_warms_up_and_ends_at_zero():
+    config = AlignConfig(steps=100, warmup=10)
+    rates = [learning_rate(s, config) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(rates[9], rel=1e-3)
+    assert rates[100] == pytest.approx(0, abs=1e-12) and all(b <= a for a, b in pairwise(rates[9:]))
+    assert math.isfinite(learning_rate(0, AlignConfig(steps=1, warmup=0)))

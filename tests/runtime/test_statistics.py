@@ -1,0 +1,129 @@
+"""Streamed statistics against full attention maps in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import DIM as D
+from tiny_models import HEADS as H
+from tiny_models import KV_HEADS as K
+from tiny_models import lone_site as site
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tcal_compiler.runtime.statistics import (
+    OCTAVES,
+    attention_statistics,
+    half_life_rate,
+    normal_sums,
+    output_sums,
+)
+
+B, T = 2, 75
+
+
+def draw(batch: int = B, length: int = T, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, h, length, D, generator=gen) for h in (H, K, K))
+
+
+def full_map(q, k, v, *, window: int | None, scale: float) -> dict[str, torch.Tensor]:
+    """The definition: one T x T map per head, in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    length = q.shape[2]
+    out = {"distance": torch.zeros(H), "entropy": torch.zeros(H), "mass": torch.zeros(H, OCTAVES)}
+    out = {n: t.double() for n, t in out.items()}
+    context = torch.zeros(len(q), length, H, D, dtype=torch.float64)
+    for h in range(H):
+        kh, vh = k[:, h // (H // K)], v[:, h // (H // K)]
+        for t in range(length):
+            first = 0 if window is None else max(0, t - window + 1)
+            a = (scale * torch.einsum("bd,bsd->bs", q[:, h, t], kh[:, first : t + 1])).softmax(-1)
+            context[:, t, h] = torch.einsum("bs,bsd->bd", a, vh[:, first : t + 1])
+            out["entropy"][h] -= (a * a.log()).sum()
+            for s in range(first, t + 1):
+                weight, far = a[:, s - first].sum(), t - s
+                out["distance"][h] += weight * max(far, 0.5)
+                out["mass"][h, far.bit_length()] += weight
+    tokens = len(q) * length
+    return {n: t / tokens for n, t in out.items()} | {"context": context}
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_streaming_equals_the_full_map(window, scale):
+    data = draw(length=40)
+    stats, context = attention_statistics(*data, site=site(window, scale), block=16)
+    exact = full_map(*data, window=window, scale=scale)
+    for name in ("distance", "entropy", "mass"):
+        torch.testing.assert_close(getattr(stats, name), exact[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(context.double(), exact["context"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.mass.sum(1), torch.ones(H, dtype=torch.float64))
+    assert stats.tokens == 2 * 40
+
+
+def test_block_size_is_invisible():
+    data = [x.double() for x in draw()]
+    whole, context = attention_statistics(*data, site=site(), block=T)
+    for block in (1, 7, 64, 1000):
+        stats, other = attention_statistics(*data, site=site(), block=block)
+        torch.testing.assert_close(other, context, rtol=0, atol=1e-12)
+        for name, value in whole.sums.items():
+            torch.testing.assert_close(stats.sums[name], value, rtol=1e-12, atol=1e-10)
+
+
+def test_statistics_of_parts_merge_to_those_of_the_whole():
+    data = [x.double() for x in draw(batch=5)]
+    whole, context = attention_statistics(*data, site=site())
+    parts = [attention_statistics(*(x[s] for x in data), site=site()) for s in (slice(0, 2), slice(2, 5))]
+    merged = parts[0][0].merge(parts[1][0])
+    assert merged.tokens == whole.tokens
+    for name, value in whole.sums.items():
+        torch.testing.assert_close(merged.sums[name], value, rtol=1e-12, atol=1e-10)
+    sums = [output_sums(c, c.flip(-1)) for c in (context, context[:2], context[2:])]
+    joined = sums[1].merge(sums[2])
+    for name in ("tokens", "co", "oo", "cn", "nn", "rms"):
+        torch.testing.assert_close(getattr(joined, name), getattr(sums[0], name), rtol=1e-12, atol=1e-12)
+    z = context.flatten(2)
+    normal = [normal_sums(c, c[..., :3]) for c in (z, z[:2], z[2:])]
+    for name in ("zz", "zr"):
+        both = getattr(normal[1].merge(normal[2]), name)
+        torch.testing.assert_close(both, getattr(normal[0], name), rtol=1e-12, atol=1e-12)
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() == t.numel() * t.element_size():
+                self.largest = max(self.largest, t.numel())
+        return out
+
+
+def test_no_full_map_is_ever_made():
+    block, largest = 16, {}
+    for length in (256, 512):
+        data = draw(batch=1, length=length)
+        with Sizes() as sizes:
+            attention_statistics(*data, site=site(), block=block)
+        largest[length] = sizes.largest
+        assert sizes.largest <= H * block * length  # rows of one block; a map of one head has length^2
+        assert sizes.largest < length * length
+    assert largest[512] == 2 * largest[256]  # linear in the length
+
+
+def test_a_head_that_looks_at_itself_has_no_distance_and_no_entropy():
+    q, k, v = draw()
+    stats, context = attention_statistics(q, k, v, site=site(window=1))
+    assert (stats.distance == 0.5).all() and stats.entropy.abs().max() == 0 and (stats.mass[:, 0] == 1).all()
+    torch.testing.assert_close(context, v.repeat_interleave(H // K, 1).transpose(1, 2))
+    assert half_life_rate(stats.distance).max() <= 5
+
+
+def test_distance_beyond_the_last_octave_is_counted_there():
+    assert 1 << (OCTAVES - 2) > 100_000  # bins reach further than any calibration length
