@@ -24,6 +24,7 @@ import torch
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import move_to
+from tcal_compiler.passes.site_program import cut_program
 from tcal_compiler.passes.types import Capture, Plan, SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
@@ -89,6 +90,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
         self.seconds: dict[str, float] = {}
+        self.taps: list[SiteGroup] = []
         self.start: tuple[Student, list[SiteGroup], dict[str, torch.Tensor]] | None = None
         teacher = self.timed("load", lambda: load_teacher(args.teacher))
         tokenizer = load_tokenizer(teacher)
@@ -124,12 +126,21 @@ class Bench:
         move_to(student.gm, self.device)
         return student
 
-    def initialised(self, init: InitName) -> tuple[Student, Any]:
+    def groups(self, student: Student) -> list[SiteGroup]:
+        """Taps with this student's programs; the teacher runs over the text once for all students."""
+        if not self.taps:
+            self.taps = self.timed(
+                "teacher over the calibration text",
+                lambda: collect_taps(
+                    student, self.capture.gm, self.ids, batch=self.args.batch, dtype=tap_dtype(self.device)
+                ),
+            )
+        ends = [(g, g.sites[0]) for g in self.taps]
+        return [replace(g, program=cut_program(student.gm, inputs_from=[s.x], outputs=[s.y])) for g, s in ends]
+
+    def initialised(self, init: InitName) -> tuple[Student, list[SiteGroup]]:
         student, a = self.fresh(), self.args
-        groups = self.timed(
-            f"taps for {init}",
-            lambda: collect_taps(student, self.capture.gm, self.ids, batch=a.batch, dtype=tap_dtype(self.device)),
-        )
+        groups = self.groups(student)
         train = [replace(g, x=g.x[:, : a.sequences], y=g.y[:, : a.sequences]) for g in groups]
         student, _ = self.timed(
             f"init {init}", lambda: initialise(student, train, init=init, seed=a.seed, batch=a.batch)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 HEAD = """# Measured results
 
-Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py` and
-`examples/bench_onnx.py` wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to
+Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
+`examples/bench_onnx.py` and, from run folders, this script itself wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to
 the teacher in the same run. Calibration texts and scored texts are different files, and the script refuses a scored
 text that was calibrated on.
 """
@@ -60,6 +63,43 @@ def decode(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def run_folder(name: str, body: dict[str, Any]) -> str:
+    calib, align, e = body["config"]["calib"], body["config"]["align"], body["eval"]
+    lines = [f"## {name}\n", f"Teacher {body['teacher']}, policy {body['policy']}, by tcal-compile and tcal eval;"]
+    lines[-1] += f" calibrated on {calib['sequences']} x {calib['length']} tokens of {body['calibrated_on']},"
+    lines[-1] += f" aligned for {align['steps']} steps of {align['batch']} sequences, seed {body['config']['seed']}."
+    lines += [
+        f"Scored on {e['text']}: {e['sequences']} sequences of {e['length']} tokens.",
+        _machine(body["environment"]),
+        "",
+    ]
+    lines += ["| model | perplexity | ratio | KL, nats per token |", "|---|---|---|---|"]
+    base = e["results"]["teacher"]["perplexity"]
+    for model, r in e["results"].items():
+        cells = [model, f"{r['perplexity']:.2f}", f"{r['perplexity'] / base:.3f}"]
+        lines.append("| " + " | ".join([*cells, f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]) + " |")
+    seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
+    return "\n".join([*lines, "", f"Seconds of each stage: {seconds}.", ""])
+
+
+def copy_run(item: str, folder: Path) -> None:
+    """Writes folder/NAME.json from the manifest of a run folder that was evaluated."""
+    name, path = item.split("=", 1)
+    m = json.loads((Path(path) / "tcal.json").read_text(encoding="utf-8"))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    body = {
+        "teacher": Path(m["teacher"]["source"]).name,
+        "policy": m["plan"]["policy"],
+        "config": m["config"] | {"calib": m["config"]["calib"] | {"text": None}},
+        "calibrated_on": ", ".join(m["stages"]["calibrate"]["evidence"]["text"]),
+        "eval": m["stages"]["eval"]["evidence"],
+        "seconds": {n: s["seconds"] for n, s in m["stages"].items()},
+        "environment": m["versions"] | {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "commit": commit},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
 def _machine(env: dict[str, Any]) -> str:
     return "Machine: " + ", ".join(f"{k} {v}" for k, v in env.items() if v is not None) + "."
 
@@ -68,11 +108,15 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
     p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--run", action="append", default=[], metavar="NAME=RUN")
     args = p.parse_args()
+    for item in args.run:
+        copy_run(item, args.folder)
     parts = [HEAD]
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
-        parts.append((decode if "decode" in body else conversion)(path.stem.replace("-", " "), body))
+        kind = decode if "decode" in body else run_folder if "eval" in body else conversion
+        parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")
 
 
