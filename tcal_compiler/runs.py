@@ -14,6 +14,7 @@ from .api import STAGES, Source, check_length, open_source, write_report
 from .errors import ConfigError, DataError, ParityError, RunFolderError, StageError
 from .passes.capture import capture_program, example_ids
 from .passes.make_stateful import make_stateful
+from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Progress
 from .runtime import data
@@ -25,6 +26,7 @@ from .runtime.onnx_parity import check_parity
 from .runtime.program_file import load_program
 from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession
+from .runtime.statistics import attention_statistics
 from .runtime.student import Student, make_student
 from .runtime.tokenizer import ByteTokenizer, TokenizerLike, read_tokenizer
 from .runtime.weights import load_weights
@@ -160,6 +162,7 @@ def verify_run(
         source = _teacher_of(run, teacher, tokenizer, allow_pickle)
         checks += source.capture.checks
         checks += _plan_checks(run, source)
+        checks += _statistics_checks(source)
         progress.say("verify: student")
         flat, student = _student_program(run)
         checks += _weight_checks(run, source, student)
@@ -184,6 +187,20 @@ def _plan_checks(run: RunFolder, source: Source) -> list[Check]:
         error = (same.gm(*args) - source.capture.gm(*args)).abs().max().item()
     checks.append(Check("nothing converted: logits equal the teacher's", error, 0.0, "bit for bit"))
     return checks
+
+
+def _statistics_checks(source: Source) -> list[Check]:
+    """Statistics of two texts are those of the parts, merged: on the first site, random tokens."""
+    site = source.scan.sites[0]
+    taps = tap_graph(source.capture.gm, [site.q, site.k, site.v])
+    with torch.no_grad():
+        qkv = taps(*source.capture.inputs(example_ids(4, 40, source.capture.vocab_size)))
+    whole, first, second = (
+        attention_statistics(*(t[rows] for t in qkv), site=site)[0] for rows in (slice(4), slice(2), slice(2, 4))
+    )
+    merged = first.merge(second)
+    error = max(((whole.sums[n] - merged.sums[n]).norm() / whole.sums[n].norm()).item() for n in whole.sums)
+    return [Check("statistics of two parts, merged, equal the whole's", error, 1e-6, "relative")]
 
 
 def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], Tensor]) -> list[Check]:
