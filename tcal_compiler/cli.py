@@ -281,8 +281,10 @@ def _prepare_process() -> None:
     No network in any default path. Threads that wait sleep instead of spinning: beside other work on the same cores,
     spinning made this many times slower.
     """
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("OMP_WAIT_POLICY", "PASSIVE")):
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # stages show their own progress
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
