@@ -17,8 +17,8 @@ HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py` and, from run folders, this script itself wrote. Each section names its command's arguments,
-machine, versions and commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are different
-files, and a scored text that was calibrated on is refused.
+machine, versions and commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are
+different files, and a scored text that was calibrated on is refused.
 """
 
 
