@@ -55,7 +55,7 @@ def _read_bytes(path: Path) -> bytes:
     except FileNotFoundError as e:
         raise DataError(str(path), "no such file", "check the path") from e
     except OSError as e:
-        raise DataError(str(path), f"cannot be read: {e.strerror or e}") from e
+        raise DataError(str(path), f"cannot be read: {e.strerror or e}", "a file that you may read") from e
 
 
 def _decompress(raw: bytes, path: Path) -> bytes:
@@ -84,8 +84,8 @@ def _json_lines(text: str, path: Path) -> Iterable[str]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as e:
-            raise DataError(where, f"is not JSON: {e}") from e
+        except (ValueError, RecursionError) as e:
+            raise DataError(where, f"is not JSON: {e}", '{"text": "..."} on every line') from e
         value = row.get("text") if isinstance(row, dict) else None
         if not isinstance(value, str):
             seen = f"keys {sorted(row)[:6]}" if isinstance(row, dict) else type(row).__name__

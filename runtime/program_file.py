@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch.export import ExportedProgram
@@ -82,6 +82,42 @@ def _sniff_zip(path: Path) -> FileKind:
     if "constants.pkl" in inner:
         return "torchscript"
     return "pickle" if "data.pkl" in inner else "unknown"
+
+
+class _Sink(io.RawIOBase):
+    """A file for torch's archive writer, whose destructor aborts the process when a write to a full disk has failed.
+
+    It is told that every write went well; the first error is kept and later bytes are dropped.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None  # type: BinaryIO, OSError | None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as e:
+                self.error = e
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return offset  # torch goes back to the start when all is written
+
+
+def save_program(program: ExportedProgram, path: Path) -> None:
+    """torch.export.save that raises OSError when the disk is full."""
+    with path.open("wb") as f:
+        sink = _Sink(f)
+        torch.export.save(program, sink)  # type: ignore[arg-type]
+        if sink.error is not None:
+            raise sink.error
 
 
 def load_program(path: Path, *, allow_pickle: bool) -> tuple[ExportedProgram, ProgramFacts]:

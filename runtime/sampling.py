@@ -20,7 +20,9 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError("temperature", f"{self.temperature} is not a number from 0 up")
+            raise ConfigError(
+                "temperature", f"{self.temperature} is not a number from 0 up", "0 is greedy, 1 the model's own"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError("top_k", f"{self.top_k} keeps no token", "at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -216,7 +216,9 @@ def _load_folder(folder: Path) -> _Loaded:
                 model, report = loader.from_pretrained(str(folder), **options)
     except Exception as e:  # safetensors and torch raise their own types for damaged shards
         files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")}
-        raise TeacherError(str(folder), f"cannot load the weights: {_say(e)}; files and bytes: {files}") from e
+        raise TeacherError(
+            str(folder), f"cannot load the weights: {_say(e)}; files and bytes: {files}", "copy it again"
+        ) from e
     _check_complete(report, folder)
     return _Loaded("transformers", model, _config_info(model))
 
@@ -330,7 +332,9 @@ def _load_factory(spec: str) -> _Loaded:
             raise TeacherError(spec, f"the factory failed: {_say(e)}", hint) from e
     model, folder = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise TeacherError(spec, f"returned {type(model).__name__}, not a torch.nn.Module")
+        raise TeacherError(
+            spec, f"returned {type(model).__name__}, not a torch.nn.Module", "a function that builds the model"
+        )
     where = None if folder is None else find_tokenizer(None, str(folder))
     return _Loaded("factory", model, _config_info(model), where)
 

@@ -140,7 +140,9 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
         with quiet_transformers():
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **extra)
     except Exception as e:  # tokenizers raises bare Exception for damaged files
-        raise DataError(str(where), f"cannot read the tokenizer: {type(e).__name__}: {_short(e)}") from e
+        raise DataError(
+            str(where), f"cannot read the tokenizer: {type(e).__name__}: {_short(e)}", "copy it again"
+        ) from e
     return HfTokenizer(hf, **ids)
 
 

@@ -31,6 +31,7 @@ from .runtime.capture_teacher import capture_teacher
 from .runtime.manifest import TeacherRecord
 from .runtime.onnx_export import export_onnx
 from .runtime.onnx_parity import check_parity
+from .runtime.program_file import save_program
 from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.student import Student, make_student
@@ -237,7 +238,7 @@ class Conversion:
             load_weights(self.student, self.run.path / "weights.safetensors")
             self.progress.say("export: the student as a program")
             program = self.student.export()
-            torch.export.save(program, stage.dir / "student.pt2")
+            save_program(program, stage.dir / "student.pt2")
             run = program.module()
             flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
             self.progress.say("export: state in and out, checked in float64")

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from .errors import ConfigError
 from .runtime.config import AlignConfig, CalibConfig, ExportConfig, InitName, StrictModel
@@ -38,6 +38,18 @@ def _known_keys() -> list[str]:
     return keys
 
 
+def _meaning(key: str) -> str:
+    """What may stand under a key."""
+    model: type[BaseModel] = Config
+    name, _, rest = key.partition(".")
+    section = Config.model_fields[name].annotation
+    if isinstance(section, type) and issubclass(section, StrictModel):
+        if not rest:
+            return f"a table [{name}] with keys {', '.join(section.model_fields)}"
+        model, name = section, rest.partition(".")[0]
+    return f"{key}: {model.model_fields[name].description}"
+
+
 def build_config(data: dict[str, Any], where: str) -> Config:
     """A checked configuration. Raises ConfigError that names the key, the value seen and the nearest known key."""
     try:
@@ -49,7 +61,7 @@ def build_config(data: dict[str, Any], where: str) -> Config:
             near = difflib.get_close_matches(key, _known_keys(), 1)
             hint = f"did you mean {near[0]}?" if near else f"keys are {', '.join(_known_keys())}"
             raise ConfigError(where, f"unknown key {key}", hint) from None
-        raise ConfigError(where, f"{key} = {first.get('input')!r}: {first['msg']}") from None
+        raise ConfigError(where, f"{key} = {first.get('input')!r}: {first['msg']}", _meaning(key)) from None
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
@@ -59,7 +71,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
-            raise ConfigError(str(path), f"cannot be read as TOML: {e}") from None
+            raise ConfigError(str(path), f"cannot be read as TOML: {e}", "a file with lines such as seed = 1") from None
     for key, value in overrides.items():
         if value is None:
             continue

@@ -1,11 +1,14 @@
-"""Settings for all tests: Triton kernels run in its interpreter where there is no GPU; `support` can be imported."""
+"""Settings for all tests: Triton kernels run in its interpreter where there is no GPU; helpers can be imported."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 for folder in ("", "kernels"):  # import-mode=importlib does not do it
@@ -14,3 +17,26 @@ for folder in ("", "kernels"):  # import-mode=importlib does not do it
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 torch.set_num_threads(1)  # tests run on several processes, and their tensors are small
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory) -> Path:
+    """The tiny teacher, converted from end to end once for all test processes: do not edit."""
+    from command_line import SMALL, TINY, done
+
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared-run"
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "ready").exists():
+            options = ("--tokenizer", "bytes", "--policy", "keep=0", "--align-steps", "6", *SMALL)
+            done("tcal-compile", TINY, "-o", place / "run", *options)
+            (place / "ready").touch()
+    return place / "run"
+
+
+@pytest.fixture
+def finished(shared_run, tmp_path) -> Path:
+    """A copy of the shared run."""
+    return Path(shutil.copytree(shared_run, tmp_path / "run"))

@@ -1,0 +1,190 @@
+"""The command line from end to end, on the tiny teacher that is not from transformers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import ASSETS, BYTES, HELD_OUT, SMALL, TINY, call, contents, done
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_inspect(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(done("tcal", "inspect", TINY, "--json"))
+    assert set(found) == {"sites", "refused"} and found["refused"] == [] and len(found["sites"]) == 4
+    keys = {"layer", "module", "heads", "kv_heads", "head_dim", "value_dim", "scale", "window", "rope", "causal"}
+    assert all(set(s) == keys and s["heads"] > s["kv_heads"] and s["rope"] for s in found["sites"])
+    table = done("tcal", "inspect", TINY)
+    assert "4 sites can be converted, 0 are refused." in table and "is_causal" in table
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_holds_what_the_manifest_says(finished):
+    manifest = json.loads((finished / "tcal.json").read_text())
+    assert list(manifest["stages"]) == ["plan", "calibrate", "align", "export", "report"]
+    owned = {f for s in manifest["stages"].values() for f in s["files"]}
+    assert {"plan.toml", "weights.safetensors", "student.pt2", "onnx/model.onnx", "report.md"} <= owned
+    assert {"onnx/genai_config.json", "alignment.json", "initial.safetensors"} <= owned
+    assert set(contents(finished)) == owned | {"tcal.json", ".lock"}
+    assert manifest["teacher"]["kind"] == "program" and manifest["plan"]["keep"] == [0]
+    checks = manifest["stages"]["export"]["evidence"]["checks"]
+    assert checks and all(c["measured"] <= c["allowed"] for c in checks)
+
+
+def test_the_same_command_again_does_nothing(finished):
+    before = contents(finished)
+    stamps = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+    options = (*BYTES, "--policy", "keep=0", "--align-steps", "6", *SMALL)
+    assert "export is complete" in done("tcal-compile", TINY, "-o", finished, *options)
+    assert contents(finished) == before
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+def test_eval_and_report(finished):
+    found = json.loads(
+        done("tcal", "eval", finished, "--text", HELD_OUT, "--length", "64", "--sequences", "3", "--json")
+    )
+    assert set(found) == {"teacher", "naive", "initialised", "student"}
+    assert found["teacher"]["kl"] == 0 and found["student"]["tokens"] == 3 * 63
+    assert found["student"]["kl"] < found["initialised"]["kl"] < found["naive"]["kl"]
+    assert "perplexity" in (text := done("tcal", "report", finished)).lower()
+    assert text.strip() == (finished / "report.md").read_text().strip()
+    assert "3 sequences of 64 tokens" in text and "| student |" in text
+    one = ("--length", "32", "--sequences", "1", "--student-only")
+    assert set(json.loads(done("tcal", "eval", finished, "--text", HELD_OUT, *one, "--json"))) == {"teacher", "student"}
+    plain = done("tcal", "eval", finished, "--text", HELD_OUT, *one)  # one sequence has no standard error
+    assert "teacher" in plain and "student" in plain and done("tcal", "report", finished)
+
+
+def test_verify_repeats_every_check_and_finds_a_changed_byte(finished):
+    printed = done("tcal", "verify", finished, "--quiet")
+    lines = printed.splitlines()
+    assert len(lines) > 15 and all(line.startswith("ok ") for line in lines)
+    for what in ("capture equals teacher", "nothing converted", "student.pt2", "ONNX logits", "greedy tokens"):
+        assert what in printed
+    file = finished / "weights.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    broken = call("tcal", "verify", finished, "--quiet")
+    assert broken.code == 1 and "FAIL file weights.safetensors" in broken.out and "ParityError" in broken.err
+
+
+def test_generate_is_repeatable(finished):
+    greedy = [done("tcal", "generate", finished, "The old man", "--max-new-tokens", "12") for _ in range(2)]
+    assert greedy[0] == greedy[1] and greedy[0].startswith("The old man") and len(greedy[0]) > len("The old man\n")
+    options = ("--max-new-tokens", "12", "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--seed")
+    drawn = [done("tcal", "generate", finished, "The", *options, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_doctor():
+    found = json.loads(done("tcal", "doctor", "--json"))
+    assert found["gated_delta_rule on cpu"].startswith("right") and found["torch"] != "not installed"
+    assert "gated_delta_rule" in done("tcal", "doctor")
+
+
+def test_an_edited_plan_is_followed_until_another_policy_is_asked_for(tmp_path):
+    out, plan = tmp_path / "run", tmp_path / "run" / "plan.toml"
+
+    def kept(*options: str) -> list[int]:
+        done("tcal", "plan", TINY, "-o", out, *BYTES, *SMALL, *options)
+        return json.loads((out / "tcal.json").read_text())["plan"]["keep"]
+
+    assert kept("--policy", "uniform:25%") == [0]
+    plan.write_text(plan.read_text().replace('= "gdn"', '= "softmax"', 1))
+    assert kept() == [0, 1] and kept("--policy", "uniform:25%") == [0, 1]
+    assert kept("--policy", "keep=3") == [3]
+    other = tmp_path / "other.toml"
+    other.write_text(plan.read_text().replace('= "gdn"', '= "softmax"'))
+    assert kept("--plan", str(other)) == [0, 1, 2, 3]
+
+
+def test_another_tokenizer_is_another_calibration(tmp_path):
+    out = tmp_path / "run"
+    common = ("-o", out, "--policy", "all", *SMALL)
+    done("tcal", "calibrate", TINY, *BYTES, *common)
+    first = json.loads((out / "tcal.json").read_text())["stages"]["calibrate"]
+    done("tcal", "calibrate", TINY, *BYTES, *common, "--calib-sequences", "5")
+    second = json.loads((out / "tcal.json").read_text())["stages"]["calibrate"]
+    assert first["inputs_hash"] != second["inputs_hash"]
+
+
+KILLED = """
+[calib]
+sequences = 6
+length = 48
+[align]
+steps = 60
+batch = 2
+checkpoint_every = 3
+score_every = 7
+"""
+
+
+def test_a_kill_during_alignment_costs_nothing(tmp_path):
+    config = tmp_path / "tcal.toml"
+    config.write_text(KILLED)
+
+    def words(name: str) -> list[str]:
+        return ["align", TINY, "-o", str(tmp_path / name), *BYTES, "--config", str(config), "--quiet"]
+
+    code = "import sys, torch; torch.set_num_threads(1); from tcal_compiler.cli import main; main()"
+    child = subprocess.Popen([sys.executable, "-c", code, *words("killed")], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 200
+        while not list((tmp_path / "killed").glob(".scratch/align/*/align.safetensors")):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+    finally:
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    before = json.loads((tmp_path / "killed/tcal.json").read_text())["stages"]
+    assert "calibrate" in before and "align" not in before
+    again = [w for w in words("killed") if w != "--quiet"]
+    result = call("tcal", *again)
+    assert result.code == 0 and "alignment goes on from step" in result.err
+    done("tcal", *words("undisturbed"))
+    for name in ("weights.safetensors", "initial.safetensors", "alignment.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert not list((tmp_path / "killed").glob(".tmp-*")) and not list((tmp_path / "killed").rglob("align.safetensors"))
+
+
+def test_restart_runs_every_stage_anew(tmp_path):
+    words = ("tcal", "plan", TINY, "-o", tmp_path / "run", *BYTES, *SMALL)
+    done(*words)
+    (tmp_path / "run/plan.toml").touch()
+    done(*words, "--restart")
+    assert (tmp_path / "run/plan.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tcal", "frobnicate"),
+        ("tcal", "eval"),
+        ("tcal-compile", TINY, "--batch"),
+        ("tcal", "plan", TINY, "--seed", "x"),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_exit_with_2(words):
+    assert call(*words).code == 2
+
+
+@pytest.mark.parametrize("words", [("tcal", "--help"), ("tcal-compile", "--help"), ("tcal", "eval", "--help")])
+def test_help(words):
+    assert "Usage" in done(*words)
+
+
+def test_embedded_is_the_default_teacher():
+    found = json.loads(done("tcal", "inspect", "--json"))
+    assert len(found["sites"]) >= 6 and (ASSETS / "teacher").is_dir()
