@@ -94,7 +94,8 @@ def copy_run(item: str, folder: Path) -> None:
         "calibrated_on": ", ".join(m["stages"]["calibrate"]["evidence"]["text"]),
         "eval": m["stages"]["eval"]["evidence"],
         "seconds": {n: s["seconds"] for n, s in m["stages"].items()},
-        "environment": m["versions"] | {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "commit": commit},
+        "environment": m["versions"]
+        | {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "commit when copied": commit},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
