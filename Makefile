@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+TRITON := triton==3.9.0
 RUN := demo-run
 
 .PHONY: env demo test lint clean
@@ -12,7 +13,8 @@ env: $(VENV)/.ready
 
 # torch comes first: on Linux PyPI's torch brings gigabytes of CUDA, so a machine without an NVIDIA GPU asks PyTorch's
 # own CPU index. Where that cannot be reached, the second line installs what pip finds. Constraints are for the third
-# line only, because the CPU index does not carry every version of what torch needs.
+# line only, because the CPU index does not carry every version of what torch needs. torch's CUDA builds bring their own
+# Triton; elsewhere one is added, because the tests run the Triton kernels in its interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -20,6 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	then $(PIP) install --retries 1 --timeout 20 --index-url $(CPU_INDEX) "$$(grep '^torch==' constraints.txt)" || true; fi
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	if [ "$$(uname -s)" = Linux ] && ! $(PY) -c 'import triton' 2>/dev/null; then $(PIP) install $(TRITON); fi
 	touch $@
 
 demo: env

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import subprocess
 import time
@@ -68,6 +69,7 @@ def arguments() -> argparse.Namespace:
         help="peak rate of the teacher's projections; of several, the one with the least error on the held-out "
         "calibration sequences after the first --steps is used",
     )
+    p.add_argument("--weight-decay", type=float, help="of the teacher's projections; default as in tcal-compile")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path)
@@ -76,6 +78,7 @@ def arguments() -> argparse.Namespace:
 
 def environment(device: torch.device) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = commit or os.environ.get("TCAL_COMMIT", "")  # a copy of the tree without its history
     name = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
@@ -157,8 +160,8 @@ class Bench:
         with torch.no_grad():
             for n, v in values.items():
                 student.gm.get_parameter(n).copy_(v)
-        rates = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher}
-        config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in rates.items() if v is not None})
+        given = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher, "weight_decay": self.args.weight_decay}
+        config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(
             f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher or '1.5 / width'}",

@@ -21,6 +21,7 @@ from .student import Student
 from .taps import SiteGroup
 
 PROJECTION_RATE = 1.5  # times 1 / width: Adam's steps are as large in every entry, so their sum grows with the width
+BETAS = (0.9, 0.95)
 NO_DECAY = "mixer."  # gates, norms and rates of a mixer: never decayed
 
 
@@ -69,6 +70,7 @@ class GroupTrainer:
                 {"params": matrices, "lr": projections, "weight_decay": config.weight_decay},
                 {"params": vectors, "lr": projections, "weight_decay": 0.0},
             ],
+            betas=BETAS,
             fused=self.device.type == "cuda",
         )
         program = group.program.gm
