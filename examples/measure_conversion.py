@@ -77,8 +77,8 @@ def arguments() -> argparse.Namespace:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    commit = commit or os.environ.get("TCAL_COMMIT", "")  # a copy of the tree without its history
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("TCAL_COMMIT", head)  # set it for a copy of the tree without its history
     name = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
