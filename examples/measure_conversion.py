@@ -164,7 +164,7 @@ class Bench:
         config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(
-            f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher or '1.5 / width'}",
+            f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
             lambda: align(student, groups, train=self.args.sequences, config=config, seed=self.args.seed),
         )
         torch.set_float32_matmul_precision("highest")

@@ -30,7 +30,12 @@ def conversion(name: str, body: dict[str, Any]) -> str:
     ]
     lines[-1] += f" tokens of {a['calib']}, {a['holdout']} more sequences choose the weights;"
     lines[-1] += f" batch {a['batch']}, seed {a['seed']}."
-    lines += [f"Scored in sequences of {a['eval_length']} tokens.", _machine(env), ""]
+    if a["steps"]:
+        rates = f"{a['lr_new'] or 'default'} for gates, {a['lr_teacher_used'] or 'default'} for the projections"
+        if len(a["lr_teacher"]) > 1:
+            rates += f", which had the least error on them of {a['lr_teacher']}"
+        lines[-1] += f" Alignment: rates {rates}; weight decay {a.get('weight_decay') or 'default'}."
+    lines += ["Behind each text: the length of its sequences.", _machine(env), ""]
     lines += [
         "| student | text | tokens | perplexity | teacher | ratio | KL, nats per token |",
         "|---|---|---|---|---|---|---|",

@@ -17,12 +17,15 @@ from torch.func import functional_call, vmap
 from tcal_compiler.errors import StageError
 
 from .config import AlignConfig
+from .optimizer import StackedMuon
 from .student import Student
 from .taps import SiteGroup
 
-PROJECTION_RATE = 1.5  # times 1 / width: Adam's steps are as large in every entry, so their sum grows with the width
-BETAS = (0.9, 0.95)
-NO_DECAY = "mixer."  # gates, norms and rates of a mixer: never decayed
+NEW = "mixer."  # gates, norms and rates of a mixer
+# Short memories: the noise of a step's gradient is small, and a run has few steps.
+BETAS = (0.8, 0.9)
+MOMENTUM = 0.8
+VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
 
 
 @dataclass
@@ -59,20 +62,7 @@ class GroupTrainer:
             name: torch.stack([source.get_parameter(n[name]).detach().float() for n in group.names]).requires_grad_()
             for name in group.names[0]
         }
-        fast = [p for n, p in self.params.items() if n.startswith(NO_DECAY)]
-        matrices = [p for n, p in self.params.items() if not n.startswith(NO_DECAY) and p.dim() > 2]
-        vectors = [p for n, p in self.params.items() if not n.startswith(NO_DECAY) and p.dim() <= 2]
-        projections = config.lr_teacher or PROJECTION_RATE / group.sites[0].hidden
-        self.peaks = [config.lr_new, projections, projections]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": fast, "lr": config.lr_new, "weight_decay": 0.0},
-                {"params": matrices, "lr": projections, "weight_decay": config.weight_decay},
-                {"params": vectors, "lr": projections, "weight_decay": 0.0},
-            ],
-            betas=BETAS,
-            fused=self.device.type == "cuda",
-        )
+        self.optimizers = self._make_optimizers()
         program = group.program.gm
         names = list(self.params)
 
@@ -88,6 +78,21 @@ class GroupTrainer:
         self.best_error = torch.full((len(group.sites),), float("inf"), device=self.device)
         self.best = {n: p.detach().clone() for n, p in self.params.items()}
 
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the teacher's matrices, AdamW for gates, norms and biases."""
+        c = self.config
+        new = [p for n, p in self.params.items() if n.startswith(NEW)]
+        matrices = [p for n, p in self.params.items() if not n.startswith(NEW) and p.dim() == 3]
+        vectors = [p for n, p in self.params.items() if not n.startswith(NEW) and p.dim() != 3]
+        adam = [{"params": new, "lr": c.lr_new}, {"params": vectors, "lr": VECTOR_RATE * c.lr_teacher}]
+        fused = self.device.type == "cuda"
+        found: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam, betas=BETAS, weight_decay=0.0, fused=fused)]
+        if matrices:
+            found.append(StackedMuon(matrices, lr=c.lr_teacher, momentum=MOMENTUM, weight_decay=c.weight_decay))
+        for group in (g for o in found for g in o.param_groups):
+            group["peak"] = group["lr"]
+        return found
+
     def losses(self, index: Tensor) -> Tensor:
         """Per-site mean squared error over the site's mean square [L], for sequences `index`."""
         index = index.to(self.group.x.device)
@@ -97,9 +102,10 @@ class GroupTrainer:
 
     def step(self, step: int, index: Tensor) -> Tensor:
         """One optimiser step with the gradient of each site clipped on its own; returns the losses before it [L]."""
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * learning_rate(step, self.config)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, self.config)
         losses = self.losses(index)
         losses.sum().backward()
         with torch.no_grad():
@@ -108,7 +114,8 @@ class GroupTrainer:
             factor = (self.config.clip / norm.clamp_min(self.config.clip)).to(norm.dtype)
             for g in grads:
                 g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return losses.detach()
 
     @torch.no_grad()
@@ -142,8 +149,9 @@ class GroupTrainer:
         out |= {f"{prefix}.best.{n}": p for n, p in self.best.items()}
         out[f"{prefix}.best_error"] = self.best_error
         for n, p in self.params.items():
-            for k, v in self.optimizer.state.get(p, {}).items():
-                out[f"{prefix}.optimizer.{k}.{n}"] = v
+            for optimizer in self.optimizers:
+                for k, v in optimizer.state.get(p, {}).items():
+                    out[f"{prefix}.optimizer.{k}.{n}"] = v
         return out
 
     def load_state(self, tensors: dict[str, Tensor], prefix: str) -> None:
@@ -151,9 +159,10 @@ class GroupTrainer:
             for n, p in self.params.items():
                 p.copy_(tensors[f"{prefix}.param.{n}"])
                 self.best[n] = tensors[f"{prefix}.best.{n}"].to(self.device)
+                owner = next(o for o in self.optimizers if any(p is q for g in o.param_groups for q in g["params"]))
+                slots = ("momentum",) if isinstance(owner, StackedMuon) else ("step", "exp_avg", "exp_avg_sq")
                 # the count of steps too: AdamW is fused, and keeps it on the device, when that is not the CPU
-                slots = {k: tensors[f"{prefix}.optimizer.{k}.{n}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {k: v.to(self.device, copy=True) for k, v in slots.items()}
+                owner.state[p] = {k: tensors[f"{prefix}.optimizer.{k}.{n}"].to(self.device, copy=True) for k in slots}
             self.best_error = tensors[f"{prefix}.best_error"].to(self.device)
 
 

@@ -32,13 +32,11 @@ class AlignConfig(StrictModel):
     steps: int = Field(300, ge=0, description="optimiser steps; 0 skips the stage")
     batch: int = Field(8, ge=1, description="sequences in a step")
     lr_new: float = Field(2e-2, gt=0, description="peak learning rate of gates and norm")
-    lr_teacher: float | None = Field(
-        None,
-        gt=0,
-        description="peak learning rate of the teacher's q, k, v and output projections; default 1.5 / width",
+    lr_teacher: float = Field(
+        8e-2, gt=0, description="peak learning rate of the teacher's q, k, v and output projections, whatever the width"
     )
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's projections only")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the teacher's projections only")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
     score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")

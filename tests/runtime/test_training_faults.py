@@ -158,7 +158,8 @@ def check_resumes_to_the_same_curve(groups: list[SiteGroup]) -> None:
 class WithoutOptimizerState(GroupTrainer):
     def load_state(self, tensors: dict[str, Tensor], prefix: str) -> None:
         super().load_state(tensors, prefix)
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
 
 def test_fault_7_no_optimizer_state_in_the_checkpoint(monkeypatch, tapped):
@@ -180,13 +181,13 @@ def check_only_matrices_decay(trainer: GroupTrainer) -> None:
     assert moved and all(trainer.params[n].dim() == 3 and not n.startswith("mixer.") for n in moved), moved
 
 
-@pytest.mark.parametrize("group", [0, 2], ids=["mixer", "vectors"])
+@pytest.mark.parametrize("group", [0, 1], ids=["mixer", "vectors"])
 def test_fault_8_weight_decay_on_rates_biases_and_norms(group):
     student = student_of("is_causal", "none", bias=True, norm_qk=True, layers=1)
     groups = collect_taps(student, student.capture.gm, example_ids(4, 12, VOCAB), batch=4)
     check_only_matrices_decay(GroupTrainer(student, groups[0], 2, CONFIG))
     faulty = GroupTrainer(student, groups[0], 2, CONFIG)
-    faulty.optimizer.param_groups[group]["weight_decay"] = 0.01
+    faulty.optimizers[0].param_groups[group]["weight_decay"] = 0.01
     with torch.no_grad():  # zero would not show
         for p in faulty.params.values():
             p.add_(0.5)
