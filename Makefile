@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: env
-	$(VENV)/bin/tcal-compile embedded --policy uniform:25% --calib-sequences 128 --calib-length 256 --align-steps 180 -o $(RUN)
+	$(VENV)/bin/tcal-compile embedded --policy uniform:25% --calib-sequences 128 --calib-length 256 --align-steps 120 -o $(RUN)
 	$(VENV)/bin/tcal eval $(RUN) --text tcal_compiler/assets/text/heldout.txt --length 512
 	$(VENV)/bin/tcal verify $(RUN)
 	$(VENV)/bin/tcal generate $(RUN) "The old man"
