@@ -34,12 +34,16 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What was measured and set at one site; heads' values as lists, errors relative to the teacher's mean square."""
+    """What was measured and set at one site; heads' values as lists, errors relative to the teacher's mean square.
+
+    half_life: tokens per head, of the initial values, see GdnMixer.half_life.
+    """
 
     index: int
     distance: list[float]
     entropy: list[float]
     mass: list[list[float]]
+    half_life: list[float]
     error: float
 
 
@@ -96,6 +100,11 @@ class SiteCalibrator:
             outside = self.outside(len(x))
             yield x, self.qkv.gm(x, *(outside[i] for i in self._pick)), y
 
+    def half_life(self) -> list[float]:
+        """Of the mixer as it is, on the first batch."""
+        x = self.x[: self.batch].to(self.device).float()
+        return self.mixer.half_life(x).tolist()
+
     @torch.no_grad()
     def measure(self) -> SiteStats:
         total: SiteStats | None = None
@@ -144,6 +153,18 @@ class SiteCalibrator:
         return wrong / max(power, 1e-30)
 
 
+def half_lives(student: Student, groups: list[SiteGroup], *, batch: int) -> dict[str, list[float]]:
+    """GdnMixer.half_life of every converted site, by index, on the first `batch` sequences of the groups."""
+    device = next(student.gm.parameters()).device
+    found = {}
+    for group in groups:
+        for site, x in zip(group.sites, group.x, strict=True):
+            mixer = student.gm.get_submodule(mixer_path(site.index))
+            assert isinstance(mixer, GdnMixer)
+            found[str(site.index)] = mixer.half_life(x[:batch].to(device).float()).tolist()
+    return found
+
+
 def initialise(
     student: Student,
     groups: list[SiteGroup],
@@ -175,7 +196,12 @@ def initialise(
             done += 1
             reports.append(
                 SiteReport(
-                    site.index, stats.distance.tolist(), stats.entropy.tolist(), stats.mass.tolist(), job.error()
+                    site.index,
+                    stats.distance.tolist(),
+                    stats.entropy.tolist(),
+                    stats.mass.tolist(),
+                    job.half_life(),
+                    job.error(),
                 )
             )
             if progress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,12 @@ class GdnMixer(nn.Module):
         qn, kn = l2_normalize(q.transpose(1, 2)), l2_normalize(k.transpose(1, 2))
         out, _ = gated_delta_rule(qn, kn, v.transpose(1, 2).to(qn.dtype), g=g, beta=beta)
         return out
+
+    @torch.no_grad()
+    def half_life(self, x: Tensor) -> Tensor:
+        """Tokens [H] in which the state halves, at the mean decay over x [B, T, C]: ln 2 / mean(-g)."""
+        g = decay_gate(self.a_proj(x), self.A_log, self.dt_bias)
+        return math.log(2) / (-g).mean((0, 1)).clamp_min(1e-30)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.value_dim))

@@ -23,12 +23,12 @@ from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
 from .passes.types import Capture, Check, Plan, SiteScan
 from .progress import Progress
-from .report import render_report
+from .report import PLOTS_HINT, can_plot, render_report
 from .runtime import data
 from .runtime.align import align
-from .runtime.calibrate import initialise
+from .runtime.calibrate import half_lives, initialise
 from .runtime.capture_teacher import capture_teacher
-from .runtime.manifest import TeacherRecord
+from .runtime.manifest import TeacherRecord, package_version
 from .runtime.onnx_export import export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
@@ -170,6 +170,7 @@ class Conversion:
                 "refused": [asdict(r) for r in self.source.scan.rejected],
                 "checks": [asdict(c) for c in self.source.capture.checks],
                 "info": self.source.teacher.info,
+                "tokenizer_dir": str(folder) if (folder := self.source.teacher.tokenizer_dir) else None,
             }
 
     def calibrate(self) -> None:
@@ -196,6 +197,7 @@ class Conversion:
                 "text": {self.text.name: data.text_sha256(self.text)},
                 "hashes": {self.text.name: data.paragraph_hashes(self.text)},
                 "tokens": calib.sequences * calib.length,
+                "device": str(self.device),
             }
 
     def align(self) -> None:
@@ -209,6 +211,7 @@ class Conversion:
                 return
             load_weights(self.student, self.run.path / "initial.safetensors")
             curve: list[dict[str, object]] = []
+            stage.evidence = {"device": str(self.device)}
             if self.config.align.steps and self.chosen.convert:
                 checkpoint = stage.scratch / "align.safetensors"
                 resume = load_align_state(checkpoint)
@@ -224,9 +227,10 @@ class Conversion:
                     save=lambda state: save_align_state(state, checkpoint),
                     progress=self.progress.bar(f"alignment of {len(self.chosen.convert)} sites"),
                 )
+                stage.evidence["half_life"] = half_lives(self.student, self.groups, batch=self.config.calib.batch)
             save_weights(self.student, stage.dir / "weights.safetensors")
             (stage.dir / "alignment.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-            stage.evidence = {"curve": curve, "checks": [asdict(c) for c in _not_worse(curve)]}
+            stage.evidence |= {"curve": curve, "checks": [asdict(c) for c in _not_worse(curve)]}
 
     def export(self) -> None:
         settings = {"export": self.config.export.model_dump()}
@@ -277,12 +281,18 @@ def _not_worse(curve: list[dict[str, Any]]) -> list[Check]:
     return [Check(f"layer {i}: held-out error against its start", best[i], first[i]) for i in first]
 
 
-def write_report(run: RunFolder) -> None:
-    """Renews report.md from what the stages recorded."""
+def write_report(run: RunFolder, progress: Progress) -> None:
+    """Renews report.md and, where matplotlib is installed, report.html from what the stages recorded."""
     inputs = {name: run.stage_hash(name) for name in run.manifest.stages if name != "report"}
-    with run.stage("report", config={}, inputs=inputs) as stage:
+    settings = {"html": can_plot(), "version": package_version()}
+    with run.stage("report", config=settings, inputs=inputs) as stage:
         if not stage.done:
             (stage.dir / "report.md").write_text(render_report(run.manifest), encoding="utf-8")
+            if settings["html"]:
+                page = render_report(run.manifest, html=True)
+                (stage.dir / "report.html").write_text(page, encoding="utf-8")
+    if not settings["html"]:
+        progress.say(PLOTS_HINT)
 
 
 def convert(
@@ -338,7 +348,7 @@ def convert(
         stages: dict[str, Callable[[], None]] = {n: getattr(work, n) for n in STAGES}
         for name in STAGES[: STAGES.index(until) + 1]:
             _guarded(name, stages[name])
-        write_report(run)
+        write_report(run, progress)
     return out
 
 

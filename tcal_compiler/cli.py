@@ -67,7 +67,8 @@ def _convert(
         with RunFolder.open_existing(path) as run:
             print(run.manifest.model_dump_json(indent=1))
         return
-    print(f"{path}: {until} is complete. Report: {path / 'report.md'}")
+    found = [path / name for name in ("report.html", "report.md") if (path / name).is_file()]
+    print(f"{path}: {until} is complete. Report: {found[0]}")
     if until == "export":
         print(f'Try: tcal generate {path} "Once upon a time"')
 
@@ -232,14 +233,26 @@ def generate(
 
 @app.command()
 def report(run: RunArg) -> None:
-    """Renews report.md and prints it."""
+    """Writes report.md, which it prints, and report.html, which has the plots too."""
     from .api import write_report
     from .runtime.run_folder import RunFolder
 
     with RunFolder.open_existing(run, write=True) as opened:
         opened.record("plan")
-        write_report(opened)
+        write_report(opened, Progress())
         print((opened.path / "report.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def compare(
+    run: RunArg,
+    other: Annotated[Path, typer.Argument(help="run folder to put beside it")],
+    html: Annotated[Optional[Path], typer.Option(help="page to write, with plots side by side")] = None,  # noqa: UP045
+) -> None:
+    """Prints the reports of two run folders side by side, what differs first."""
+    from .runs import compare_runs
+
+    print(compare_runs(run, other, page=html))
 
 
 @app.command()

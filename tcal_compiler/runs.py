@@ -17,6 +17,9 @@ from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Progress
+from .report import can_plot
+from .report.compare import compare_html, compare_markdown
+from .report.facts import Facts
 from .runtime import data
 from .runtime.evaluate import EvalResult, evaluate
 from .runtime.initialize import naive_
@@ -122,6 +125,7 @@ def evaluate_run(
             what = f"a model fails on sequences of {length} tokens: {str(e).splitlines()[0]}"
             raise StageError("eval", what, "a smaller --length") from e
         _record_eval(run, Path(text), length, count, results)
+        write_report(run, progress)
     return results
 
 
@@ -132,7 +136,29 @@ def _record_eval(run: RunFolder, text: Path, length: int, count: int, results: d
         if not stage.done:
             body = {n: asdict(r) for n, r in results.items()}
             stage.evidence = {"text": text.name, "length": length, "sequences": count, "results": body}
-    write_report(run)
+
+
+def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None) -> str:
+    """The reports of two run folders side by side as Markdown; with a path for page, as HTML into that file too.
+
+    Raises RunFolderError for a folder without a plan, and ConfigError when the page cannot be made or written.
+    """
+    both = []
+    for path in (first, second):
+        with RunFolder.open_existing(path) as run:
+            run.record("plan")
+            both.append(Facts(str(path), run.manifest))
+    if page is not None:
+        if not can_plot():
+            raise ConfigError(
+                "--html", "needs matplotlib, which is not installed", "pip install 'tcal-compile[report]'"
+            )
+        try:
+            page.write_text(compare_html(*both), encoding="utf-8")
+        except OSError as e:
+            what = f"{page} cannot be written: {e.strerror or e}"
+            raise ConfigError("--html", what, "a file in a folder that exists") from e
+    return compare_markdown(*both)
 
 
 def verify_run(

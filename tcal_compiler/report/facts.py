@@ -1,0 +1,118 @@
+"""What the manifest of a run folder says, ready for tables and plots. No text layout here.
+
+Indices of layers are those of the plan; a layer's values are lists over its heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..runtime.manifest import Manifest
+
+FLOAT_BYTES = 4  # the exported model is float32
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention site as the plan has it. kept: it stays softmax."""
+
+    index: int
+    module: str
+    kept: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that softmax attention keeps for each token: its keys and values."""
+        return self.kv_heads * (self.head_dim + self.value_dim) * FLOAT_BYTES
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a Gated DeltaNet state, whatever the length: [heads, head_dim, value_dim]."""
+        return self.heads * self.head_dim * self.value_dim * FLOAT_BYTES
+
+
+def finite(x: Any) -> bool:
+    """Numbers that are not finite lie in the manifest as text."""
+    return isinstance(x, int | float) and math.isfinite(x)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run folder with at least the stage plan complete. name: what to call it."""
+
+    name: str
+    manifest: Manifest
+
+    def evidence(self, stage: str) -> dict[str, Any]:
+        """What a stage recorded; empty when it is not complete."""
+        stages = self.manifest.stages
+        return stages[stage].evidence if stage in stages else {}
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        plan: dict[str, Any] = self.manifest.plan
+        return [
+            Layer(
+                s["layer"],
+                s["module"] or "-",
+                s["layer"] in plan["keep"],
+                s["heads"],
+                s["kv_heads"],
+                s["head_dim"],
+                s["value_dim"],
+            )
+            for s in self.evidence("plan")["sites"]
+        ]
+
+    @cached_property
+    def measured(self) -> dict[int, dict[str, Any]]:
+        """Converted layer -> distance, entropy, half_life (lists over heads) and error; empty before calibration."""
+        return {s["index"]: s for s in self.evidence("calibrate").get("sites", [])}
+
+    @cached_property
+    def aligned_half_life(self) -> dict[int, list[float]]:
+        return {int(i): v for i, v in self.evidence("align").get("half_life", {}).items()}
+
+    @cached_property
+    def curve(self) -> list[dict[str, Any]]:
+        """Points with step, train and held_out; the latter two: layer (as text) -> loss."""
+        return self.evidence("align").get("curve", [])
+
+    @cached_property
+    def held_out(self) -> dict[int, tuple[float, float]]:
+        """Converted layer -> held-out error before alignment and that of the weights that were kept."""
+        if not self.curve:
+            return {}
+        start = self.curve[0]["held_out"]
+        return {int(i): (start[i], min(p["held_out"][i] for p in self.curve)) for i in start}
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Model -> perplexity, kl and their errors; empty before tcal eval."""
+        return self.evidence("eval").get("results", {})
+
+    @cached_property
+    def checks(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(stage, c) for stage in self.manifest.stages for c in self.evidence(stage).get("checks", [])]
+
+    def memory(self, tokens: int) -> tuple[int, int]:
+        """Bytes of state and caches behind so many tokens of one sequence: the teacher's and the student's."""
+        teacher = sum(layer.cache_bytes * tokens for layer in self.layers)
+        student = sum(s.cache_bytes * tokens if s.kept else s.state_bytes for s in self.layers)
+        return teacher, student
+
+    @cached_property
+    def contexts(self) -> list[int]:
+        """Powers of four from 128 tokens up to the context length of the exported model, and that length."""
+        config: Any = self.manifest.config
+        most = int(config["export"]["max_length"])
+        last = min(most, self.evidence("plan")["info"].get("context_length") or most)
+        powers = [n for i in range(12) if (n := 128 * 4**i) < last]
+        return [*powers, last]

@@ -1,0 +1,238 @@
+"""The sections of a report, each from what the stages recorded; a section whose stage has not run is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tomli_w
+
+from . import plots
+from .blocks import Block, Code, Paragraph, Plot, Section, Table
+from .facts import Facts, finite
+from .plots import Scales
+
+REASONS = {
+    "uniform": "Layers at even distances, the first one included, stay softmax.",
+    "keep=": "The layers that the policy names stay softmax.",
+    "none": "No layer stays softmax.",
+    "all": "Every layer stays softmax: the student is the teacher.",
+}
+
+
+def number(x: Any, digits: int = 4) -> str:
+    return f"{x:.{digits}g}" if finite(x) else "-"
+
+
+def fixed(x: Any, digits: int) -> str:
+    return f"{x:.{digits}f}" if finite(x) else "-"
+
+
+def spread(values: list[float] | None, digits: int) -> str:
+    """Smallest to largest over the heads of a layer."""
+    return f"{fixed(min(values), digits)} to {fixed(max(values), digits)}" if values else ""
+
+
+def size(count: int) -> str:
+    return f"{count / 2**20:.3g} MiB"
+
+
+def summary(run: Facts, _: Scales) -> list[Block]:
+    t, plan = run.manifest.teacher, run.manifest.plan
+    kept = sum(s.kept for s in run.layers)
+    why = next((text for start, text in REASONS.items() if str(plan["policy"]).startswith(start)), "")
+    name = t.source.rsplit("/", 1)[-1]
+    rows = [
+        ["teacher", f"{name} ({t.kind}), vocabulary {t.vocab_size}"],
+        ["policy", f"{plan['policy']}. {why}".strip()],
+        ["attention layers", f"{kept} stay softmax, {len(run.layers) - kept} become Gated DeltaNet"],
+    ]
+    if run.held_out:
+        before, after = (sum(e[part] for e in run.held_out.values()) / len(run.held_out) for part in (0, 1))
+        rows.append(["mean held-out error of a layer", f"{number(before)} before alignment, {number(after)} after"])
+    if "student" in run.scores:
+        base, mine = run.scores["teacher"]["perplexity"], run.scores["student"]
+        text = f"{fixed(mine['perplexity'], 2)}, the teacher's is {fixed(base, 2)}; KL {fixed(mine['kl'], 4)} nats"
+        rows.append(["perplexity of the student", text])
+    last = run.contexts[-1]
+    teacher, student = run.memory(last)
+    text = f"{size(student)} behind {last} tokens, the teacher's {size(teacher)}"
+    rows.append(["state and caches of the student", text])
+    held = sum(c["measured"] <= c["allowed"] for _, c in run.checks)
+    rows.append(["checks that hold", f"{held} of {len(run.checks)}"])
+    return [Table(["what", "value"], rows)]
+
+
+def layers(run: Facts, _: Scales) -> list[Block]:
+    head = ["layer", "module", "becomes", "look-back, tokens", "entropy, nats", "half-life as set, tokens"]
+    head += ["half-life after alignment", "error after init", "held-out error before", "held-out error after"]
+    rows = []
+    for s in run.layers:
+        m, e = run.measured.get(s.index, {}), run.held_out.get(s.index, ("", ""))
+        row = [str(s.index), s.module, "softmax" if s.kept else "Gated DeltaNet"]
+        row += [spread(m.get("distance"), 1), spread(m.get("entropy"), 2), spread(m.get("half_life"), 1)]
+        row += [spread(run.aligned_half_life.get(s.index), 1), number(m["error"]) if m else ""]
+        rows.append([*row, *(number(v) if v != "" else "" for v in e)])
+    text = (
+        "A to B: smallest and largest over the heads of a layer. Errors are mean squared errors of the attention "
+        "output over its mean square: after init on the calibration text, held-out on text that was not trained on. "
+        "Half-lives are in tokens, at the mean decay over some sequences."
+    )
+    blocks: list[Block] = [Paragraph(text), Table(head, rows)]
+    if refused := run.evidence("plan").get("refused"):
+        rows = [[r["layer"] or r["node"], r["reason"]] for r in refused]
+        blocks += [Paragraph("These cores stay as they are:"), Table(["core", "reason"], rows)]
+    return blocks
+
+
+def attention(run: Facts, scales: Scales) -> list[Block]:
+    if not run.measured:
+        return []
+
+    def heat(title: str, key: str, limits: tuple[float, float], label: str, log: bool) -> Plot:
+        return Plot(title, lambda axes: plots.heat_map(axes, run, key, limits, log=log, label=label))
+
+    blocks: list[Block] = [
+        Paragraph(
+            "How far back each head of a converted layer looks and how widely it spreads: the decay and the write "
+            "gate are set from these. Layers that stay softmax are not measured."
+        ),
+        heat("Mean look-back distance", "distance", scales.distance, "tokens", True),
+        heat("Mean entropy of the attention rows", "entropy", scales.entropy, "nats", False),
+    ]
+    if run.aligned_half_life:
+        title = "Half-lives of the heads, as set and after alignment"
+        blocks.append(Plot(title, lambda axes: plots.half_lives(axes, run, scales.half_life)))
+    return blocks
+
+
+def alignment(run: Facts, scales: Scales) -> list[Block]:
+    if not run.held_out:
+        return []
+    config: Any = run.manifest.config
+    text = (
+        f"{run.curve[-1]['step']} steps of {config['align']['batch']} sequences; each layer keeps the weights that "
+        "scored best on the held-out text. The whole curve is in alignment.json."
+    )
+    return [
+        Paragraph(text),
+        Plot("Alignment loss of each layer", lambda axes: plots.alignment_loss(axes, run, scales.loss)),
+        Plot("Error of each layer before and after alignment", lambda axes: plots.errors(axes, run, scales.loss)),
+    ]
+
+
+def scores(run: Facts, scales: Scales) -> list[Block]:
+    if not run.scores:
+        return []
+    evidence, base = run.evidence("eval"), run.scores["teacher"]["perplexity"]
+    rows = [
+        [
+            name,
+            fixed(r["perplexity"], 2),
+            fixed(r["perplexity"] / base, 3),
+            f"{fixed(r['kl'], 4)} ± {fixed(r['kl_stderr'], 4)}",
+        ]
+        for name, r in run.scores.items()
+    ]
+    text = f"On {evidence['text']}: {evidence['sequences']} sequences of {evidence['length']} tokens."
+    return [
+        Paragraph(text),
+        Table(["model", "perplexity", "ratio to teacher", "KL(teacher, model), nats per token"], rows),
+        Plot("Divergence from the teacher", lambda axes: plots.divergence(axes, run, scales.kl)),
+    ]
+
+
+def memory(run: Facts, scales: Scales) -> list[Block]:
+    rows = []
+    for n in run.contexts:
+        teacher, student = run.memory(n)
+        rows.append([str(n), size(teacher), size(student), f"{student / teacher:.3f}" if teacher else "-"])
+    text = (
+        "Bytes kept between two tokens of one sequence, float32 as exported: keys and values of every earlier token "
+        "in a softmax layer, one matrix per head in a Gated DeltaNet layer. Computed from shapes, not measured."
+    )
+    return [
+        Paragraph(text),
+        Table(["tokens", "teacher", "student", "student over teacher"], rows),
+        Plot("State and cache memory", lambda axes: plots.memory(axes, run, scales.bytes)),
+    ]
+
+
+def checks(run: Facts, _: Scales) -> list[Block]:
+    rows = []
+    for stage, c in run.checks:
+        holds = "yes" if c["measured"] <= c["allowed"] else "NO"
+        rows.append([stage, c["name"], number(c["measured"], 3), number(c["allowed"], 3), holds, c["detail"]])
+    return [Table(["stage", "check", "measured", "allowed", "holds", "detail"], rows)]
+
+
+def stages(run: Facts, _: Scales) -> list[Block]:
+    complete = [(n, s) for n, s in run.manifest.stages.items() if n != "report"]
+    rows = [[n, f"{s.seconds:.1f}", str(run.evidence(n).get("device", "")), s.finished_at] for n, s in complete]
+    return [Table(["stage", "seconds", "device", "finished"], rows)]
+
+
+def configuration(run: Facts) -> str:
+    """The run's configuration as a file for --config: every key, so that later defaults do not matter."""
+
+    def known(body: dict[str, Any]) -> dict[str, Any]:
+        found = {k: known(v) if isinstance(v, dict) else v for k, v in body.items() if v is not None}
+        return {k: v for k, v in found.items() if v != {}}
+
+    return tomli_w.dumps(known(dict(run.manifest.config)))
+
+
+def commands(run: Facts) -> str:
+    """The commands that make this run again, with the configuration as tcal.toml beside its plan.toml."""
+    t, evidence = run.manifest.teacher, run.evidence("plan")
+    words = ["tcal-compile", t.source, "--config tcal.toml --plan plan.toml"]
+    if evidence["info"].get("tokenizer") == "bytes":
+        words.append("--tokenizer bytes")
+    elif t.kind in ("program", "factory", "pickle") and evidence.get("tokenizer_dir"):
+        words.append(f"--tokenizer {evidence['tokenizer_dir']}")
+    if t.kind == "pickle":
+        words.append("--allow-pickle")
+    if (device := run.evidence("calibrate").get("device", "cpu")) != "cpu":
+        words.append(f"--device {device}")
+    lines = [" ".join([*words, "-o again"])]
+    if score := run.evidence("eval"):
+        lines.append(
+            f"tcal eval again --text {score['text']} --length {score['length']} --sequences {score['sequences']}"
+        )
+    return "\n".join([*lines, "tcal verify again"])
+
+
+def reproduction(run: Facts, _: Scales) -> list[Block]:
+    return [
+        Paragraph("With plan.toml of this run folder and the lines below as tcal.toml:"),
+        Code(commands(run)),
+        Code(configuration(run)),
+    ]
+
+
+def versions(run: Facts, _: Scales) -> list[Block]:
+    m = run.manifest
+    rows = [["tcal-compile", m.tcal_version], *([k, v] for k, v in m.versions.items())]
+    texts: Any = run.evidence("calibrate").get("text", {})
+    hashes = [["teacher's weights and code", m.teacher.fingerprint]]
+    hashes += [[f"calibration text {name}", value] for name, value in texts.items()]
+    hashes += [[f, sha] for n, s in m.stages.items() if n != "report" for f, sha in s.files.items()]
+    return [Table(["program", "version"], rows), Table(["what", "sha256"], hashes)]
+
+
+SECTIONS = {
+    "Summary": summary,
+    "Layers": layers,
+    "Attention of the teacher": attention,
+    "Alignment": alignment,
+    "Perplexity": scores,
+    "Memory": memory,
+    "Checks": checks,
+    "Stages": stages,
+    "To do it again": reproduction,
+    "Versions and hashes": versions,
+}
+
+
+def sections(run: Facts, scales: Scales) -> list[Section]:
+    made = [Section(title, make(run, scales)) for title, make in SECTIONS.items()]
+    return [s for s in made if s.blocks]
