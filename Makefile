@@ -31,6 +31,7 @@ demo: env
 	$(VENV)/bin/tcal verify $(RUN)
 	$(VENV)/bin/tcal generate $(RUN) "The old man"
 	cat $(RUN)/report.md
+	@echo "With plots: $(RUN)/report.html"
 
 test: env
 	$(PY) -m pytest -n 2 -q tests

@@ -213,11 +213,11 @@ def verify(
 def generate(
     run: RunArg,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to append at most", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
-    top_p: Annotated[Optional[float], typer.Option()] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    top_k: Annotated[Optional[int], typer.Option(help="draw from so many likeliest tokens")] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens of this mass")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="seed of the draws", min=0)] = 0,
 ) -> None:
     """Streams text from the ONNX student in ONNX Runtime."""
     from .runs import generate_text

@@ -143,11 +143,11 @@ def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = N
 
     Raises RunFolderError for a folder without a plan, and ConfigError when the page cannot be made or written.
     """
-    both = []
-    for path in (first, second):
+    both, paths = [], [Path(first).absolute(), Path(second).absolute()]
+    for path in paths:
         with RunFolder.open_existing(path) as run:
             run.record("plan")
-            both.append(Facts(str(path), run.manifest))
+            both.append(Facts(path.name if paths[0].name != paths[1].name else str(path), run.manifest))
     if page is not None:
         if not can_plot():
             raise ConfigError(

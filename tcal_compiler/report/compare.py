@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import markdown, page
 from .blocks import Block, Table
 from .facts import Facts
 from .plots import Scales, shared_scales
-from .sections import SECTIONS, fixed, number, size
+from .sections import SECTIONS, fixed, layers, number, size
 
 TITLE = "Comparison"
 AT_A_GLANCE = "At a glance"
+Part = tuple[str, list[tuple[str, list[Block]]]]  # a title, and blocks by the name of their run
 
 
-def _flat(body: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _settings(run: Facts) -> dict[str, str]:
     flat: dict[str, str] = {}
-    for k, v in body.items():
-        flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": str(v)}
+    for name, value in run.manifest.config.items():
+        flat |= {f"{name}.{k}": str(v) for k, v in value.items()} if isinstance(value, dict) else {name: str(value)}
     return flat
 
 
@@ -47,27 +46,38 @@ def _figures(run: Facts) -> dict[str, str]:
 
 
 def _glance(a: Facts, b: Facts) -> list[Block]:
-    left, right = ({**_flat(dict(r.manifest.config)), **_figures(r)} for r in (a, b))
-    settings = set(_flat(dict(a.manifest.config))) | set(_flat(dict(b.manifest.config)))
-    rows = [
-        [key, left.get(key, ""), right.get(key, "")]
-        for key in {**left, **right}
-        if key not in settings or left.get(key) != right.get(key)
-    ]
+    settings, figures = ([make(r) for r in (a, b)] for make in (_settings, _figures))
+    rows = [[k, *(s.get(k, "") for s in settings)] for k in settings[0] | settings[1]]
+    rows = [r for r in rows if r[1] != r[2]]
+    rows += [[k, *(f.get(k, "") for f in figures)] for k in figures[0] | figures[1]]
     return [Table(["what", a.name, b.name], rows)]
 
 
-def _parts(a: Facts, b: Facts) -> list[tuple[str, list[tuple[str, list[Block]]]]]:
-    scales: Scales = shared_scales([a, b])
-    made = [(title, [(r.name, make(r, scales)) for r in (a, b)]) for title, make in SECTIONS.items()]
-    return [(title, parts) for title, parts in made if any(blocks for _, blocks in parts)]
+def _layers(a: Facts, b: Facts, scales: Scales) -> list[Block]:
+    """One table, in which a layer's rows of both runs follow each other."""
+    text, left, *_ = layers(a, scales)
+    right = layers(b, scales)[1]
+    assert isinstance(left, Table) and isinstance(right, Table)
+    rows = [[r[0], run.name, *r[1:]] for run, t in ((a, left), (b, right)) for r in t.rows]
+    head = [left.head[0], "run", *left.head[1:]]
+    return [text, Table(head, sorted(rows, key=lambda r: int(r[0])))]
+
+
+def _parts(a: Facts, b: Facts) -> list[Part]:
+    scales = shared_scales([a, b])
+    parts: list[Part] = [(AT_A_GLANCE, [("", _glance(a, b))])]
+    for title, make in SECTIONS.items():
+        if make is layers:
+            parts.append((title, [("", _layers(a, b, scales))]))
+        elif any(both := [make(r, scales) for r in (a, b)]):
+            parts.append((title, list(zip((a.name, b.name), both, strict=True))))
+    return parts
 
 
 def compare_html(a: Facts, b: Facts) -> str:
     """Needs matplotlib."""
-    glance = page.section(AT_A_GLANCE, [("", _glance(a, b))])
-    return page.page(TITLE, [glance, *(page.section(*part) for part in _parts(a, b))])
+    return page.page(TITLE, [page.section(*part) for part in _parts(a, b)])
 
 
 def compare_markdown(a: Facts, b: Facts) -> str:
-    return markdown.write_parts(TITLE, [(AT_A_GLANCE, [("", _glance(a, b))]), *_parts(a, b)])
+    return markdown.write_parts(TITLE, _parts(a, b))

@@ -31,12 +31,12 @@ figure { margin: 1rem 0 0; }
 figcaption { font-size: .9rem; font-weight: 600; }
 svg { display: block; width: 100%; max-width: 34rem; height: auto; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
-@container (max-width: 40rem) {
-  thead { display: none; }
-  tr { display: block; border-bottom: 1px solid var(--line); padding: .4rem 0; }
-  td { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .6rem; border: 0; padding: .1rem 0; }
-  td:empty { display: none; }
-  td::before { content: attr(data-label); color: var(--faint); }
+@container (max-width: 34rem) {
+  .wide thead { display: none; }
+  .wide tr { display: block; border-bottom: 1px solid var(--line); padding: .4rem 0; }
+  .wide td { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .6rem; border: 0; padding: .1rem 0; }
+  .wide td:empty { display: none; }
+  .wide td::before { content: attr(data-label); color: var(--faint); }
 }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # matplotlib's colour bars are data URIs
@@ -49,7 +49,8 @@ def _table(table: Table) -> str:
         for r in table.rows
     ]
     body = "\n".join(f"<tr>{r}</tr>" for r in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    wide = ' class="wide"' if len(table.head) > 4 else ""  # on a narrow screen each row becomes a list
+    return f"<table{wide}><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
 def _plot(plot: Plot) -> str:

@@ -1,0 +1,123 @@
+"""The documentation against the code: links, the generated reference, commands and Python that it shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from command_line import done
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tcal_compiler/assets/README.md"])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("write_reference", ROOT / "examples/write_reference.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    bad = []
+    for target in LINK.findall(re.sub(r"^```.*?^```|`[^`]*`", "", page.read_text(), flags=re.M | re.DOTALL)):
+        if re.match(r"https?://[\w.-]+(/\S*)?$", target):
+            continue
+        path, _, anchor = target.partition("#")
+        place = page.parent / path if path else page
+        if not place.exists() or (anchor and anchor not in anchors(place)):
+            bad.append(target)
+    return bad
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_the_link_check_finds_what_is_broken(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A title, no?\n[a](#a-title-no) [b](#b) [c](page.md#a-title-no) [d](gone.md) [e](htp://x) `[f](g)`"
+    )
+    assert broken_links(page) == ["#b", "gone.md", "htp://x"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_are_named_exist(page):
+    named = re.findall(r"`((?:examples|tests|docs|kernels|passes|runtime|tcal_compiler)/[\w./]+)`", page.read_text())
+    assert [n for n in named if not (ROOT / n).exists()] == []
+
+
+def test_the_reference_is_up_to_date():
+    text = (ROOT / "docs/reference.md").read_text()
+    assert text == reference().reference(), "run: python examples/write_reference.py"
+
+
+def sections() -> dict[str, set[str]]:
+    """Command -> its options in the reference; commands that take what tcal-compile takes have its options."""
+    parts = re.split(r"^## ", (ROOT / "docs/reference.md").read_text(), flags=re.M)[1:]
+    found = {p.splitlines()[0]: set(re.findall(r"(?<=[`\s])--?[a-z][\w-]*", p)) for p in parts}
+    whole = found["tcal-compile"]
+    return {n: whole if "tcal-compile" in o or not o and n != "Configuration" else o for n, o in found.items()}
+
+
+@pytest.mark.parametrize("command", ["tcal-compile", "tcal align", "tcal eval", "tcal generate", "tcal compare"])
+def test_the_reference_has_the_options_that_help_shows(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    shown = set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", done(*command.split(), "--help"))) - {"--help"}
+    assert {o for o in shown if o.startswith("--")} == {o for o in sections()[command] if o.startswith("--")}
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = re.findall(r"^(?:    )?(tcal(?:-compile)? [^\n`]+)$", page.read_text(), re.M)
+    lines += re.findall(r"`(tcal(?:-compile)? [^`\n]+)`", page.read_text())
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/guide.md"], ids=lambda p: p.name)
+def test_commands_that_are_shown_exist_with_their_options(page):
+    found, known = commands(page), sections()
+    assert len(found) > 5
+    for words in found:
+        name = words[0] if words[0] == "tcal-compile" else " ".join(words[:2])
+        assert name in known, words
+        assert {w for w in words if re.match(r"--?[a-z]", w)} <= known[name] | {"--debug"}, words
+
+
+def test_python_in_the_readme_runs(tmp_path, monkeypatch):
+    import tcal_compiler
+
+    convert = tcal_compiler.convert
+    (tmp_path / "tcal_compiler").symlink_to(ROOT / "tcal_compiler")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setattr(tcal_compiler, "convert", lambda *a, **k: convert(*a, until="plan", **k), raising=False)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "teacher.pt2").stat().st_size > 100_000 and (tmp_path / "tiny-run/plan.toml").is_file()
+
+
+def test_the_citation_is_of_this_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == project["version"] and citation["license"] == project["license"]
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
