@@ -9,9 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from safetensors.numpy import load_file
 
 from tcal_compiler.config import load_config
 from tcal_compiler.report import page, plots, render_report
+from tcal_compiler.report.compare import compare_markdown
 from tcal_compiler.report.facts import Facts
 from tcal_compiler.runtime.manifest import parse_manifest
 from tcal_compiler.runtime.mixer import GdnMixer
@@ -191,15 +194,40 @@ def test_what_the_report_says_to_do_makes_the_same_run(shared_run, tmp_path, mon
 
 
 def test_names_from_outside_cannot_break_the_report(shared_run):
-    run = facts(shared_run)
-    body = run.manifest.model_dump(mode="json")
     bad = '<script>alert("1")</script> | b'
-    body["stages"]["plan"]["evidence"]["sites"][1]["module"] = bad
-    body["teacher"]["source"] = bad.replace("/", "")
-    manifest = parse_manifest(json.dumps(body).encode(), "tcal.json")
+
+    def edit(body: dict[str, Any]) -> None:
+        body["stages"]["plan"]["evidence"]["sites"][1]["module"] = bad
+        body["teacher"]["source"] = bad.replace("/", "")
+
+    manifest = edited(facts(shared_run), edit).manifest
     assert "script" not in Reader(render_report(manifest, html=True)).tags
     row = next(r for r in render_report(manifest).splitlines() if "alert" in r and r.startswith("| 1 |"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 11
+
+
+def edited(run: Facts, edit: Callable[[dict[str, Any]], None], name: str = "edited") -> Facts:
+    body = run.manifest.model_dump(mode="json")
+    edit(body)
+    return Facts(name, parse_manifest(json.dumps(body).encode(), "tcal.json"))
+
+
+def test_scores_of_a_policy_and_a_distillation_are_shown(shared_run):
+    def edit(body: dict[str, Any]) -> None:
+        body["stages"]["plan"]["evidence"]["scores"] = {"0": 0.91, "1": 0.12, "2": 0.13, "3": 0.14}
+        curve = [
+            {"step": s, "train": None, "predictions": s * 10, "kl": k, "nll": 1.0, "held_out": k}
+            for s, k in ((0, 0.5), (10, 0.2), (20, 0.3))
+        ]
+        body["stages"]["distill"] = body["stages"]["align"] | {"files": {}, "evidence": {"curve": curve, "checks": []}}
+
+    run = edited(facts(shared_run), edit)
+    text, html = render_report(run.manifest), render_report(run.manifest, html=True)
+    assert "| 0 | layers.0" in text and "| softmax | 0.91 |" in text and "| Gated DeltaNet | 0.14 |" in text
+    assert "| kept | 10 | 100 | 0.2000 | 2.72 |" in text and "| last | 20 | 200 | 0.3000 |" in text
+    assert set(Reader(html).labels) == PLOTS | {"Scores of the policy", "Distillation"}
+    both = compare_markdown(facts(shared_run), run)
+    assert "| 0 | edited | layers.0" in both and "| 0 | run | layers.0" in both and "policy's score" in both
 
 
 def test_without_matplotlib_there_is_markdown_and_a_hint(finished, tmp_path, monkeypatch):
@@ -234,10 +262,12 @@ def test_compare(finished, tmp_path):
 
 def test_runs_that_are_compared_share_their_scales(shared_run):
     run = facts(shared_run)
-    body = run.manifest.model_dump(mode="json")
-    site = body["stages"]["calibrate"]["evidence"]["sites"][0]
-    site["distance"] = [1000.0 for _ in site["distance"]]
-    far = Facts("far", parse_manifest(json.dumps(body).encode(), "tcal.json"))
+
+    def edit(body: dict[str, Any]) -> None:
+        site = body["stages"]["calibrate"]["evidence"]["sites"][0]
+        site["distance"] = [1000.0 for _ in site["distance"]]
+
+    far = edited(run, edit)
     assert plots.shared_scales([run, far]).distance[1] == 1000.0 > plots.shared_scales([run]).distance[1]
 
 

@@ -58,9 +58,12 @@ def _layers(a: Facts, b: Facts, scales: Scales) -> list[Block]:
     text, left, *_ = layers(a, scales)
     right = layers(b, scales)[1]
     assert isinstance(left, Table) and isinstance(right, Table)
-    rows = [[r[0], run.name, *r[1:]] for run, t in ((a, left), (b, right)) for r in t.rows]
-    head = [left.head[0], "run", *left.head[1:]]
-    return [text, Table(head, sorted(rows, key=lambda r: int(r[0])))]
+    head = left.head if len(left.head) > len(right.head) else right.head  # one may have scores of its policy
+    rows = []
+    for run, table in ((a, left), (b, right)):
+        for cells in (dict(zip(table.head, r, strict=True)) for r in table.rows):
+            rows.append([cells["layer"], run.name, *(cells.get(name, "") for name in head[1:])])
+    return [text, Table(["layer", "run", *head[1:]], sorted(rows, key=lambda r: int(r[0])))]
 
 
 def _parts(a: Facts, b: Facts) -> list[Part]:

@@ -72,6 +72,16 @@ class Facts:
         ]
 
     @cached_property
+    def policy_scores(self) -> dict[int, float]:
+        """Layer -> the value that the policy chose by; empty for policies that measure nothing."""
+        return {int(i): v for i, v in (self.evidence("plan").get("scores") or {}).items()}
+
+    @cached_property
+    def distillation(self) -> list[dict[str, Any]]:
+        """Points with step, predictions (trained on), held_out (what is minimised), kl and nll (held-out, nats)."""
+        return self.evidence("distill").get("curve", [])
+
+    @cached_property
     def measured(self) -> dict[int, dict[str, Any]]:
         """Converted layer -> distance, entropy, half_life (lists over heads) and error; empty before calibration."""
         return {s["index"]: s for s in self.evidence("calibrate").get("sites", [])}

@@ -126,6 +126,24 @@ def errors(axes: Any, run: Facts, most: float) -> None:
     axes.legend(frameon=False, ncols=2, loc="upper center")
 
 
+def policy_scores(axes: Any, run: Facts) -> None:
+    """What the policy chose by, and what it chose."""
+    for kept, label, colour in ((True, "stays softmax", ORANGE), (False, "becomes Gated DeltaNet", BLUE)):
+        chosen = [s.index for s in run.layers if s.kept is kept]
+        axes.bar(chosen, [run.policy_scores[i] for i in chosen], color=colour, label=label)
+    axes.set(xlabel="layer", ylabel="score")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.25)
+    axes.legend(frameon=False, ncols=2, loc="upper center")
+
+
+def distillation(axes: Any, run: Facts) -> None:
+    """Held-out divergence over the steps."""
+    axes.plot([p["step"] for p in run.distillation], [p["kl"] for p in run.distillation], marker=".", color=BLUE)
+    axes.set(xlabel="step", ylabel="held-out KL(teacher, student), nats")
+    axes.set_ylim(bottom=0)
+
+
 def divergence(axes: Any, run: Facts, most: float) -> None:
     """KL(teacher, model) of every model, smaller is better."""
     names = [n for n, s in run.scores.items() if n != "teacher" and finite(s["kl"])][::-1]

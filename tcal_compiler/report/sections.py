@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tomli_w
@@ -63,12 +64,14 @@ def summary(run: Facts, _: Scales) -> list[Block]:
 
 
 def layers(run: Facts, _: Scales) -> list[Block]:
-    head = ["layer", "module", "becomes", "look-back, tokens", "entropy, nats", "half-life as set, tokens"]
+    head = ["layer", "module", "becomes", *(["policy's score"] if run.policy_scores else [])]
+    head += ["look-back, tokens", "entropy, nats", "half-life as set, tokens"]
     head += ["half-life after alignment", "error after init", "held-out error before", "held-out error after"]
     rows = []
     for s in run.layers:
         m, e = run.measured.get(s.index, {}), run.held_out.get(s.index, ("", ""))
         row = [str(s.index), s.module, "softmax" if s.kept else "Gated DeltaNet"]
+        row += [number(run.policy_scores[s.index])] if run.policy_scores else []
         row += [spread(m.get("distance"), 1), spread(m.get("entropy"), 2), spread(m.get("half_life"), 1)]
         row += [spread(run.aligned_half_life.get(s.index), 1), number(m["error"]) if m else ""]
         rows.append([*row, *(number(v) if v != "" else "" for v in e)])
@@ -78,6 +81,8 @@ def layers(run: Facts, _: Scales) -> list[Block]:
         "Half-lives are in tokens, at the mean decay over some sequences."
     )
     blocks: list[Block] = [Paragraph(text), Table(head, rows)]
+    if run.policy_scores:
+        blocks.append(Plot("Scores of the policy", lambda axes: plots.policy_scores(axes, run)))
     if refused := run.evidence("plan").get("refused"):
         rows = [[r["layer"] or r["node"], r["reason"]] for r in refused]
         blocks += [Paragraph("These cores stay as they are:"), Table(["core", "reason"], rows)]
@@ -118,6 +123,18 @@ def alignment(run: Facts, scales: Scales) -> list[Block]:
         Plot("Alignment loss of each layer", lambda axes: plots.alignment_loss(axes, run, scales.loss)),
         Plot("Error of each layer before and after alignment", lambda axes: plots.errors(axes, run, scales.loss)),
     ]
+
+
+def distillation(run: Facts, _: Scales) -> list[Block]:
+    if not (curve := run.distillation):
+        return []
+    best = min(curve, key=lambda p: p["held_out"])
+    rows = [
+        [name, str(p["step"]), str(p["predictions"]), fixed(p["kl"], 4), fixed(math.exp(p["nll"]), 2)]
+        for name, p in (("start", curve[0]), ("kept", best), ("last", curve[-1]))
+    ]
+    head = ["weights", "step", "predictions trained on", "held-out KL, nats per token", "held-out perplexity"]
+    return [Table(head, rows), Plot("Distillation", lambda axes: plots.distillation(axes, run))]
 
 
 def scores(run: Facts, scales: Scales) -> list[Block]:
@@ -224,6 +241,7 @@ SECTIONS = {
     "Layers": layers,
     "Attention of the teacher": attention,
     "Alignment": alignment,
+    "Distillation": distillation,
     "Perplexity": scores,
     "Memory": memory,
     "Checks": checks,
