@@ -25,7 +25,7 @@ pre { background: var(--tint); padding: .7rem; white-space: pre-wrap; overflow-w
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; }
-td { overflow-wrap: anywhere; min-width: 3rem; }
+th, td { overflow-wrap: anywhere; min-width: 3rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 1rem 0 0; }
 figcaption { font-size: .9rem; font-weight: 600; }

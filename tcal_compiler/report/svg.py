@@ -41,5 +41,6 @@ def _inline(text: str) -> str:
     assert box is not None
     body = re.sub(r"<svg[^>]*>", f'<svg {box[0]} role="img">', body, count=1)
     body = re.sub(r'<g id="[^"]*"', "<g", body)
-    body = re.sub(r"font:\s*([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    body = re.sub(r"font: *([\d.]+px)[^;\"]*", r"font-size: \1", body)  # older matplotlib names the family there
+    body = re.sub(r"font-family:[^;\"]*;? *", "", body)
     return body.replace(INK, "currentColor").strip()
