@@ -188,7 +188,7 @@ def _mask_facts(t: _Tokens, anchor: Node) -> MaskFacts:
     if argument(anchor, "is_causal", False):
         return MaskFacts("causal", None, "is_causal")
     if mask is None:
-        return MaskFacts("none", None, "no mask")
+        return MaskFacts("none", None, "is absent")
     if mask in t.data:
         raise _Unfit("its mask depends on the token ids")
     return probe_mask(t.capture, mask)

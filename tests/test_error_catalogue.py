@@ -65,7 +65,7 @@ CATALOGUE: dict[type[TcalError], tuple[Callable[[Path, Path], Words], str, str]]
     # class: how to raise it, where it must say it happened, a value that it must show
     errors.ConfigError: (unknown_layer, "--policy", "[7]"),
     errors.TeacherError: (missing_teacher, "missing.pt2", "no such file"),
-    errors.UnsupportedModelError: (attention_that_sees_the_future, "teacher", "layers.0"),
+    errors.UnsupportedModelError: (attention_that_sees_the_future, "teacher", "blocks.0.attn"),
     errors.DataError: (short_text, "short.txt", "17 tokens"),
     errors.RunFolderError: (no_run, "none", "no such run folder"),
     errors.StageError: (diverging_loss, "align", "step 1"),

@@ -80,7 +80,7 @@ def test_transformers_with_its_mask_subgraph():
 
 
 NEAR = [
-    ("bidirectional", {}, "not causal: the mask no mask"),
+    ("bidirectional", {}, "not causal: the mask is absent"),
     ("mask that hides nothing", {}, "not causal: the mask hides nothing"),
     ("prefix", {}, "not provably causal: the mask at T=48 row 0 sees column"),
     ("strided", {}, "hides past tokens in a pattern that is no window"),
