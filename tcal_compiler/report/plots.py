@@ -35,7 +35,7 @@ def _range(values: list[float], least: float = 0.0) -> tuple[float, float]:
 
 def shared_scales(runs: Sequence[Facts]) -> Scales:
     def heads(key: str) -> list[float]:
-        return [v for r in runs for s in r.measured.values() for v in s[key]]
+        return [v for r in runs for s in r.measured.values() for v in s.get(key, [])]
 
     after = [v for r in runs for row in r.aligned_half_life.values() for v in row]
     losses = [v for r in runs for p in r.curve for v in p["held_out"].values()]
@@ -54,9 +54,9 @@ def shared_scales(runs: Sequence[Facts]) -> Scales:
 def heat_map(axes: Any, run: Facts, key: str, limits: tuple[float, float], *, log: bool, label: str) -> None:
     """Layers down, heads across; layers that stay softmax are not measured and stay empty."""
     layers = [s.index for s in run.layers]
-    width = max(len(s[key]) for s in run.measured.values())
-    rows = [[*run.measured[i][key], *[float("nan")] * width][:width] if i in run.measured else None for i in layers]
-    grid = [r if r is not None else [float("nan")] * width for r in rows]
+    rows = [run.measured[i][key] if i in run.measured else [] for i in layers]
+    width = max(map(len, rows))
+    grid = [[*r, *[float("nan")] * (width - len(r))] for r in rows]
     low, high = limits
     mesh = axes.pcolormesh(grid, norm="log" if log and low < high else None)
     mesh.set_clim(low, high)
