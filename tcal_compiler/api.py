@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -261,15 +261,20 @@ class Conversion:
             checks += check_parity(
                 artifact, stateful, whole=lambda ids: run(*flat.inputs(ids)), prompts=[prompt], new_tokens=16
             )
-            if bad := [c for c in checks if not c.passed]:
-                raise ParityError(
-                    "export", f"{bad[0].name}: {bad[0].measured:.3g}, allowed {bad[0].allowed:.3g}", bad[0].detail
-                )
+            require("export", checks, "tcal doctor, which checks the kernels of this machine; --restart aligns anew")
             stage.evidence = {
                 "checks": [asdict(c) for c in checks],
                 "opset": artifact.opset,
                 "profile": artifact.profile,
             }
+
+
+def require(where: str, checks: Sequence[Check], hint: str) -> None:
+    """Raises ParityError for the first check that does not hold."""
+    if bad := [c for c in checks if not c.passed]:
+        first = f"{bad[0].name}: {bad[0].measured:.3g}, allowed {bad[0].allowed:.3g}"
+        detail = f" ({bad[0].detail})" if bad[0].detail else ""
+        raise ParityError(where, f"{len(bad)} of {len(checks)} checks fail; first: {first}{detail}", hint)
 
 
 def _not_worse(curve: list[dict[str, Any]]) -> list[Check]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .api import STAGES, Source, check_length, open_source, write_report
-from .errors import ConfigError, DataError, ParityError, RunFolderError, StageError
+from .errors import ConfigError, DataError, RunFolderError, StageError
 from .passes.capture import capture_program, example_ids
 from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
@@ -239,13 +239,6 @@ def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], 
     checks = [Check("student.pt2 equals the graph with weights.safetensors", error, 0.0, "bit for bit")]
     recorded: Any = run.record("align").evidence.get("checks", [])
     return checks + [Check(**c) for c in recorded]
-
-
-def require(checks: list[Check]) -> None:
-    """Raises ParityError for the first check that does not hold."""
-    if bad := [c for c in checks if not c.passed]:
-        what = f"{len(bad)} of {len(checks)} checks fail; first: {bad[0].name}: {bad[0].measured:.3g}"
-        raise ParityError("verify", f"{what}, allowed {bad[0].allowed:.3g}", bad[0].detail)
 
 
 def run_tokenizer(run: RunFolder) -> TokenizerLike:
