@@ -261,7 +261,7 @@ class Conversion:
             checks += check_parity(
                 artifact, stateful, whole=lambda ids: run(*flat.inputs(ids)), prompts=[prompt], new_tokens=16
             )
-            require("export", checks, "tcal doctor, which checks the kernels of this machine; --restart runs every stage anew")
+            require("export", checks, "tcal doctor, which checks this machine; --restart runs every stage anew")
             stage.evidence = {
                 "checks": [asdict(c) for c in checks],
                 "opset": artifact.opset,
