@@ -20,12 +20,15 @@ _ALMOST_FULL = 1 << 22  # bytes
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace path by data: after a kill or an error at any moment it holds all of the old bytes or all of the new.
 
+    A link that lies where the temporary file has to be is removed, never written through.
+
     Raises:
         OSError: the old file is as it was and no temporary file stays.
     """
     temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as f:
+        with temporary.open("xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -102,7 +105,7 @@ class FolderLock:
     """An advisory lock on a file, released by close or by the end of the process.
 
     Raises:
-        RunFolderError: another process holds it.
+        RunFolderError: another process holds it, or the file is another name of some other file.
         OSError: the file cannot be opened.
     """
 
@@ -126,6 +129,9 @@ class FolderLock:
         else:
             raise RunFolderError(str(path.parent), "is being created and deleted by other processes", "try again")
         if not shared:
+            if os.fstat(self._fd).st_nlink > 1:  # a hard link to a file that is not ours to overwrite
+                self.close()
+                raise RunFolderError(str(path), "is a second name of another file", "another output folder with -o")
             with contextlib.suppress(OSError):  # the pid only serves the message above
                 os.ftruncate(self._fd, 0)
                 os.pwrite(self._fd, str(os.getpid()).encode(), 0)

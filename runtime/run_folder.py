@@ -229,18 +229,14 @@ class RunFolder:
         """changed() of every stage together; empty when all files are as the manifest says."""
         return {rel: problem for name in self.manifest.stages for rel, problem in self.changed(name).items()}
 
-    def update(self, *, config: Mapping[str, Any] | None = None, plan: Mapping[str, Any] | None = None) -> None:
-        """Replace the manifest's config or plan.
+    def require(self, name: str) -> None:
+        """What has to come before the files of a complete stage are loaded.
 
         Raises:
-            StageError: no space left; the manifest is as it was.
+            RunFolderError: the stage was never completed, or one of its files is not what its record says.
         """
-        self._need_writable()
-        new = {k: as_json(v) for k, v in (("config", config), ("plan", plan)) if v is not None}
-        try:
-            self._write(self.manifest.model_copy(update=new))
-        except OSError as e:
-            raise os_error(e, self.path) from e
+        for rel, problem in self.changed(name).items():
+            raise RunFolderError(str(self.path / rel), problem, "the same tcal-compile command makes it again")
 
     @contextlib.contextmanager
     def stage(self, name: str, *, config: Any, inputs: Any) -> Iterator[Stage]:
@@ -269,11 +265,7 @@ class RunFolder:
         stage = Stage(name, False, folder, scratch)
         try:
             self._publish()  # a disk that was full may have cut off the stage before
-            remove_tree(folder)
-            folder.mkdir()
-            if redo:
-                remove_tree(scratch)
-            self._fresh_scratch(scratch)
+            self._make_folders(folder, scratch, keep=not redo)
             yield stage
             self._commit(stage, hashes, time.monotonic() - started)
         except BaseException as e:
@@ -299,12 +291,21 @@ class RunFolder:
             raise RunFolderError(str(self.path), f"stage {name} is not running")
         return found[0]
 
-    def _fresh_scratch(self, scratch: Path) -> None:
-        """Make the folder, and delete checkpoints that another config or other inputs left."""
-        scratch.mkdir(parents=True, exist_ok=True)
-        for other in scratch.parent.iterdir():
-            if other.name != scratch.name:
-                remove_tree(other)
+    def _make_folders(self, folder: Path, scratch: Path, *, keep: bool) -> None:
+        """Make a stage's two folders; delete checkpoints that another config or other inputs left, or all."""
+        try:
+            remove_tree(folder)
+            folder.mkdir()
+            for place in (*reversed(parents_below(self.path, scratch)), scratch):
+                if place.is_symlink():
+                    place.unlink()
+                place.mkdir(exist_ok=True)
+            for other in scratch.parent.iterdir():
+                if other.name != scratch.name or not keep:
+                    remove_tree(other)
+            scratch.mkdir(exist_ok=True)
+        except OSError as e:
+            raise os_error(e, self.path) from e
 
     def _commit(self, stage: Stage, hashes: tuple[str, str], seconds: float) -> None:
         taken = {rel: n for n, r in self.manifest.stages.items() if n != stage.name for rel in r.files}
@@ -342,7 +343,8 @@ class RunFolder:
         record, source = self.record(pending.stage), self.path / pending.folder
         touched = {self.path}
         for rel in record.files:
-            if (source / rel).is_file() and not source.is_symlink():
+            links = [p for p in parents_below(self.path, source / rel) if p.is_symlink()]
+            if (source / rel).is_file() and not links:
                 target = check_target(self.path, rel)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source / rel, target)

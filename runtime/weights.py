@@ -13,8 +13,9 @@ from tcal_compiler.errors import RunFolderError
 from .align import AlignState
 from .durable import write_atomic
 from .student import Student
+from .teacher import fingerprint
 
-_META = "tcal"
+_META, _HASH = "tcal", "sha256"
 
 
 def unique_state(student: Student) -> dict[str, Tensor]:
@@ -69,24 +70,31 @@ def changed_names(student: Student) -> set[str]:
 
 
 def save_align_state(state: AlignState, path: Path) -> None:
-    """One file, replaced atomically, that alignment can resume from."""
+    """One file, replaced atomically, that alignment can resume from; it holds the sha256 of what it says."""
     from safetensors.torch import save
 
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.tensors.items()}
     meta = json.dumps({"step": state.step, "curve": state.curve})
-    write_atomic(path, save(tensors, metadata={_META: meta}))
+    write_atomic(path, save(tensors, metadata={_META: meta, _HASH: fingerprint(tensors, meta)}))
 
 
 def load_align_state(path: Path) -> AlignState | None:
-    """The state of a stopped alignment; None when there is none."""
+    """The state of a stopped alignment; None when there is none.
+
+    Raises RunFolderError when the file is damaged or its sha256 is not the one that it holds.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         return None
     try:
         with safe_open(str(path), framework="pt") as f:
-            meta = json.loads(f.metadata()[_META])
+            text, sha = f.metadata()[_META], f.metadata()[_HASH]
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        meta = json.loads(text)
+        state = AlignState(int(meta["step"]), tensors, list(meta["curve"]))
+        if fingerprint(tensors, text) != sha:
+            raise ValueError("another sha256 than when it was written")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise RunFolderError(str(path), f"cannot be read: {e}", "delete it: alignment then starts over") from e
-    return AlignState(meta["step"], tensors, meta["curve"])
+    return state

@@ -23,6 +23,7 @@ from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
 from .passes.types import Capture, Check, Plan, SiteScan
 from .progress import Progress
+from .recorded import reading
 from .report import PLOTS_HINT, can_plot, render_report
 from .runtime import data
 from .runtime.align import align
@@ -292,9 +293,11 @@ def write_report(run: RunFolder, progress: Progress) -> None:
     settings = {"html": can_plot(), "version": package_version()}
     with run.stage("report", config=settings, inputs=inputs) as stage:
         if not stage.done:
-            (stage.dir / "report.md").write_text(render_report(run.manifest), encoding="utf-8")
-            if settings["html"]:
-                page = render_report(run.manifest, html=True)
+            with reading(run):
+                text = render_report(run.manifest)
+                page = render_report(run.manifest, html=True) if settings["html"] else ""
+            (stage.dir / "report.md").write_text(text, encoding="utf-8")
+            if page:
                 (stage.dir / "report.html").write_text(page, encoding="utf-8")
     if not settings["html"]:
         progress.say(PLOTS_HINT)

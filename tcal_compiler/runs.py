@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Progress
+from .recorded import align_checks, calibrated_texts, calibration_length, plan_of, teacher_info
 from .report import can_plot
 from .report.compare import compare_html, compare_markdown
 from .report.facts import Facts
@@ -37,17 +37,9 @@ from .runtime.weights import load_weights
 MODEL = Path("onnx") / "model.onnx"
 
 
-def _plan(run: RunFolder) -> Plan:
-    run.record("plan")
-    p: dict[str, Any] = run.manifest.plan
-    return Plan(tuple(p["keep"]), tuple(p["convert"]), p["policy"])
-
-
 def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor]]:
     """The deployed student: its flat graph and a function from ids to logits."""
-    problem = run.changed("export").get("student.pt2")
-    if problem:
-        raise RunFolderError(str(run.path / "student.pt2"), problem, "the same tcal-compile command makes it again")
+    run.require("export")
     program, _ = load_program(run.path / "student.pt2", allow_pickle=False)
     module = program.module()
     flat = capture_program(program, teacher=module, implementation="student", shapes=((1, 8),))
@@ -98,19 +90,19 @@ def evaluate_run(
     if sequences < 1 or (length is not None and length < 2):
         raise ConfigError("eval", f"{sequences} sequences of {length} tokens", "at least 1 sequence of 2 tokens")
     with RunFolder.open_existing(path, write=True) as run:
-        calibrated = run.record("calibrate").evidence
-        data.check_not_calibrated(text, calibrated["text"], calibrated["hashes"])  # type: ignore[arg-type]
+        data.check_not_calibrated(text, *calibrated_texts(run))
         _, student = _student_program(run)
         source = _teacher_of(run, teacher, tokenizer, allow_pickle)
         words = source.tokenizer or run_tokenizer(run)
-        length = length or int(run.manifest.config["calib"]["length"])  # type: ignore[index,call-overload,arg-type]
+        length = length or calibration_length(run)
         check_length(length, source, "--length")
         tokens = data.encode_documents(data.read_text(text), words, words.eos_token_id)
         count = max(1, min(sequences, len(tokens) // length))
         ids = data.pack(tokens, sequences=count, length=length, what=text)
         models: dict[str, Callable[[Tensor], Tensor]] = {"student": student}
-        plan = _plan(run)
+        plan = plan_of(run, source.scan)
         if baselines and plan.convert:
+            run.require("calibrate")
             initial = make_student(source.capture, source.scan, plan)
             load_weights(initial, run.path / "initial.safetensors")
             models = {"naive": _naive(source, plan).logits, "initialised": initial.logits} | models
@@ -187,7 +179,7 @@ def verify_run(
         progress.say("verify: teacher")
         source = _teacher_of(run, teacher, tokenizer, allow_pickle)
         checks += source.capture.checks
-        checks += _plan_checks(run, source)
+        checks += _unconverted_checks(source)
         checks += _statistics_checks(source)
         progress.say("verify: student")
         flat, student = _student_program(run)
@@ -201,18 +193,14 @@ def verify_run(
     return checks
 
 
-def _plan_checks(run: RunFolder, source: Source) -> list[Check]:
-    plan = _plan(run)
-    sites = {s.index for s in source.scan.sites}
-    overlap = len(set(plan.keep) & set(plan.convert)) + len(sites ^ (set(plan.keep) | set(plan.convert)))
-    checks = [Check("plan: sites in both lists or in none", float(overlap), 0.0)]
-    same = make_student(source.capture, source.scan, Plan(tuple(sites), (), "all"))
+def _unconverted_checks(source: Source) -> list[Check]:
+    sites = tuple(s.index for s in source.scan.sites)
+    same = make_student(source.capture, source.scan, Plan(sites, (), "all"))
     ids = example_ids(2, 33, source.capture.vocab_size)
     args = source.capture.inputs(ids)
     with torch.no_grad():
         error = (same.gm(*args) - source.capture.gm(*args)).abs().max().item()
-    checks.append(Check("nothing converted: logits equal the teacher's", error, 0.0, "bit for bit"))
-    return checks
+    return [Check("nothing converted: logits equal the teacher's", error, 0.0, "bit for bit")]
 
 
 def _statistics_checks(source: Source) -> list[Check]:
@@ -231,24 +219,22 @@ def _statistics_checks(source: Source) -> list[Check]:
 
 def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], Tensor]) -> list[Check]:
     """student.pt2 computes what weights.safetensors says, and alignment left no site worse."""
-    student = make_student(source.capture, source.scan, _plan(run))
+    student = make_student(source.capture, source.scan, plan_of(run, source.scan))
     load_weights(student, run.path / "weights.safetensors")
     ids = example_ids(2, 33, source.capture.vocab_size)
     with torch.no_grad():
         error = (student.logits(ids) - deployed(ids)).abs().max().item()
     checks = [Check("student.pt2 equals the graph with weights.safetensors", error, 0.0, "bit for bit")]
-    recorded: Any = run.record("align").evidence.get("checks", [])
-    return checks + [Check(**c) for c in recorded]
+    return checks + align_checks(run)
 
 
 def run_tokenizer(run: RunFolder) -> TokenizerLike:
     """The tokenizer that lies beside the ONNX student."""
-    info: Any = run.record("plan").evidence["info"]
-    if info.get("tokenizer") == "bytes":
+    run.require("export")
+    info = teacher_info(run)
+    if info.tokenizer == "bytes":
         return ByteTokenizer()
-    return read_tokenizer(
-        run.path / "onnx", eos_token_id=info.get("eos_token_id"), bos_token_id=info.get("bos_token_id")
-    )
+    return read_tokenizer(run.path / "onnx", eos_token_id=info.eos_token_id, bos_token_id=info.bos_token_id)
 
 
 def generate_text(
@@ -263,7 +249,7 @@ def generate_text(
 ) -> Iterator[str]:
     """Streams the text that the ONNX student appends to the prompt, in pieces that are whole characters."""
     with RunFolder.open_existing(path) as run:
-        run.record("export")
+        run.require("export")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as e:

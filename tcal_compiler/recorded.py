@@ -1,0 +1,114 @@
+"""What a run's manifest records, read back: checked, because the file may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from .errors import RunFolderError
+from .passes.types import Check, Plan, SiteScan
+from .runtime.manifest import MANIFEST_NAME
+from .runtime.run_folder import RunFolder
+
+
+class _Record(BaseModel):
+    """A part of the manifest: only what is read of it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class TeacherInfo(_Record):
+    """What plan recorded of the teacher."""
+
+    tokenizer: str | None = None
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+
+
+class _PlanEvidence(_Record):
+    info: TeacherInfo
+
+
+class _Calibrated(_Record):
+    text: dict[str, str]
+    hashes: dict[str, list[str]]
+
+
+class _Calib(_Record):
+    length: Annotated[int, Field(ge=2)]
+
+
+class _Config(_Record):
+    calib: _Calib
+
+
+class _PlanRecord(_Record):
+    keep: list[int]
+    convert: list[int]
+    policy: str
+
+
+class _CheckRecord(_Record):
+    name: str
+    measured: float
+    allowed: float
+    detail: str = ""
+
+
+class _AlignEvidence(_Record):
+    checks: list[_CheckRecord] = []
+
+
+@contextmanager
+def reading(run: RunFolder) -> Iterator[None]:
+    """The manifest is read inside the block: a record of another shape becomes a RunFolderError."""
+    try:
+        yield
+    except (ValidationError, KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        first = e.errors()[0] if isinstance(e, ValidationError) else None
+        what = f"at {'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(e).__name__}: {e}"
+        raise RunFolderError(
+            str(run.path / MANIFEST_NAME),
+            f"the manifest is damaged: it records what this program does not write ({what})",
+            "restore the file, or use another output folder",
+        ) from e
+
+
+def _read(run: RunFolder, kind: type[Any], value: Any) -> Any:
+    with reading(run):
+        return TypeAdapter(kind).validate_python(value)
+
+
+def plan_of(run: RunFolder, scan: SiteScan) -> Plan:
+    """The recorded plan. Raises RunFolderError when it is none for the sites of the scan."""
+    run.record("plan")
+    found = _read(run, _PlanRecord, run.manifest.plan)
+    with reading(run):
+        if sorted(found.keep + found.convert) != [s.index for s in scan.sites]:
+            raise ValueError(f"layers {found.keep} and {found.convert} are not the teacher's sites, each once")
+    return Plan(tuple(found.keep), tuple(found.convert), found.policy)
+
+
+def calibrated_texts(run: RunFolder) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """sha256, and hashes of passages, of each text that was calibrated on, by name."""
+    found = _read(run, _Calibrated, run.record("calibrate").evidence)
+    return found.text, found.hashes
+
+
+def calibration_length(run: RunFolder) -> int:
+    """Tokens of a calibration sequence."""
+    return _read(run, _Config, run.manifest.config).calib.length
+
+
+def teacher_info(run: RunFolder) -> TeacherInfo:
+    """The teacher's tokenizer kind and special tokens."""
+    return _read(run, _PlanEvidence, run.record("plan").evidence).info
+
+
+def align_checks(run: RunFolder) -> list[Check]:
+    """What alignment checked."""
+    found = _read(run, _AlignEvidence, run.record("align").evidence)
+    return [Check(c.name, c.measured, c.allowed, c.detail) for c in found.checks]
