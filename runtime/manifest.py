@@ -57,7 +57,7 @@ class StageRecord(_Strict):
     inputs_hash: Sha256
     files: dict[RelativeName, Sha256]
     evidence: dict[str, JsonValue]
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     finished_at: str
 
 
@@ -131,7 +131,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     hint = "restore the file, or use another output folder"
     try:
         data = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RunFolderError(where, f"the manifest is damaged: not JSON ({e})", hint) from e
     version = data.get("schema_version") if isinstance(data, Mapping) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch.export import ExportedProgram
 
 from tcal_compiler.errors import TeacherError
+
+from .program_strings import unsafe_text
 
 FileKind = Literal["program", "torchscript", "compiled", "pickle", "gguf", "safetensors", "damaged-zip", "unknown"]
 
@@ -69,7 +72,7 @@ def _sniff_zip(path: Path) -> FileKind:
         with zipfile.ZipFile(path) as z:
             names = z.namelist()
             start = min((i.header_offset for i in z.infolist()), default=0)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError):
         return "damaged-zip"
     if start > 0:
         return "damaged-zip"  # cut off just behind an archive inside the archive, whose directory was found instead
@@ -155,18 +158,20 @@ def load_program(path: Path, *, allow_pickle: bool) -> tuple[ExportedProgram, Pr
 
 
 def _check_archive(path: Path, *, allow_pickle: bool) -> None:
-    """Checksums of every entry, and no pickle: torch.export.load unpickles some entries whatever they hold."""
-    with zipfile.ZipFile(path) as z:
-        try:
+    """Checksums of every entry, no pickle and no text that becomes code: torch.export.load trusts what it finds."""
+    try:
+        with zipfile.ZipFile(path) as z:
             bad = z.testzip()
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as e:
-            raise TeacherError(str(path), f"is damaged: {e}", "copy the file again") from e
-        if bad is not None:
-            raise TeacherError(str(path), f"is damaged: wrong checksum of {bad}", "copy the file again")
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as e:
+        raise TeacherError(str(path), f"is damaged: {e}", "copy the file again") from e
+    if bad is not None:
+        raise TeacherError(str(path), f"is damaged: wrong checksum of {bad}", "copy the file again")
+    with zipfile.ZipFile(path) as z:
         for name in z.namelist():
             content = z.read(name) if name.endswith((".json", ".pt")) else b""
             if b"transformers." in content:
                 importlib.import_module("transformers.modeling_outputs")  # registers its output classes as pytrees
+            _check_text(name, content, path)
             pickled = [] if allow_pickle else _pickled_in(name, content)
             if pickled:
                 raise TeacherError(
@@ -174,6 +179,19 @@ def _check_archive(path: Path, *, allow_pickle: bool) -> None:
                     f"{name} holds pickled objects, which can run any code when loaded: {pickled[:3]}",
                     "export with plain tensors as parameters, buffers and inputs, or --allow-pickle if you trust it",
                 )
+
+
+def _check_text(name: str, content: bytes, path: Path) -> None:
+    """Of the model and of the tables of its weights; other entries are not read."""
+    if not name.endswith(".json") or not ("/models/" in f"/{name}" or "/data/" in f"/{name}" or "/" not in name):
+        return
+    try:
+        unsafe = unsafe_text(content)
+    except (ValueError, RecursionError) as e:
+        raise TeacherError(str(path), f"is damaged: {name} is not JSON: {e}", "copy the file again") from e
+    if unsafe:
+        what = f"{name} holds text that torch never writes and that could run as code: {unsafe[:3]}"
+        raise TeacherError(str(path), what, "export the model again from a source that you trust")
 
 
 def _pickled_in(name: str, content: bytes) -> list[str]:

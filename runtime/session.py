@@ -99,11 +99,14 @@ class OnnxSession:
         return sum(int(np.prod(s.value.shape())) * np.dtype(s.dtype).itemsize for s in self._slots)
 
     def reset(self, *, batch: int = 1) -> None:
-        """Forgets all tokens; the next ones come in this many rows."""
+        """Forgets all tokens; the next ones come in this many rows. Raises ExportError when memory cannot hold them."""
         self._batch = batch
-        self._mask: NDArray[np.int64] = np.zeros((batch, 0), np.int64)
-        for slot in self._slots:
-            slot.clear(batch)
+        try:
+            self._mask: NDArray[np.int64] = np.zeros((batch, 0), np.int64)
+            for slot in self._slots:
+                slot.clear(batch)
+        except (MemoryError, ValueError) as e:  # numpy's for shapes beyond memory and beyond its index
+            raise ExportError(str(self.path), f"its state of {batch} rows cannot be held: {e}", "fewer rows") from e
 
     def snapshot(self) -> SessionState:
         return SessionState(self.length, self._mask.copy(), tuple(s.value.numpy().copy() for s in self._slots))
@@ -230,7 +233,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(model["context_length"], int) or not isinstance(model["vocab_size"], int):
             raise TypeError("context_length and vocab_size must be whole numbers")
         return model
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ExportError(str(path), f"is damaged: {type(e).__name__}: {e}", "export again") from e
 
 

@@ -226,7 +226,8 @@ def _load_folder(folder: Path) -> _Loaded:
 def _check_causal(config: Any, where: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    names = list(getattr(config, "architectures", None) or [])
+    given = getattr(config, "architectures", None)
+    names = [n for n in given if isinstance(n, str)] if isinstance(given, list) else []
     causal_class = any(_CAUSAL_CLASS.search(n) for n in names)
     encoder = getattr(config, "is_decoder", True) is False and not causal_class
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder and not getattr(config, "is_encoder_decoder", False):

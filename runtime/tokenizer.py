@@ -12,6 +12,7 @@ from tcal_compiler.errors import DataError
 
 BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_PROBE = "A word, \u00e9\u4e2d"
 _LEAST_COVERAGE = 0.9  # vocabularies are padded by a few per cent; a tokenizer that covers less is suspicious
 
 
@@ -130,7 +131,8 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
         ids: eos_token_id and bos_token_id to use where the tokenizer's own files name none.
 
     Raises:
-        DataError: the files are damaged or of a kind that transformers cannot read without running remote code.
+        DataError: the files are damaged, cannot encode and decode a word, or are of a kind that transformers cannot
+            read without running remote code.
     """
     from transformers import AutoTokenizer
 
@@ -139,11 +141,13 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
     try:
         with quiet_transformers():
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **extra)
+        found = HfTokenizer(hf, **ids)
+        found.decode(found.encode(_PROBE, special=True))
     except Exception as e:  # tokenizers raises bare Exception for damaged files
         raise DataError(
             str(where), f"cannot read the tokenizer: {type(e).__name__}: {_short(e)}", "copy it again"
         ) from e
-    return HfTokenizer(hf, **ids)
+    return found
 
 
 def check_tokenizer(tokenizer: TokenizerLike, vocab_size: int) -> None:

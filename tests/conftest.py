@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for folder in ("", "kernels"):  # import-mode=importlib does not do it
+for folder in ("", "kernels", "fuzz"):  # import-mode=importlib does not do it
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 if not torch.cuda.is_available():

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # tensor is made of; anything else would be an object.
 WATCH = """
 import sys
-NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind", "urllib.Request")
+CALLS = ("connect", "getaddrinfo", "gethostbyname", "sendto", "bind")
+NETWORK = ("urllib.Request", *(f"socket.{name}" for name in CALLS))
 TENSORS = ("torch.", "collections.")
 seen = {"network": [], "pickle": [], "process": []}
 def watch(event, args):

@@ -1,0 +1,94 @@
+"""Text in an exported program that could become code when it is loaded.
+
+torch.export.load hands symbolic expressions to sympy, which evaluates them as Python, and puts names into source that
+it compiles. So an archive without any pickle could still run code. Only text of the shapes that torch itself writes is
+let through.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+_NAME = re.compile(r"[\w.:+\-]*")  # names, paths of parameters, devices, versions
+_SPEC = re.compile(r"[\w\s.:+\-,\[\]{}\"\\]*")  # a pytree: JSON inside a string, without anything that can be called
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_TARGET = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\._?sym_\w+")
+_FILES = ("torch.ops.aten.from_file",)  # operators that open a file by name
+_FREE = {"metadata", "as_string", "as_strings"}  # notes for people, and arguments, which are quoted
+_FUNCTIONS = frozenset(
+    re.findall(
+        r"\w+",
+        """Symbol Dummy Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Lt Le Gt Ge Equality Unequality And Or
+        Not StrictLessThan LessThan StrictGreaterThan GreaterThan Piecewise ExprCondPair floor ceiling sqrt log
+        FloorDiv CeilDiv CleanDiv ModularIndexing PythonMod IntTrueDiv FloatTrueDiv FloatPow PowByNatural Where
+        CeilToInt FloorToInt TruncToInt TruncToFloat RoundToInt RoundDecimal ToFloat Identity LShift RShift
+        IsNonOverlappingAndDenseIndicator""",
+    )
+)
+_NAMES = {"true", "false", "oo", "int_oo", "zoo", "True", "False"}
+_MOST_NODES = 10_000
+_NODES = (ast.Expression, ast.Constant, ast.Tuple, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult)
+
+
+def unsafe_text(content: bytes) -> list[str]:
+    """Places in a JSON entry of a program's archive, with their text, that torch would never write.
+
+    Raises:
+        ValueError: it is not JSON. RecursionError: it is nested too deeply.
+    """
+    found: list[str] = []
+    _walk(json.loads(content), "", found)
+    return found
+
+
+def _walk(value: Any, key: str, found: list[str]) -> None:
+    if isinstance(value, dict):
+        for k, v in value.items():
+            if not _NAME.fullmatch(k):
+                found.append(f"key {k[:80]!r}")
+            if k not in _FREE:
+                _walk(v, k, found)
+    elif isinstance(value, list):
+        for v in value:
+            _walk(v, key, found)
+    elif isinstance(value, str) and not _harmless(key, value):
+        found.append(f"{key} {value[:80]!r}")
+
+
+def _harmless(key: str, text: str) -> bool:
+    if key == "expr_str":
+        return is_plain_expression(text)
+    if key in ("in_spec", "out_spec"):
+        return "__enum__" not in text and bool(_SPEC.fullmatch(text))
+    if key == "target":
+        return bool(_TARGET.fullmatch(text)) and not text.startswith(_FILES)
+    if key == "forward_arg_names":
+        return bool(_SYMBOL.fullmatch(text))
+    return bool(_NAME.fullmatch(text))
+
+
+def is_plain_expression(text: str) -> bool:
+    """Whether text is made of numbers, symbols and sympy's arithmetic alone, as sympy's srepr writes it."""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    if len(nodes) > _MOST_NODES:
+        return False
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            ok = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+        elif isinstance(node, ast.Name):
+            ok = node.id in _FUNCTIONS or node.id in _NAMES or bool(re.fullmatch(r"[szuf]+\d+", node.id))
+        elif isinstance(node, ast.keyword):
+            ok = node.arg is not None and isinstance(node.value, ast.Constant | ast.Name)
+        elif isinstance(node, ast.Constant):
+            ok = not isinstance(node.value, str) or bool(re.fullmatch(r"\w*|[\d.e+\-]+", node.value))
+        else:
+            ok = isinstance(node, (*_NODES, ast.Load))
+        if not ok:
+            return False
+    return True

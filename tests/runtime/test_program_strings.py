@@ -1,0 +1,106 @@
+"""Exported programs whose text would run as code: refused, and nothing runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TinyModel, program_of
+
+from tcal_compiler.errors import TeacherError
+from tcal_compiler.runtime.program_file import load_program, save_program
+from tcal_compiler.runtime.program_strings import is_plain_expression, unsafe_text
+
+EDIT = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("program") / "tiny.pt2"
+    save_program(program_of(TinyModel(layers=1)), path)
+    return path
+
+
+def edited(program: Path, out: Path, edit: EDIT) -> Path:
+    """The program with its model's JSON changed and right checksums."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(buffer, "w") as new:
+        for info in old.infolist():
+            content = old.read(info)
+            if "/models/" in info.filename:
+                body = json.loads(content)
+                edit(body)
+                content = json.dumps(body).encode()
+            new.writestr(info.filename, content)
+    out.write_bytes(buffer.getvalue())
+    return out
+
+
+def first_expression(body: dict[str, Any], text: str) -> None:
+    values = body["graph_module"]["graph"]["tensor_values"]
+    sizes = next(v["sizes"] for v in values.values() if any("as_expr" in s for s in v["sizes"]))
+    next(s for s in sizes if "as_expr" in s)["as_expr"]["expr_str"] = text
+
+
+def argument_name(body: dict[str, Any], text: str) -> None:
+    next(e for e in body["graph_module"]["module_call_graph"] if e["signature"])["signature"]["forward_arg_names"] = [
+        text
+    ]
+
+
+def target(body: dict[str, Any], text: str) -> None:
+    body["graph_module"]["graph"]["nodes"][0]["target"] = text
+
+
+def parameter(body: dict[str, Any], text: str) -> None:
+    next(s for s in body["graph_module"]["signature"]["input_specs"] if "parameter" in s)["parameter"][
+        "parameter_name"
+    ] = text
+
+
+def test_text_that_torch_runs_is_refused(program, tmp_path):
+    proof = tmp_path / "ran"
+    text = f"__import__('pathlib').Path({str(proof)!r}).touch()"
+    bad = edited(program, tmp_path / "bad.pt2", lambda body: first_expression(body, text))
+    with pytest.raises(TeacherError, match="could run as code"):
+        load_program(bad, allow_pickle=False)
+    assert not proof.exists()
+    with contextlib.suppress(Exception):  # what it makes of the result does not matter
+        torch.export.load(bad)
+    assert proof.exists(), "torch itself no longer runs this text: the check may go"
+
+
+@pytest.mark.parametrize(
+    "place, text",
+    [
+        (argument_name, "input_ids=print(1)"),
+        (target, "torch.hub.os.system"),
+        (target, "torch.ops.aten.from_file.default"),
+        (parameter, 'x"),print("'),
+        (first_expression, "Symbol('s0).__class__')"),
+        (first_expression, "(" * 500),
+    ],
+)
+def test_other_text_that_torch_never_writes(program, tmp_path, place, text):
+    with pytest.raises(TeacherError, match="could run as code"):
+        load_program(edited(program, tmp_path / "bad.pt2", lambda body: place(body, text)), allow_pickle=False)
+
+
+def test_what_torch_writes_passes(program, tmp_path):
+    load_program(edited(program, tmp_path / "same.pt2", lambda body: None), allow_pickle=False)
+    for text in (
+        "Symbol('s70', positive=True, integer=True)",
+        "Mul(Integer(2), Pow(Symbol('s1'), Integer(-1)))",
+        "FloorDiv(s0 + 3, 8)",
+    ):
+        assert is_plain_expression(text), text
+    for text in ("s0.real", "open('x')", "[s0]", "Symbol(__name__)", "eval('1')", "lambda: 1", "Add(*s0)", "x" * 99):
+        assert not is_plain_expression(text), text
+    assert unsafe_text(b'{"a b": 1, "metadata": {"x": "(anything)"}}') == ["key 'a b'"]

@@ -1,0 +1,119 @@
+"""A few mutated files of every kind, the kinds of damage that fuzzing has found, and a fuzzer that sees faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fuzz
+import pytest
+from fuzz_targets import Target, make_targets, put, read_manifest, run_folder_files, small_tokenizer
+
+from tcal_compiler.errors import DataError, ExportError, RunFolderError, TeacherError
+from tcal_compiler.runtime.program_file import load_program
+from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.teacher import load_teacher
+from tcal_compiler.runtime.tokenizer import read_tokenizer
+
+INPUTS = 300
+
+
+@pytest.fixture(scope="module")
+def targets(shared_run, tmp_path_factory) -> dict[str, Target]:
+    return {t.name: t for t in make_targets(shared_run, tmp_path_factory.mktemp("seeds"))}
+
+
+def test_mutated_files_are_read_or_refused(targets, tmp_path):
+    assert len(targets) == 9
+    for target in targets.values():
+        (tmp_path / target.name).mkdir()
+        count = max(4, INPUTS * target.share // 1000)
+        tally = fuzz.fuzz(target, count, seed=0, work=tmp_path / target.name)
+        assert tally.findings == [] and sum(tally.outcomes.values()) == count
+
+
+def fails(folder: Path) -> None:
+    raise KeyError("x")
+
+
+def outside(folder: Path) -> None:
+    (folder.parents[1] / "stolen").write_text("x")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "exception": (fails, "KeyError at"),
+    "death": (lambda folder: os._exit(7), "process ended with 7"),
+    "hang": (lambda folder: time.sleep(60), "more than"),
+    "write": (outside, "stolen"),
+    "network": (lambda folder: socket.create_connection(("127.0.0.1", 9), 0.1), "socket."),
+    "process": (lambda folder: os.system("true"), "os.system"),
+    "memory": (lambda folder: bytearray(2 * fuzz.MOST_MEMORY), "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fuzzer_sees(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "MOST_SECONDS", 0.5)
+    read, words = FAULTS[name]
+    tally = fuzz.fuzz(Target("faulty", 1, lambda rng: {"a": rng.randbytes(3)}, read), 2, seed=0, work=tmp_path)
+    assert len(tally.findings) >= 2 and all(words in f for f in tally.findings)
+
+
+# Found by fuzzing, and mended.
+
+
+MANIFESTS: dict[str, Callable[[str], str]] = {
+    "deep": lambda text: '{"a": ' + "[" * 20_000,
+    "no plan": lambda text: json.dumps(json.loads(text) | {"plan": {}}),
+    "no configuration": lambda text: json.dumps(json.loads(text) | {"config": {}}),
+    "another plan": lambda text: text.replace('"keep":[0]', '"keep":"0"'),
+    "endless seconds": lambda text: text.replace('"seconds":', '"seconds":1e999,"old":'),
+    "no distances": lambda text: text.replace('"distance"', '"distant"'),
+    "no hashes": lambda text: text.replace('"hashes"', '"hash"'),
+    "no teacher": lambda text: text.replace('"info"', '"information"'),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_that_record_something_else(shared_run, tmp_path, name):
+    files = run_folder_files(shared_run)
+    text = json.dumps(json.loads(files["tcal.json"]), separators=(",", ":"))
+    edited = MANIFESTS[name](text)
+    assert edited != text
+    put(tmp_path / "run", files | {"tcal.json": edited.encode()})
+    with pytest.raises(RunFolderError, match="damaged"):
+        read_manifest(tmp_path / "run")
+
+
+def test_a_configuration_of_the_session_that_is_too_deep_and_a_state_that_is_too_large(shared_run, tmp_path):
+    shutil.copytree(shared_run / "onnx", tmp_path / "onnx")
+    (tmp_path / "onnx/genai_config.json").write_text('{"model": ' + "[" * 20_000)
+    with pytest.raises(ExportError, match="RecursionError"):
+        OnnxSession(tmp_path / "onnx")
+    session = OnnxSession(shared_run / "onnx")
+    for rows in (1 << 40, 1 << 62):
+        with pytest.raises(ExportError, match="cannot be held"):
+            session.reset(batch=rows)
+
+
+def test_a_tokenizer_that_loads_but_cannot_encode(tmp_path):
+    small_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    read_tokenizer(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(DataError, match="cannot read the tokenizer"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_program_that_is_no_archive_and_a_configuration_of_other_types(tmp_path):
+    (tmp_path / "model.pt2").write_bytes(b"PK\x03\x04")
+    with pytest.raises(TeacherError, match="damaged"):
+        load_program(tmp_path / "model.pt2", allow_pickle=False)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": [true, 3]}')
+    with pytest.raises(TeacherError, match="not a causal language model"):
+        load_teacher(str(tmp_path))
