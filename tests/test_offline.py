@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from command_line import HELD_OUT
+from fuzz_targets import small_tokenizer
+from tiny_models import llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,12 +78,14 @@ pickle.loads(pickle.dumps(pathlib.PurePosixPath("x")))
 
 def test_the_default_paths_use_no_network_and_no_pickle(finished, tmp_path):
     """The Python interface comes first: the command line would set variables that keep transformers offline."""
+    llama(num_hidden_layers=1, vocab_size=300).save_pretrained(tmp_path / "llama")
+    small_tokenizer(tmp_path / "llama")
     code = """
 import tcal_compiler
 finished, out, held_out = sys.argv[1:]
 small = {"calib": {"sequences": 1, "length": 16, "holdout": 1}, "align": {"steps": 1}}
 config = tcal_compiler.Config.model_validate(small)
-tcal_compiler.convert("embedded", out=out + "/run", config=config, until="align")
+tcal_compiler.convert(out + "/llama", out=out + "/new", config=config, until="align")
 run("tcal", "eval", finished, "--text", held_out, "--quiet", "--sequences", 1)
 run("tcal", "generate", finished, "The old")
 run("tcal", "report", finished)
