@@ -61,10 +61,14 @@ def capture_program(
         args = capture.inputs(example_ids(batch, length, vocab))
         try:
             with torch.no_grad():
-                error = (gm(*args) - teacher(*args)).abs().max().item()
+                expected = teacher(*args)
+                error = (gm(*args) - expected).abs().max().item()
         except (AssertionError, IndexError, RuntimeError) as e:
             what = f"fails on {batch} x {length} tokens: {type(e).__name__}: {str(e).splitlines()[0][:200]}"
             raise UnsupportedModelError("teacher", what, "a model for any batch, and for 70 tokens at least") from e
+        if not bool(expected.isfinite().all()):
+            what = f"its logits are not finite on {batch} x {length} random tokens"
+            raise UnsupportedModelError("teacher", what, "a model whose own forward works in float32")
         checks.append(Check(f"capture equals teacher at B={batch} T={length}", error, 0.0, implementation))
     bad = [c for c in checks if not c.passed]
     if bad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from tcal_compiler.errors import StageError
 from tcal_compiler.passes.graph import argument, aten, by_name
 from tcal_compiler.passes.rewrite_gdn import mixer_path
 from tcal_compiler.passes.site_program import cut_program
@@ -95,6 +97,11 @@ class SiteCalibrator:
         self.mixer = mixer
         self.device = next(self.gm.parameters()).device
 
+    def not_finite(self) -> StageError:
+        """The error of a site whose initial values give NaN or infinity."""
+        where = f"calibrate, {self.site.layer or self.site.anchor}"
+        return StageError(where, "its output after initialisation is not finite", "another --init, or keep this layer")
+
     def _rows(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]]:
         for x, y in _batches(self.x, self.y, self.batch, self.device):
             outside = self.outside(len(x))
@@ -138,6 +145,8 @@ class SiteCalibrator:
             sums = normal_sums(z.reshape(-1, z.shape[-1]), (y - out).reshape(-1, y.shape[-1]))
             total = sums if total is None else total.merge(sums)
         assert total is not None
+        if not bool(total.zz.isfinite().all()):
+            raise self.not_finite()
         delta = ridge_update(total, strength).delta
         weight = self.gm.get_parameter(proj.weight)
         weight.add_((delta.T if proj.transposed else delta).to(weight.dtype))
@@ -176,7 +185,8 @@ def initialise(
 ) -> tuple[Student, list[SiteReport]]:
     """Sets every mixer's parameters in place, for closed-form the output projection too.
 
-    Statistics are measured for every init, so that the report shows them.
+    Statistics are measured for every init, so that the report shows them. Raises StageError, with the site's name,
+    when its output is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     steps: dict[str, Callable[[GdnMixer, Any], None]] = {"naive": naive_, "zero-gate": zero_gate_}
@@ -193,6 +203,9 @@ def initialise(
                 (taylor_output_ if init == "taylor" else closed_form_output_)(job.mixer, job.outputs())
             if init == "closed-form":
                 job.refit()
+            error = job.error()
+            if not math.isfinite(error):
+                raise job.not_finite()
             done += 1
             reports.append(
                 SiteReport(
@@ -201,7 +214,7 @@ def initialise(
                     stats.entropy.tolist(),
                     stats.mass.tolist(),
                     job.half_life(),
-                    job.error(),
+                    error,
                 )
             )
             if progress:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcal_compiler.errors import TcalError, UnsupportedModelError
+from tcal_compiler.errors import TcalError, TeacherError, UnsupportedModelError
 from tcal_compiler.passes.capture import SHAPES, capture_program, export_module
 from tcal_compiler.passes.graph import placeholders
 from tcal_compiler.passes.types import Capture
@@ -36,11 +36,22 @@ def _first(out: Any) -> Tensor:
     return torch.utils._pytree.tree_leaves(getattr(out, "logits", out))[0]
 
 
+def _require_finite(model: nn.Module | torch.export.ExportedProgram, source: str) -> None:
+    """Parameters only: a mask that is kept as a buffer may well hold infinities."""
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not bool(p.sum(dtype=torch.float64).isfinite()):
+            bad = p.numel() - int(p.isfinite().sum())
+            what = f"weight {name} has {bad} of {p.numel()} values that are NaN or infinite"
+            raise TeacherError(source, what, "a checkpoint that was saved whole, from training that did not diverge")
+
+
 def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Capture:
     """Captures and checks the teacher's graph; its fingerprint covers names, shapes and bytes of all weights.
 
-    Raises UnsupportedModelError when the teacher cannot be exported or its graph does not equal it.
+    Raises UnsupportedModelError when the teacher cannot be exported or its graph does not equal it, and TeacherError
+    when a weight is not finite.
     """
+    _require_finite(teacher.program or teacher.module, teacher.source)  # type: ignore[arg-type]
     if teacher.program is not None:
         program = teacher.program
         run: nn.Module = program.module()

@@ -18,6 +18,7 @@ from tcal_compiler import recorded
 from tcal_compiler.api import write_report
 from tcal_compiler.passes.choose import plan_from_toml
 from tcal_compiler.passes.types import SiteScan
+from tcal_compiler.progress import Progress
 from tcal_compiler.runtime import data
 from tcal_compiler.runtime.align import AlignState
 from tcal_compiler.runtime.program_file import load_program, save_program
@@ -54,7 +55,7 @@ def read_manifest(folder: Path) -> None:
         recorded.teacher_info(run)
         recorded.align_checks(run)
     with RunFolder.open_existing(folder, write=True) as run:
-        write_report(run)
+        write_report(run, Progress(quiet=True))
         with run.stage("calibrate", config="other", inputs=0) as stage:
             (stage.dir / "initial.safetensors").write_bytes(b"new")
 

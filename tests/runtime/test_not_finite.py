@@ -1,0 +1,88 @@
+"""NaN and infinity in weights, activations and losses: an error that names the place; the last checkpoint stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TinyModel, program_of
+from torch import Tensor
+
+from tcal_compiler import Config, convert
+from tcal_compiler.errors import StageError, TeacherError, UnsupportedModelError
+from tcal_compiler.runtime import calibrate
+from tcal_compiler.runtime.align import GroupTrainer
+from tcal_compiler.runtime.mixer import GdnMixer
+from tcal_compiler.runtime.program_file import save_program
+
+CONFIG = Config.model_validate(
+    {
+        "policy": "none",
+        "calib": {"sequences": 4, "length": 24, "holdout": 2, "batch": 2},
+        "align": {"steps": 9, "batch": 2, "checkpoint_every": 3, "score_every": 1},
+    }
+)
+
+
+def saved(model: TinyModel, folder: Path) -> str:
+    save_program(program_of(model, 256), folder / "teacher.pt2")
+    return str(folder / "teacher.pt2")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    return saved(TinyModel(layers=2, vocab=256), tmp_path_factory.mktemp("teacher"))
+
+
+def aligned(teacher: str, out: Path, init: str = "closed-form") -> bytes:
+    convert(teacher, out=out, config=CONFIG.model_copy(update={"init": init}), tokenizer="bytes", until="align")
+    return (out / "weights.safetensors").read_bytes()
+
+
+def test_weights(tmp_path):
+    model = TinyModel(layers=2, vocab=256)
+    with torch.no_grad():
+        model.blocks[1].attn.proj[0].weight[0, 3] = float("nan")
+    with pytest.raises(TeacherError, match=r"blocks\.1\.attn\.proj\.0\.weight has 1 of 1024 values that are NaN"):
+        aligned(saved(model, tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_logits(tmp_path):
+    model = TinyModel(layers=1, vocab=256)
+    with torch.no_grad():
+        model.head.weight.fill_(3e38)
+    with pytest.raises(UnsupportedModelError, match="logits are not finite on 2 x 24 random tokens"):
+        aligned(saved(model, tmp_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, init", [("closed_form_output_", "closed-form"), ("taylor_output_", "taylor")])
+def test_the_output_of_an_initialised_site(teacher, tmp_path, monkeypatch, name, init):
+    def spoil(mixer: GdnMixer, _: object) -> None:
+        with torch.no_grad():
+            mixer.norm[0, 0] = float("nan")
+
+    monkeypatch.setattr(calibrate, name, spoil)
+    with pytest.raises(StageError, match=r"calibrate, .*blocks\.0\.attn: its output after init.* not finite"):
+        aligned(teacher, tmp_path / "run", init)
+
+
+def test_a_loss_stops_alignment_and_the_last_checkpoint_is_gone_on_from(teacher, tmp_path, monkeypatch):
+    whole = aligned(teacher, tmp_path / "whole")
+    calls, real = [], GroupTrainer.losses
+
+    def losses(self: GroupTrainer, index: Tensor) -> Tensor:
+        calls.append(1)
+        value = real(self, index)
+        return value * torch.tensor([1.0, float("nan")]) if len(calls) > 15 else value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupTrainer, "losses", losses)
+        with pytest.raises(StageError, match=r"align, .*blocks\.1\.attn: the loss is not finite at step 8"):
+            aligned(teacher, tmp_path / "run")
+    assert list((tmp_path / "run/.scratch/align").rglob("align.safetensors")), "the checkpoint of step 6"
+    steps: list[int] = []
+    step = GroupTrainer.step
+    monkeypatch.setattr(GroupTrainer, "step", lambda self, n, index: (steps.append(n), step(self, n, index))[1])
+    assert aligned(teacher, tmp_path / "run") == whole and steps == [6, 7, 8]
