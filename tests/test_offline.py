@@ -86,7 +86,7 @@ finished, out, held_out = sys.argv[1:]
 small = {"calib": {"sequences": 1, "length": 16, "holdout": 1}, "align": {"steps": 1}}
 config = tcal_compiler.Config.model_validate(small)
 tcal_compiler.convert(out + "/llama", out=out + "/new", config=config, until="align")
-run("tcal", "eval", finished, "--text", held_out, "--quiet", "--sequences", 1)
+run("tcal", "eval", finished, "--text", held_out, "--quiet", "--sequences", 1, "--student-only")
 run("tcal", "generate", finished, "The old")
 run("tcal", "report", finished)
 """

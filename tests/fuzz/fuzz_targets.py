@@ -117,78 +117,74 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def make_targets(run: Path, work: Path) -> list[Target]:
-    """All targets, with seeds made in the folder work from small models and from a finished run folder."""
+def one_file(rng: Random, files: dict[str, bytes], mutate: Callable[..., bytes]) -> dict[str, bytes]:
+    """One of the files, mutated, alone."""
+    name = rng.choice(list(files))
+    return {name: mutate(rng, files[name])}
+
+
+def _read_plan(folder: Path) -> None:
+    plan_from_toml(folder / "plan.toml", SCAN)
+
+
+def _read_program(folder: Path) -> None:
+    load_program(folder / "model.pt2", allow_pickle=False)
+
+
+def _read_checkpoint(folder: Path) -> None:
+    load_teacher(str(folder))
+
+
+def run_targets(run: Path, work: Path) -> list[Target]:
+    """The files of a run folder, with seeds of a finished one and of a small student."""
     student = student_of(layers=1)
     save_weights(student, work / "weights.safetensors")
     save_align_state(AlignState(3, dict(student.state_dict()), [{"step": 0}]), work / "align.safetensors")
-    save_program(program_of(TinyModel(layers=1)), work / "model.pt2")
-    llama(num_hidden_layers=1).save_pretrained(work / "llama")
-    small_tokenizer(work / "tokenizer")
-    files = {n: (work / n).read_bytes() for n in ("weights.safetensors", "align.safetensors", "model.pt2")}
-    checkpoint, tokenizer, manifest = _contents(work / "llama"), _contents(work / "tokenizer"), run_folder_files(run)
+    tensors = {n: (work / n).read_bytes() for n in ("weights.safetensors", "align.safetensors")}
     onnx = {n: (run / "onnx" / n).read_bytes() for n in ("model.onnx", "genai_config.json")}
-    plan, texts = (run / "plan.toml").read_bytes(), _texts()
+    manifest, plan, name = run_folder_files(run), {"plan.toml": (run / "plan.toml").read_bytes()}, "tcal.json"
 
-    def tensors(folder: Path) -> None:
+    def read_tensors(folder: Path) -> None:
         if (folder / "weights.safetensors").exists():
             load_weights(student, folder / "weights.safetensors")
         else:
             load_align_state(folder / "align.safetensors")
 
-    def one_of(rng: Random, names: tuple[str, ...]) -> dict[str, bytes]:
-        name = rng.choice(names)
-        return {name: mutate_safetensors(rng, files[name])}
-
-    def text(rng: Random) -> dict[str, bytes]:
-        name = rng.choice(list(texts))
-        return {name: mutate_bytes(rng, texts[name])}
-
-    targets = [
-        Target(
-            "manifest",
-            150,
-            lambda rng: manifest | {"tcal.json": mutate_json_text(rng, manifest["tcal.json"])},
-            read_manifest,
-        ),
-        Target(
-            "plan.toml",
-            250,
-            lambda rng: {"plan.toml": mutate_bytes(rng, plan)},
-            lambda d: void(plan_from_toml(d / "plan.toml", SCAN)),
-        ),
-        Target("text", 250, text, _read_text),
-        Target("safetensors", 205, lambda rng: one_of(rng, ("weights.safetensors", "align.safetensors")), tensors),
-        Target("tokenizer", 50, lambda rng: mutate_one(rng, tokenizer, list(tokenizer)), _read_tokenizer),
+    return [
+        Target("manifest", 150, lambda rng: manifest | {name: mutate_json_text(rng, manifest[name])}, read_manifest),
+        Target("plan.toml", 250, lambda rng: one_file(rng, plan, mutate_bytes), _read_plan),
+        Target("safetensors", 205, lambda rng: one_file(rng, tensors, mutate_safetensors), read_tensors),
         Target("onnx", 35, lambda rng: onnx_input(rng, onnx), _read_onnx),
-        Target(
-            "pt2",
-            30,
-            lambda rng: {"model.pt2": mutate_zip(rng, files["model.pt2"])},
-            lambda d: void(load_program(d / "model.pt2", allow_pickle=False)),
-        ),
-        Target(
-            "checkpoint",
-            15,
-            lambda rng: mutate_one(rng, checkpoint, list(checkpoint)),
-            lambda d: void(load_teacher(str(d))),
-        ),
+    ]
+
+
+def teacher_targets(work: Path) -> list[Target]:
+    """The files of a teacher and of its calibration, with seeds of small models."""
+    save_program(program_of(TinyModel(layers=1)), work / "model.pt2")
+    llama(num_hidden_layers=1).save_pretrained(work / "llama")
+    small_tokenizer(work / "tokenizer")
+    program, texts = {"model.pt2": (work / "model.pt2").read_bytes()}, _texts()
+    checkpoint, tokenizer = _contents(work / "llama"), _contents(work / "tokenizer")
+    targets = [
+        Target("text", 250, lambda rng: one_file(rng, texts, mutate_bytes), _read_text),
+        Target("tokenizer", 50, lambda rng: mutate_one(rng, tokenizer, list(tokenizer)), _read_tokenizer),
+        Target("pt2", 30, lambda rng: one_file(rng, program, mutate_zip), _read_program),
+        Target("checkpoint", 15, lambda rng: mutate_one(rng, checkpoint, list(checkpoint)), _read_checkpoint),
     ]
     gguf = gguf_seed(work)
     if gguf is not None:
-        targets.append(
-            Target(
-                "gguf",
-                15,
-                lambda rng: {"model.gguf": mutate_bytes(rng, gguf, head=rng.choice([400, 9000, None]))},
-                _read_gguf,
-            )
-        )
+        targets.append(Target("gguf", 15, lambda rng: one_file(rng, {"model.gguf": gguf}, mutate_gguf), _read_gguf))
     return targets
 
 
-def void(_: object) -> None:
-    """Drops a result."""
+def make_targets(run: Path, work: Path) -> list[Target]:
+    """All targets. run: a finished run folder of a model with four layers. work: an empty folder for seeds."""
+    return run_targets(run, work) + teacher_targets(work)
+
+
+def mutate_gguf(rng: Random, data: bytes) -> bytes:
+    """Mostly the head, which says what the rest is."""
+    return mutate_bytes(rng, data, head=rng.choice([400, 9000, None]))
 
 
 def onnx_input(rng: Random, files: dict[str, bytes]) -> dict[str, bytes]:

@@ -158,3 +158,12 @@ def test_long_sequences_stay_accurate(tokens, g, beta):
     exact, naive = op(exactly(args)), reference(args)
     for name, x, y, z in zip(("o", "state"), op(args), exact, naive, strict=True):
         assert_within_budget(name, actual=x, exact=y, naive=z, factor=4.0)
+
+
+def test_gates_at_their_limits_over_a_long_sequence_in_bfloat16():
+    args = make_args((1, 4096, 2, 1, 16, 16), torch.bfloat16)
+    args[3] = -20 * torch.rand(args[3].shape, generator=torch.Generator().manual_seed(3))
+    args[4] = 1 - 1e-3 * torch.rand(args[4].shape, generator=torch.Generator().manual_seed(4))
+    naive, (exact, actual) = with_gradients(reference, args), (with_gradients(op, a) for a in (exactly(args), args))
+    for name, x in actual.items():
+        assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=2.0)

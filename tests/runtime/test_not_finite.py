@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TinyModel, program_of
+from tiny_models import DIM, HEADS, KV_HEADS, WIDTH, TinyModel, lone_site, program_of
 from torch import Tensor
 
 from tcal_compiler import Config, convert
@@ -41,10 +41,10 @@ def aligned(teacher: str, out: Path, init: str = "closed-form") -> bytes:
 
 
 def test_weights(tmp_path):
-    model = TinyModel(layers=2, vocab=256)
+    model = TinyModel(layers=1, vocab=256)
     with torch.no_grad():
-        model.blocks[1].attn.proj[0].weight[0, 3] = float("nan")
-    with pytest.raises(TeacherError, match=r"blocks\.1\.attn\.proj\.0\.weight has 1 of 1024 values that are NaN"):
+        model.blocks[0].attn.proj[0].weight[0, 3] = float("nan")
+    with pytest.raises(TeacherError, match=r"blocks\.0\.attn\.proj\.0\.weight has 1 of 1024 values that are NaN"):
         aligned(saved(model, tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -86,3 +86,15 @@ def test_a_loss_stops_alignment_and_the_last_checkpoint_is_gone_on_from(teacher,
     step = GroupTrainer.step
     monkeypatch.setattr(GroupTrainer, "step", lambda self, n, index: (steps.append(n), step(self, n, index))[1])
     assert aligned(teacher, tmp_path / "run") == whole and steps == [6, 7, 8]
+
+
+def test_values_near_the_end_of_half_precision_do_not_overflow():
+    """The recurrence runs in float32 whatever the teacher's dtype, and the norm comes before the cast back."""
+    torch.manual_seed(0)
+    mixer = GdnMixer(lone_site()).half()
+    x = torch.randn(1, 40, WIDTH).half()
+    q, k, v = (60_000 * torch.randn(1, heads, 40, DIM).clamp(-1, 1).half() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    core = mixer.core(q, k, v, x)
+    assert core.dtype == torch.float32 and core.abs().max() > 65504 / 8
+    y = mixer(q, k, v, x)
+    assert y.dtype == torch.float16 and bool(y.isfinite().all())
