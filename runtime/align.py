@@ -155,15 +155,24 @@ class GroupTrainer:
         return out
 
     def load_state(self, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Raises KeyError or ValueError when the tensors are not those of `state` for these sites."""
+
+        def take(name: str, shape: torch.Size) -> Tensor:
+            found = tensors[f"{prefix}.{name}"]
+            if found.shape != shape:
+                raise ValueError(f"{name} is {tuple(found.shape)}, not {tuple(shape)}")
+            return found.to(self.device, copy=True)
+
         with torch.no_grad():
             for n, p in self.params.items():
-                p.copy_(tensors[f"{prefix}.param.{n}"])
-                self.best[n] = tensors[f"{prefix}.best.{n}"].to(self.device)
+                p.copy_(take(f"param.{n}", p.shape))
+                self.best[n] = take(f"best.{n}", p.shape)
                 owner = next(o for o in self.optimizers if any(p is q for g in o.param_groups for q in g["params"]))
                 slots = ("momentum",) if isinstance(owner, StackedMuon) else ("step", "exp_avg", "exp_avg_sq")
                 # the count of steps too: AdamW is fused, and keeps it on the device, when that is not the CPU
-                owner.state[p] = {k: tensors[f"{prefix}.optimizer.{k}.{n}"].to(self.device, copy=True) for k in slots}
-            self.best_error = tensors[f"{prefix}.best_error"].to(self.device)
+                shapes = {k: torch.Size() if k == "step" else p.shape for k in slots}
+                owner.state[p] = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
+            self.best_error = take("best_error", self.best_error.shape)
 
 
 def _curve_point(step: int, groups: list[SiteGroup], train: Tensor, held: Tensor) -> dict[str, object]:
@@ -209,7 +218,11 @@ def align(
     state = resume or AlignState(0)
     if resume:
         for i, t in enumerate(trainers):
-            t.load_state(resume.tensors, f"group{i}")
+            try:
+                t.load_state(resume.tensors, f"group{i}")
+            except (KeyError, ValueError) as e:  # of another version of this program, or of other sites
+                what = f"the checkpoint of step {resume.step} does not fit: {e}"
+                raise StageError("align", what, "--restart, which runs every stage anew") from e
     else:
         held = torch.cat([t.score() for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))

@@ -157,6 +157,16 @@ def test_a_loss_that_is_not_finite_is_a_stage_error_and_never_saved(score_every)
     assert all(torch.equal(p, before[n]) for n, p in student.gm.named_parameters())
 
 
+def test_a_checkpoint_of_something_else_is_a_stage_error(undisturbed):
+    *_, saved, groups, student = undisturbed
+    names = list(saved[1].tensors)
+    for name in [*names[::12], "group0.best_error"]:
+        rest = {n: t for n, t in saved[1].tensors.items() if n != name}
+        for tensors in (rest, rest | {name: torch.zeros(3, 1, 4, 1, 5)}):
+            with pytest.raises(StageError, match=r"checkpoint of step 2 does not fit.*\n.*--restart"):
+                run(student, groups, resume=AlignState(2, tensors, []))
+
+
 def test_every_epoch_is_a_permutation_and_depends_on_seed_and_step_alone():
     epochs = [[batch_indices(s, sequences=8, batch=2, seed=1) for s in range(e * 4, e * 4 + 4)] for e in range(2)]
     assert all(sorted(torch.cat(e).tolist()) == list(range(8)) for e in epochs)
