@@ -8,6 +8,7 @@ import json
 import logging
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,11 +162,13 @@ def _check_archive(path: Path, *, allow_pickle: bool) -> None:
     """Checksums of every entry, no pickle and no text that becomes code: torch.export.load trusts what it finds."""
     try:
         with zipfile.ZipFile(path) as z:
-            bad = z.testzip()
+            bad, names = z.testzip(), Counter(n.lower() for n in z.namelist())
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as e:
         raise TeacherError(str(path), f"is damaged: {e}", "copy the file again") from e
     if bad is not None:
         raise TeacherError(str(path), f"is damaged: wrong checksum of {bad}", "copy the file again")
+    if twice := [n for n, count in names.items() if count > 1]:  # torch, blind to case, may read another than we check
+        raise TeacherError(str(path), f"holds entries of the same name: {twice[:3]}", EXPORT_HINT)
     with zipfile.ZipFile(path) as z:
         for name in z.namelist():
             content = z.read(name) if name.endswith((".json", ".pt")) else b""

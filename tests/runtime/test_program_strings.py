@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_text_that_torch_runs_is_refused(program, tmp_path):
 def test_other_text_that_torch_never_writes(program, tmp_path, place, text):
     with pytest.raises(TeacherError, match="could run as code"):
         load_program(edited(program, tmp_path / "bad.pt2", lambda body: place(body, text)), allow_pickle=False)
+
+
+@pytest.mark.parametrize("rename", [str, str.upper], ids=["same", "case"])
+@pytest.mark.parametrize("first", [True, False])
+def test_two_entries_of_one_name(program, tmp_path, rename, first):
+    """torch might read the one that was not checked."""
+    with zipfile.ZipFile(program) as old:
+        name = next(n for n in old.namelist() if "/models/" in n)
+        contents = [(n, old.read(n)) for n in old.namelist()]
+    doubled = (rename(name), b"{}")
+    with zipfile.ZipFile(tmp_path / "bad.pt2", "w") as new, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n, content in [doubled, *contents] if first else [*contents, doubled]:
+            new.writestr(n, content)
+    with pytest.raises(TeacherError, match="entries of the same name"):
+        load_program(tmp_path / "bad.pt2", allow_pickle=False)
 
 
 def test_what_torch_writes_passes(program, tmp_path):
