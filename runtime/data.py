@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ _WINDOW = 200  # characters of a hashed window, white space normalised
 _SAMPLE = 256  # hashes kept of a text
 _ANCHOR_EVERY = 8  # one word in so many starts a window
 _MOST_TEXT = 32_000_000  # characters looked at for hashes
+_PIECE = 1 << 12  # compressed bytes taken at a time: at most some 130 MB of text
 _OVERLAP = 0.5  # share of equal windows from which a text counts as calibrated on
 
 
@@ -59,21 +61,30 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decompress(raw: bytes, path: Path) -> bytes:
-    """All frames of a zstd file. The streaming reader would take a file that is cut off for one that ends early."""
+    """All frames of a zstd file, up to a quarter of the free memory: a few bytes may say that they stand for gigabytes.
+
+    The streaming reader would take a file that is cut off for one that ends early.
+    """
     try:
         import zstandard
     except ModuleNotFoundError as e:
         raise DataError(str(path), "reading .zst needs the zstandard package", "pip install zstandard") from e
     parts: list[bytes] = []
-    while raw:
+    at, limit = 0, psutil.virtual_memory().available // 4
+    while at < len(raw):
         frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            parts.append(frame.decompress(raw))
-        except zstandard.ZstdError as e:
-            raise DataError(str(path), f"is not zstd or is damaged: {e}", "copy the file again") from e
+        while at < len(raw) and not frame.eof:
+            try:
+                parts.append(frame.decompress(raw[at : at + _PIECE]))
+            except zstandard.ZstdError as e:
+                raise DataError(str(path), f"is not zstd or is damaged: {e}", "copy the file again") from e
+            at, limit = at + _PIECE, limit - len(parts[-1])
+            if limit < 0:
+                what = f"is {len(raw)} bytes that become more than a quarter of the free memory"
+                raise DataError(str(path), what, "a part of the text")
         if not frame.eof:
             raise DataError(str(path), "is truncated: its last frame is cut off", "copy the file again")
-        raw = frame.unused_data
+        at = min(at, len(raw)) - len(frame.unused_data)
     return b"".join(parts)
 
 

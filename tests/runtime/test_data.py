@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_bad_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_text(tmp_path / name)
+
+
+def test_a_small_file_that_becomes_gigabytes(tmp_path, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(9000))
+    packed = zstandard.ZstdCompressor().compress(lines)
+    (tmp_path / "many.jsonl.zst").write_bytes(packed * 3)
+    assert len(packed) > 4096 and len(read_text(tmp_path / "many.jsonl.zst")) == 27000
+    (tmp_path / "bomb.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(bytes(1 << 26)))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 27))
+    with pytest.raises(DataError, match="bytes that become more than a quarter of the free memory"):
+        read_text(tmp_path / "bomb.jsonl.zst")
 
 
 def test_missing_files_and_packages(tmp_path, monkeypatch):
