@@ -20,7 +20,7 @@ from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.teacher import load_teacher
 from tcal_compiler.runtime.tokenizer import read_tokenizer
 
-INPUTS = 300
+INPUTS = 200
 
 
 @pytest.fixture(scope="module")
