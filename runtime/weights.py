@@ -69,7 +69,7 @@ def changed_names(student: Student) -> set[str]:
 
 
 def save_align_state(state: AlignState, path: Path) -> None:
-    """One file, replaced atomically, that alignment can resume from."""
+    """One file, replaced atomically, that alignment or distillation can resume from."""
     from safetensors.torch import save
 
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.tensors.items()}
@@ -78,7 +78,7 @@ def save_align_state(state: AlignState, path: Path) -> None:
 
 
 def load_align_state(path: Path) -> AlignState | None:
-    """The state of a stopped alignment; None when there is none."""
+    """The state of a stopped alignment or distillation; None when there is none."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -88,5 +88,5 @@ def load_align_state(path: Path) -> AlignState | None:
             meta = json.loads(f.metadata()[_META])
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise RunFolderError(str(path), f"cannot be read: {e}", "delete it: alignment then starts over") from e
+        raise RunFolderError(str(path), f"cannot be read: {e}", "delete it: the stage then starts over") from e
     return AlignState(meta["step"], tensors, meta["curve"])

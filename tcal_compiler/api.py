@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import DEFAULT_POLICY, Config
+from .distillation import distill_stage, student_weights
 from .errors import ConfigError, ParityError, TcalError, UnsupportedModelError
 from .passes.capture import capture_program, require_causal
 from .passes.choose import choose, plan_from_toml, plan_to_toml
@@ -40,7 +41,7 @@ from .runtime.teacher import Teacher, load_teacher, load_tokenizer
 from .runtime.tokenizer import TokenizerLike
 from .runtime.weights import changed_names, load_align_state, load_weights, save_align_state, save_weights
 
-STAGES = ("plan", "calibrate", "align", "export")
+STAGES = ("plan", "calibrate", "align", "distill", "export")
 ASSETS = Path(__file__).parent / "assets"
 CALIBRATION_TEXT = ASSETS / "text" / "calibration.txt"
 
@@ -232,14 +233,18 @@ class Conversion:
             (stage.dir / "alignment.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
             stage.evidence |= {"curve": curve, "checks": [asdict(c) for c in _not_worse(curve)]}
 
+    def distill(self) -> None:
+        self.__dict__.pop("groups", None)  # what alignment trained on: gives its memory back
+        distill_stage(self)
+
     def export(self) -> None:
         settings = {"export": self.config.export.model_dump()}
-        with self.run.stage("export", config=settings, inputs={"align": self.run.stage_hash("align")}) as stage:
+        with self.run.stage("export", config=settings, inputs={"distill": self.run.stage_hash("distill")}) as stage:
             if stage.done:
                 return
             move_to(self.source.capture.gm, torch.device("cpu"))
             move_to(self.student.gm, torch.device("cpu"))
-            load_weights(self.student, self.run.path / "weights.safetensors")
+            load_weights(self.student, student_weights(self.run))
             self.progress.say("export: the student as a program")
             program = self.student.export()
             save_program(program, stage.dir / "student.pt2")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import STAGES, Source, check_length, open_source, write_report
+from .api import STAGES, Source, check_length, convert, open_source, write_report
+from .config import load_config
+from .distillation import student_weights
 from .errors import ConfigError, DataError, RunFolderError, StageError
 from .passes.capture import capture_program, example_ids
 from .passes.make_stateful import make_stateful
@@ -201,6 +203,48 @@ def verify_run(
     return checks
 
 
+def distill_run(
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    tokens: int | None = None,
+    config_file: Path | None = None,
+    teacher: str | None = None,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    until: str = "export",
+    progress: Progress | None = None,
+) -> Path:
+    """Distils the student of a run folder with the configuration that it was made with; returns the folder's path.
+
+    steps or tokens: length of the distillation; config_file: TOML whose keys replace the run's. Stages whose
+    configuration is as it was are not run again.
+
+    Raises ConfigError when nothing says how long to distil.
+    """
+    with RunFolder.open_existing(path) as run:
+        run.record("align")
+        manifest = run.manifest
+    base: dict[str, Any] = manifest.config | {"policy": None}  # the run's own plan.toml counts
+    if steps is not None or tokens is not None:
+        base["distill"] |= {"steps": 0, "tokens": None}
+    config = load_config(config_file, {"distill.steps": steps, "distill.tokens": tokens}, base)
+    if steps is None and not config.distill.steps and not config.distill.tokens:
+        raise ConfigError("distill", "the run says no steps and no tokens", "tcal distill RUN --steps 200")
+    info: Any = manifest.stages["plan"].evidence["info"]
+    return convert(
+        teacher or manifest.teacher.source,
+        out=path,
+        config=config,
+        tokenizer=tokenizer or ("bytes" if info.get("tokenizer") == "bytes" else None),
+        allow_pickle=allow_pickle,
+        until=until,
+        device=device,
+        progress=progress,
+    )
+
+
 def _plan_checks(run: RunFolder, source: Source) -> list[Check]:
     plan = _plan(run)
     sites = {s.index for s in source.scan.sites}
@@ -230,14 +274,15 @@ def _statistics_checks(source: Source) -> list[Check]:
 
 
 def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], Tensor]) -> list[Check]:
-    """student.pt2 computes what weights.safetensors says, and alignment left no site worse."""
+    """student.pt2 computes what its weights' file says, and training left nothing worse."""
     student = make_student(source.capture, source.scan, _plan(run))
-    load_weights(student, run.path / "weights.safetensors")
+    weights = student_weights(run)
+    load_weights(student, weights)
     ids = example_ids(2, 33, source.capture.vocab_size)
     with torch.no_grad():
         error = (student.logits(ids) - deployed(ids)).abs().max().item()
-    checks = [Check("student.pt2 equals the graph with weights.safetensors", error, 0.0, "bit for bit")]
-    recorded: Any = run.record("align").evidence.get("checks", [])
+    checks = [Check(f"student.pt2 equals the graph with {weights.name}", error, 0.0, "bit for bit")]
+    recorded: list[Any] = [c for n in ("align", "distill") for c in run.record(n).evidence.get("checks", [])]  # type: ignore[union-attr]
     return checks + [Check(**c) for c in recorded]
 
 
