@@ -23,6 +23,12 @@ class CalibConfig(StrictModel):
     batch: int = Field(8, ge=1, description="sequences in one teacher forward")
 
 
+class ScoreConfig(StrictModel):
+    """What the policies kl, ar and greedy measure."""
+
+    sequences: int = Field(8, ge=1, description="calibration sequences, from the end, that each site is scored on")
+
+
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
 
 

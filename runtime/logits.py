@@ -5,6 +5,7 @@ B sequences, T tokens, C width, V vocabulary, N counted predictions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class SplitModel:
     is the logits themselves, and the full matrix is made after all.
     """
 
-    body: GraphModule
+    body: Callable[..., tuple[Tensor, ...]]
     head: GraphModule | None
 
     def hidden(self, args: tuple[Tensor, ...]) -> Tensor:

@@ -29,7 +29,8 @@ TeacherArg = Annotated[
 RunArg = Annotated[Path, typer.Argument(help="run folder")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="run folder to make or to go on with")]
 Policy = Annotated[
-    str | None, typer.Option(help="uniform:N, uniform:P%, keep=0,4,8, none (convert all), all (convert nothing)")
+    str | None,
+    typer.Option(help="uniform:N, kl:N, ar:N, greedy:N (or P%), keep=0,4,8, none (convert all), all (convert nothing)"),
 ]
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045

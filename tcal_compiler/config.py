@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from .errors import ConfigError
-from .runtime.config import AlignConfig, CalibConfig, DistillConfig, ExportConfig, InitName, StrictModel
+from .runtime.config import AlignConfig, CalibConfig, DistillConfig, ExportConfig, InitName, ScoreConfig, StrictModel
 
 
 class Config(StrictModel):
@@ -22,6 +22,7 @@ class Config(StrictModel):
     init: InitName = Field("closed-form", description="initial values of the mixers")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()
+    score: ScoreConfig = ScoreConfig()
     align: AlignConfig = AlignConfig()
     distill: DistillConfig = DistillConfig()
     export: ExportConfig = ExportConfig()
