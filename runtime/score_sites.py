@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from tcal_compiler.errors import RunFolderError, StageError
 from tcal_compiler.passes.graph import aten, by_name, fresh, move_to, output_node
@@ -41,7 +41,7 @@ class SiteScore:
 
 def bypassed(gm: GraphModule, site: AttentionSite) -> GraphModule:
     """The teacher without one site's attention: its output projection's result is 0. Parameters are shared."""
-    graph, mapped = Graph(), {}
+    graph, mapped = Graph(), dict[Node, Node]()
     out = graph.graph_copy(gm.graph, mapped)
     graph.output(out).meta = dict(output_node(gm).meta)
     y = mapped[by_name(gm)[site.y]]
