@@ -151,7 +151,8 @@ def distill(
     when no held-out prediction counts.
     """
     if not bool(counts[train:].any()):
-        raise StageError("distill", f"none of the {len(ids) - train} held-out sequences has a prediction that counts")
+        what = f"none of the {len(ids) - train} held-out sequences has a prediction that counts"
+        raise StageError("distill", what, "a larger calib.holdout, or a longer calibration text")
     trainer = Distiller(student, ids, counts, train=train, config=config)
     state = resume or AlignState(0)
     if resume:

@@ -232,12 +232,13 @@ def distill_run(
     config = load_config(config_file, {"distill.steps": steps, "distill.tokens": tokens}, base)
     if steps is None and not config.distill.steps and not config.distill.tokens:
         raise ConfigError("distill", "the run says no steps and no tokens", "tcal distill RUN --steps 200")
-    info: Any = manifest.stages["plan"].evidence["info"]
+    plan: Any = manifest.stages["plan"].evidence
+    as_before = "bytes" if plan["info"].get("tokenizer") == "bytes" else plan.get("tokenizer_dir")
     return convert(
         teacher or manifest.teacher.source,
         out=path,
         config=config,
-        tokenizer=tokenizer or ("bytes" if info.get("tokenizer") == "bytes" else None),
+        tokenizer=tokenizer or as_before,
         allow_pickle=allow_pickle,
         until=until,
         device=device,
