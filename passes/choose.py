@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
@@ -11,7 +12,8 @@ from tcal_compiler.errors import ConfigError
 
 from .types import Plan, SiteScan
 
-POLICIES = "uniform:N, uniform:P%, keep=I,J,..., none (convert all), all (convert nothing)"
+POLICIES = "uniform:N, kl:N, ar:N, greedy:N (or P%), keep=I,J,..., none (convert all), all (convert nothing)"
+SCORED = ("kl", "ar", "greedy")
 
 
 def _evenly(count: int, total: int) -> list[int]:
@@ -19,7 +21,8 @@ def _evenly(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def _uniform(budget: str, total: int, policy: str) -> list[int]:
+def _count(budget: str, total: int, policy: str) -> int:
+    """Sites to keep, from a number or a percentage."""
     try:
         count = round(total * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
         percent_ok = not budget.endswith("%") or 0 <= float(budget[:-1]) <= 100
@@ -31,7 +34,7 @@ def _uniform(budget: str, total: int, policy: str) -> list[int]:
             f"asks to keep {budget} of {total} sites",
             f"a number from 0 to {total}, or a percentage from 0% to 100%",
         )
-    return _evenly(count, total)
+    return count
 
 
 def _explicit(text: str, indices: list[int], policy: str) -> list[int]:
@@ -46,10 +49,18 @@ def _explicit(text: str, indices: list[int], policy: str) -> list[int]:
     return keep
 
 
-def choose(scan: SiteScan, policy: str) -> Plan:
+def scored_by(policy: str) -> str | None:
+    """The measure that a policy ranks sites by (SCORED); None for one that needs no measurement."""
+    name, colon, _ = policy.partition(":")
+    return name if colon and name in SCORED else None
+
+
+def choose(scan: SiteScan, policy: str, scores: Mapping[int, float] | None = None) -> Plan:
     """The plan of a policy: POLICIES. Sites that were rejected stay as they are and are not counted.
 
-    Raises ConfigError for an unknown policy or a budget out of range.
+    scores: value of each site for a policy of SCORED, which keeps the sites of largest value (equal ones: the first).
+
+    Raises ConfigError for an unknown policy, a budget out of range, or scores that are needed and not there.
     """
     indices = [s.index for s in scan.sites]
     if policy == "all":
@@ -57,13 +68,19 @@ def choose(scan: SiteScan, policy: str) -> Plan:
     elif policy == "none":
         keep = []
     elif policy.startswith("uniform:"):
-        keep = [indices[i] for i in _uniform(policy.removeprefix("uniform:"), len(indices), policy)]
+        count = _count(policy.removeprefix("uniform:"), len(indices), policy)
+        keep = [indices[i] for i in _evenly(count, len(indices))]
+    elif measure := scored_by(policy):
+        count = _count(policy.removeprefix(f"{measure}:"), len(indices), policy)
+        if scores is None:
+            raise ConfigError(f"--policy {policy}", "needs every site measured", "tcal plan, which measures them")
+        keep = sorted(indices, key=lambda i: (-scores[i], i))[:count]
     elif policy.startswith("keep="):
         keep = _explicit(policy.removeprefix("keep="), indices, policy)
     else:
         raise ConfigError(f"--policy {policy}", "unknown policy", f"policies: {POLICIES}")
     kept = tuple(sorted(keep))
-    return Plan(kept, tuple(i for i in indices if i not in set(kept)), policy)
+    return Plan(kept, tuple(i for i in indices if i not in set(kept)), policy, dict(scores or {}))
 
 
 def plan_to_toml(plan: Plan, scan: SiteScan) -> str:

@@ -110,9 +110,9 @@ class SiteScan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sites stay softmax and which become Gated DeltaNet, by site index."""
+    """Which sites stay softmax and which become Gated DeltaNet, by site index; scores: what a policy ranked by."""
 
     keep: tuple[int, ...]
     convert: tuple[int, ...]
     policy: str
-    reasons: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)

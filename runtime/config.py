@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StrictModel(BaseModel):
@@ -21,6 +21,12 @@ class CalibConfig(StrictModel):
     length: int = Field(512, ge=8, description="tokens in a sequence")
     holdout: int = Field(8, ge=1, description="further sequences that only score: never trained on")
     batch: int = Field(8, ge=1, description="sequences in one teacher forward")
+
+
+class ScoreConfig(StrictModel):
+    """What the policies kl, ar and greedy measure."""
+
+    sequences: int = Field(8, ge=1, description="calibration sequences, from the end, that each site is scored on")
 
 
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
@@ -40,6 +46,41 @@ class AlignConfig(StrictModel):
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
     score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")
+
+
+class DistillConfig(StrictModel):
+    """End-to-end distillation on the calibration text but its held-out slice: AdamW on KL(teacher || student)."""
+
+    steps: int = Field(0, ge=0, description="optimiser steps; 0 skips the stage")
+    tokens: int | None = Field(
+        None, ge=1, description="tokens to train on, instead of steps: rounded up to whole steps"
+    )
+    batch: int = Field(16, ge=1, description="sequences in a step")
+    train: Literal["all", "gdn"] = Field(
+        "all", description="gdn: only converted sites with their projections; all: every weight"
+    )
+    lr_gdn: float = Field(5e-4, gt=0, description="peak learning rate of converted sites with their projections")
+    lr_other: float = Field(5e-5, gt=0, description="peak learning rate of every other weight")
+    temperature: float = Field(1.0, gt=0, description="of both distributions; the loss is multiplied by its square")
+    cross_entropy: float = Field(0.0, ge=0, description="weight of the negative log likelihood beside the KL")
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's matrices only")
+    clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    chunk: int = Field(1024, ge=1, description="predictions whose logits are in memory at once")
+    score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> DistillConfig:
+        if self.steps and self.tokens:
+            raise ValueError("both steps and tokens are given")
+        return self
+
+    def in_steps(self, length: int) -> DistillConfig:
+        """The same with `tokens` turned into steps for sequences of `length` tokens."""
+        if self.tokens is None:
+            return self
+        return self.model_copy(update={"steps": -(-self.tokens // (self.batch * length)), "tokens": None})
 
 
 class ExportConfig(StrictModel):

@@ -114,14 +114,41 @@ def encode_documents(docs: Sequence[str], tokenizer: TokenizerLike, eos: int | N
     Raises:
         DataError: the documents hold no token.
     """
+    return _encode(docs, tokenizer, eos)[0]
+
+
+def _encode(docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None) -> tuple[Tensor, Tensor]:
+    """Token ids [N], and the number of each one's document [N]; an eos belongs to the document that it ends."""
     ids: list[int] = []
+    ends: list[int] = []
     for i, doc in enumerate(docs):
         if i and eos is not None:
             ids.append(eos)
+        if i:
+            ends.append(len(ids))
         ids.extend(tokenizer.encode(doc))
     if not ids:
         raise DataError("text", f"{len(docs)} documents hold no token", "another text or tokenizer")
-    return torch.tensor(ids, dtype=torch.int64)
+    document = torch.bucketize(torch.arange(len(ids)), torch.tensor(ends, dtype=torch.int64), right=True)
+    return torch.tensor(ids, dtype=torch.int64), document
+
+
+def encode_rows(
+    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, *, length: int
+) -> tuple[Tensor, Tensor]:
+    """All documents as rows, and which predictions a loss may count.
+
+    Returns ids int64 [N, length], consecutive as `pack` cuts them, the last row filled up with token 0; and counts
+    bool [N, length - 1]: the prediction at t, of token t + 1, counts when both tokens are of one document, not padding.
+
+    Raises:
+        DataError: the documents hold no token.
+    """
+    ids, document = _encode(docs, tokenizer, eos)
+    missing = -len(ids) % length
+    ids = torch.nn.functional.pad(ids, (0, missing)).view(-1, length)
+    document = torch.nn.functional.pad(document, (0, missing), value=-1).view(-1, length)
+    return ids, (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
 
 
 def pack(tokens: Tensor, *, sequences: int, length: int, what: str) -> Tensor:

@@ -18,7 +18,7 @@ from tcal_compiler.passes.types import AttentionSite, Capture, Plan, SiteScan
 
 from .mixer import GdnMixer
 
-Stage = Literal["rewritten", "initialised", "aligned"]
+Stage = Literal["rewritten", "initialised", "aligned", "distilled"]
 
 
 @dataclass(frozen=True)

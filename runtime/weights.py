@@ -70,7 +70,7 @@ def changed_names(student: Student) -> set[str]:
 
 
 def save_align_state(state: AlignState, path: Path) -> None:
-    """One file, replaced atomically, that alignment can resume from; it holds the sha256 of what it says."""
+    """One file, replaced atomically, that a training stage can resume from; it holds the sha256 of what it says."""
     from safetensors.torch import save
 
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.tensors.items()}
@@ -79,7 +79,7 @@ def save_align_state(state: AlignState, path: Path) -> None:
 
 
 def load_align_state(path: Path) -> AlignState | None:
-    """The state of a stopped alignment; None when there is none.
+    """The state of a stopped alignment or distillation; None when there is none.
 
     Raises RunFolderError when the file is damaged or its sha256 is not the one that it holds.
     """
@@ -96,5 +96,5 @@ def load_align_state(path: Path) -> AlignState | None:
         if fingerprint(tensors, text) != sha:
             raise ValueError("another sha256 than when it was written")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise RunFolderError(str(path), f"cannot be read: {e}", "delete it: alignment then starts over") from e
+        raise RunFolderError(str(path), f"cannot be read: {e}", "delete it: the stage then starts over") from e
     return state

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .config import DEFAULT_POLICY, Config
+from .distillation import distill_stage, student_weights
 from .errors import ConfigError, ParityError, TcalError, UnsupportedModelError
 from .passes.capture import capture_program, require_causal
-from .passes.choose import choose, plan_from_toml, plan_to_toml
+from .passes.choose import choose, plan_from_toml, plan_to_toml, scored_by
 from .passes.find_attention import find_attention
 from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
@@ -40,8 +41,10 @@ from .runtime.taps import SiteGroup, collect_taps
 from .runtime.teacher import Teacher, load_teacher, load_tokenizer
 from .runtime.tokenizer import TokenizerLike
 from .runtime.weights import changed_names, load_align_state, load_weights, save_align_state, save_weights
+from .scoring import scored_plan
 
-STAGES = ("plan", "calibrate", "align", "export")
+STAGES = ("plan", "calibrate", "align", "distill", "export")
+T = TypeVar("T")
 ASSETS = Path(__file__).parent / "assets"
 CALIBRATION_TEXT = ASSETS / "text" / "calibration.txt"
 
@@ -94,10 +97,11 @@ def check_length(length: int, source: Source, where: str) -> None:
         raise ConfigError(where, f"is {length} tokens, but the teacher's context holds {context}", "a smaller length")
 
 
-def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | None) -> Plan:
+def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | None) -> Plan | None:
     """The plan of an explicit file, of the run's edited plan.toml, or of the policy, in this order.
 
-    The run's own plan.toml counts unless another policy than the one it was made from is asked for.
+    The run's own plan.toml counts unless another policy than the one it was made from is asked for. None when the
+    policy is a good one that needs the sites measured first.
     """
     if not scan.sites:
         reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
@@ -110,7 +114,10 @@ def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | Non
         plan = plan_from_toml(own, scan)
         if config.policy in (None, plan.policy):
             return plan
-    return choose(scan, config.policy or DEFAULT_POLICY)
+    policy = config.policy or DEFAULT_POLICY
+    measured = scored_by(policy) is not None
+    plan = choose(scan, policy, dict.fromkeys((s.index for s in scan.sites), 0.0) if measured else None)
+    return None if measured else plan
 
 
 class Conversion:
@@ -172,6 +179,7 @@ class Conversion:
                 "checks": [asdict(c) for c in self.source.capture.checks],
                 "info": self.source.teacher.info,
                 "tokenizer_dir": str(folder) if (folder := self.source.teacher.tokenizer_dir) else None,
+                "scores": self.chosen.scores,
             }
 
     def calibrate(self) -> None:
@@ -233,14 +241,18 @@ class Conversion:
             (stage.dir / "alignment.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
             stage.evidence |= {"curve": curve, "checks": [asdict(c) for c in _not_worse(curve)]}
 
+    def distill(self) -> None:
+        self.__dict__.pop("groups", None)  # what alignment trained on: gives its memory back
+        distill_stage(self)
+
     def export(self) -> None:
         settings = {"export": self.config.export.model_dump()}
-        with self.run.stage("export", config=settings, inputs={"align": self.run.stage_hash("align")}) as stage:
+        with self.run.stage("export", config=settings, inputs={"distill": self.run.stage_hash("distill")}) as stage:
             if stage.done:
                 return
             move_to(self.source.capture.gm, torch.device("cpu"))
             move_to(self.student.gm, torch.device("cpu"))
-            load_weights(self.student, self.run.path / "weights.safetensors")
+            load_weights(self.student, student_weights(self.run))
             self.progress.say("export: the student as a program")
             program = self.student.export()
             save_program(program, stage.dir / "student.pt2")
@@ -340,9 +352,6 @@ def convert(
     ids, text = calibration_ids(config, source.tokenizer)
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
-    progress.say(
-        f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
-    )
     with RunFolder.create_or_open(
         out,
         teacher_fingerprint=source.capture.fingerprint,
@@ -352,6 +361,10 @@ def convert(
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
+        chosen = chosen or _guarded("score", lambda: scored_plan(run, source, ids, config, place, progress))
+        progress.say(
+            f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
+        )
         work = Conversion(source, chosen, ids, text, config, run, progress, place)
         stages: dict[str, Callable[[], None]] = {n: getattr(work, n) for n in STAGES}
         for name in STAGES[: STAGES.index(until) + 1]:
@@ -363,12 +376,12 @@ def convert(
 _NO_MEMORY = ("not enough memory", "allocate memory")  # PyTorch on the CPU raises a plain RuntimeError
 
 
-def _guarded(name: str, stage: Callable[[], None]) -> None:
+def _guarded(name: str, stage: Callable[[], T]) -> T:
     """Out of memory becomes a typed error; everything else passes."""
     from .errors import StageError
 
     try:
-        stage()
+        return stage()
     except (torch.OutOfMemoryError, MemoryError) as e:
         raise StageError(
             f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences, or --batch"

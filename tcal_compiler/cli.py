@@ -29,7 +29,8 @@ TeacherArg = Annotated[
 RunArg = Annotated[Path, typer.Argument(help="run folder")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="run folder to make or to go on with")]
 Policy = Annotated[
-    str | None, typer.Option(help="uniform:N, uniform:P%, keep=0,4,8, none (convert all), all (convert nothing)")
+    str | None,
+    typer.Option(help="uniform:N, kl:N, ar:N, greedy:N (or P%), keep=0,4,8, none (convert all), all (convert nothing)"),
 ]
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045
@@ -38,6 +39,14 @@ Calib = Annotated[Optional[str], typer.Option(help="calibration text: .txt, .jso
 Sequences = Annotated[Optional[int], typer.Option("--calib-sequences", help="sequences to calibrate on")]  # noqa: UP045
 Length = Annotated[Optional[int], typer.Option("--calib-length", help="tokens in a sequence")]  # noqa: UP045
 Steps = Annotated[Optional[int], typer.Option("--align-steps", help="alignment steps; 0 for the initialisation alone")]  # noqa: UP045
+DistillSteps = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--distill-steps", help="end-to-end distillation steps after alignment; 0, the default, for none"),
+]
+DistillTokens = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--distill-tokens", help="distillation by tokens instead of steps"),
+]
 Batch = Annotated[Optional[int], typer.Option("--batch", help="sequences in an alignment step")]  # noqa: UP045
 Seed = Annotated[Optional[int], typer.Option(help="seed of everything random")]  # noqa: UP045
 Tokenizer = Annotated[Optional[str], typer.Option(help='folder with tokenizer files, or "bytes"')]  # noqa: UP045
@@ -85,6 +94,8 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
         calib_sequences: Sequences = None,
         calib_length: Length = None,
         align_steps: Steps = None,
+        distill_steps: DistillSteps = None,
+        distill_tokens: DistillTokens = None,
         batch: Batch = None,
         seed: Seed = None,
         tokenizer: Tokenizer = None,
@@ -103,6 +114,8 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
             "calib.length": calib_length,
             "align.steps": align_steps,
             "align.batch": batch,
+            "distill.steps": distill_steps,
+            "distill.tokens": distill_tokens,
             "seed": seed,
             "tokenizer": tokenizer,
             "allow_pickle": allow_pickle,
@@ -123,6 +136,40 @@ app.command("plan")(_stage_command("plan", "Writes plan.toml, to edit before the
 app.command("calibrate")(_stage_command("calibrate", "Measures the teacher's attention and initialises the student."))
 app.command("align")(_stage_command("align", "Aligns every converted layer with the teacher's."))
 app.command("export")(_stage_command("export", "Writes the program and the ONNX model."))
+
+
+@app.command()
+def distill(
+    run: RunArg,
+    steps: Annotated[Optional[int], typer.Option(help="optimiser steps", min=0)] = None,  # noqa: UP045
+    tokens: Annotated[Optional[int], typer.Option(help="tokens to train on, instead of steps", min=1)] = None,  # noqa: UP045
+    config: ConfigFile = None,
+    teacher: TeacherAgain = None,
+    tokenizer: Tokenizer = None,
+    allow_pickle: Pickle = False,
+    device: Device = "cpu",
+    no_export: Annotated[bool, typer.Option("--no-export", help="leave program and ONNX model as they are")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distils the whole student of a run folder from its teacher, then renews its program and ONNX model.
+
+    Options that are not given are those that the run was made with; --config replaces its [distill] table.
+    """
+    from .runs import distill_run
+
+    path = distill_run(
+        run,
+        steps=steps,
+        tokens=tokens,
+        config_file=config,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        allow_pickle=allow_pickle,
+        device=device,
+        until="distill" if no_export else "export",
+        progress=Progress(quiet=quiet),
+    )
+    print(f"{path}: distillation is complete. Report: {path / 'report.md'}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from .errors import ConfigError
-from .runtime.config import AlignConfig, CalibConfig, ExportConfig, InitName, StrictModel
+from .runtime.config import AlignConfig, CalibConfig, DistillConfig, ExportConfig, InitName, ScoreConfig, StrictModel
 
 
 class Config(StrictModel):
@@ -22,7 +22,9 @@ class Config(StrictModel):
     init: InitName = Field("closed-form", description="initial values of the mixers")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()
+    score: ScoreConfig = ScoreConfig()
     align: AlignConfig = AlignConfig()
+    distill: DistillConfig = DistillConfig()
     export: ExportConfig = ExportConfig()
 
 
@@ -64,14 +66,22 @@ def build_config(data: dict[str, Any], where: str) -> Config:
         raise ConfigError(where, f"{key} = {first.get('input')!r}: {first['msg']}", _meaning(key)) from None
 
 
-def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
-    """Configuration from a TOML file (optional) with overrides such as {"align.steps": 100} on top."""
+def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, Any] | None = None) -> Config:
+    """Configuration from a TOML file (optional) with overrides such as {"align.steps": 100} on top.
+
+    base: values of another run, under the file's; tables are merged key by key.
+    """
     data: dict[str, Any] = {}
     if path is not None:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
             raise ConfigError(str(path), f"cannot be read as TOML: {e}", "a file with lines such as seed = 1") from None
+    for key, value in (base or {}).items():
+        if isinstance(value, dict) and isinstance(data.get(key, {}), dict):
+            data[key] = value | data.get(key, {})
+        else:
+            data.setdefault(key, value)
     for key, value in overrides.items():
         if value is None:
             continue

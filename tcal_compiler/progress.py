@@ -29,8 +29,11 @@ class Progress:
             print(file=sys.stderr)
             self._open = False
 
-    def bar(self, what: str) -> Callable[..., None]:
-        """A callback (done, total[, loss]) that reports progress of `what`."""
+    def bar(self, what: str, *, tokens: int = 0, loss_name: str = "error") -> Callable[..., None]:
+        """A callback (done, total[, loss]) that reports progress of `what`.
+
+        tokens: of one step; with it the rate is also shown in tokens per second.
+        """
         started = time.monotonic()
         state = {"shown": started, "first": -1, "loss": math.nan}
 
@@ -49,8 +52,10 @@ class Progress:
             rate = (done - state["first"]) / max(now - started, 1e-9)
             left = (total - done) / rate if rate > 0 else math.inf
             text = f"{what}: {done}/{total}, {rate:.3g}/s, {_clock(left)} left"
+            if tokens:
+                text += f", {rate * tokens:.0f} tokens/s"
             if not math.isnan(state["loss"]):
-                text += f", error {state['loss']:.4f}"
+                text += f", {loss_name} {state['loss']:.4f}"
             if self._tty:
                 print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
                 self._open = True

@@ -58,7 +58,7 @@ class _CheckRecord(_Record):
     detail: str = ""
 
 
-class _AlignEvidence(_Record):
+class _TrainEvidence(_Record):
     checks: list[_CheckRecord] = []
 
 
@@ -108,7 +108,7 @@ def teacher_info(run: RunFolder) -> TeacherInfo:
     return _read(run, _PlanEvidence, run.record("plan").evidence).info
 
 
-def align_checks(run: RunFolder) -> list[Check]:
-    """What alignment checked."""
-    found = _read(run, _AlignEvidence, run.record("align").evidence)
-    return [Check(c.name, c.measured, c.allowed, c.detail) for c in found.checks]
+def training_checks(run: RunFolder) -> list[Check]:
+    """What alignment and distillation checked."""
+    found = [_read(run, _TrainEvidence, run.record(stage).evidence) for stage in ("align", "distill")]
+    return [Check(c.name, c.measured, c.allowed, c.detail) for part in found for c in part.checks]

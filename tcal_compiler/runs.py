@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .api import STAGES, Source, check_length, open_source, write_report
+from .api import STAGES, Source, check_length, convert, open_source, write_report
+from .config import load_config
+from .distillation import student_weights
 from .errors import ConfigError, DataError, RunFolderError, StageError
 from .passes.capture import capture_program, example_ids
 from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Progress
-from .recorded import align_checks, calibrated_texts, calibration_length, plan_of, teacher_info
+from .recorded import calibrated_texts, calibration_length, plan_of, teacher_info, training_checks
 from .report import can_plot
 from .report.compare import compare_html, compare_markdown
 from .report.facts import Facts
@@ -193,6 +196,49 @@ def verify_run(
     return checks
 
 
+def distill_run(
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    tokens: int | None = None,
+    config_file: Path | None = None,
+    teacher: str | None = None,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    until: str = "export",
+    progress: Progress | None = None,
+) -> Path:
+    """Distils the student of a run folder with the configuration that it was made with; returns the folder's path.
+
+    steps or tokens: length of the distillation; config_file: TOML whose keys replace the run's. Stages whose
+    configuration is as it was are not run again.
+
+    Raises ConfigError when nothing says how long to distil.
+    """
+    with RunFolder.open_existing(path) as run:
+        run.record("align")
+        manifest = run.manifest
+    base: dict[str, Any] = manifest.config | {"policy": None}  # the run's own plan.toml counts
+    if steps is not None or tokens is not None:
+        base["distill"] |= {"steps": 0, "tokens": None}
+    config = load_config(config_file, {"distill.steps": steps, "distill.tokens": tokens}, base)
+    if steps is None and not config.distill.steps and not config.distill.tokens:
+        raise ConfigError("distill", "the run says no steps and no tokens", "tcal distill RUN --steps 200")
+    plan: Any = manifest.stages["plan"].evidence
+    as_before = "bytes" if plan["info"].get("tokenizer") == "bytes" else plan.get("tokenizer_dir")
+    return convert(
+        teacher or manifest.teacher.source,
+        out=path,
+        config=config,
+        tokenizer=tokenizer or as_before,
+        allow_pickle=allow_pickle,
+        until=until,
+        device=device,
+        progress=progress,
+    )
+
+
 def _unconverted_checks(source: Source) -> list[Check]:
     sites = tuple(s.index for s in source.scan.sites)
     same = make_student(source.capture, source.scan, Plan(sites, (), "all"))
@@ -218,14 +264,15 @@ def _statistics_checks(source: Source) -> list[Check]:
 
 
 def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], Tensor]) -> list[Check]:
-    """student.pt2 computes what weights.safetensors says, and alignment left no site worse."""
+    """student.pt2 computes what its weights' file says, and training left nothing worse."""
     student = make_student(source.capture, source.scan, plan_of(run, source.scan))
-    load_weights(student, run.path / "weights.safetensors")
+    weights = student_weights(run)
+    load_weights(student, weights)
     ids = example_ids(2, 33, source.capture.vocab_size)
     with torch.no_grad():
         error = (student.logits(ids) - deployed(ids)).abs().max().item()
-    checks = [Check("student.pt2 equals the graph with weights.safetensors", error, 0.0, "bit for bit")]
-    return checks + align_checks(run)
+    checks = [Check(f"student.pt2 equals the graph with {weights.name}", error, 0.0, "bit for bit")]
+    return checks + training_checks(run)
 
 
 def run_tokenizer(run: RunFolder) -> TokenizerLike:

@@ -28,7 +28,7 @@ def test_inspect(tmp_path, monkeypatch):
 
 def test_a_run_folder_holds_what_the_manifest_says(finished):
     manifest = json.loads((finished / "tcal.json").read_text())
-    assert list(manifest["stages"]) == ["plan", "calibrate", "align", "export", "report"]
+    assert list(manifest["stages"]) == ["plan", "calibrate", "align", "distill", "export", "report"]
     owned = {f for s in manifest["stages"].values() for f in s["files"]}
     assert {"plan.toml", "weights.safetensors", "student.pt2", "onnx/model.onnx", "report.md"} <= owned
     assert {"onnx/genai_config.json", "alignment.json", "initial.safetensors"} <= owned

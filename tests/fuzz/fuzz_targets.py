@@ -53,7 +53,7 @@ def read_manifest(folder: Path) -> None:
         recorded.calibrated_texts(run)
         recorded.calibration_length(run)
         recorded.teacher_info(run)
-        recorded.align_checks(run)
+        recorded.training_checks(run)
     with RunFolder.open_existing(folder, write=True) as run:
         write_report(run, Progress(quiet=True))
         with run.stage("calibrate", config="other", inputs=0) as stage:

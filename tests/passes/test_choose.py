@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcal_compiler.errors import ConfigError
-from tcal_compiler.passes.choose import choose, plan_from_toml, plan_to_toml
+from tcal_compiler.passes.choose import SCORED, choose, plan_from_toml, plan_to_toml, scored_by
 from tcal_compiler.passes.types import AttentionSite, Rejection, SiteScan
 
 
@@ -46,6 +46,23 @@ def test_policies(policy, keep):
     assert sorted(plan.keep + plan.convert) == list(range(8)) and not set(plan.keep) & set(plan.convert)
 
 
+SCORES = dict(enumerate([0.1, 0.9, 0.2, 0.9, 0.3, -0.5, 0.0, 0.4]))
+
+
+@pytest.mark.parametrize("measure", SCORED)
+@pytest.mark.parametrize("budget, keep", [("3", [1, 3, 7]), ("1", [1]), ("25%", [1, 3]), ("0", []), ("8", range(8))])
+def test_scored_policies_keep_the_largest_scores(measure, budget, keep):
+    plan = choose(EIGHT, f"{measure}:{budget}", SCORES)
+    assert list(plan.keep) == list(keep) and plan.scores == SCORES and plan.policy == f"{measure}:{budget}"
+    assert scored_by(plan.policy) == measure
+    with pytest.raises(ConfigError, match="needs every site measured"):
+        choose(EIGHT, f"{measure}:{budget}")
+
+
+def test_only_scored_policies_are_scored():
+    assert [scored_by(p) for p in ("uniform:2", "keep=1", "none", "kl", "klx:2", "")] == [None] * 6
+
+
 def test_refused_sites_keep_their_number_and_are_not_counted():
     plan = choose(scan(0, 2, 5, 9), "uniform:50%")
     assert plan.keep == (0, 5) and plan.convert == (2, 9)
@@ -66,6 +83,11 @@ BAD = [
     ("uniform:two", "'two' is no number"),
     ("uniform:2.5", "no number"),
     ("uniform:" + "9" * 5000, "policy"),
+    ("kl:9", "keep 9 of 8"),
+    ("ar:-1", "keep -1 of 8"),
+    ("greedy:101%", "101%"),
+    ("kl:", "no number"),
+    ("kl", "unknown policy"),
     ("keep=", "no list"),
     ("keep=0,x", "no list"),
     ("keep=0,0", "twice"),

@@ -168,8 +168,7 @@ def test_fault_7_no_optimizer_state_in_the_checkpoint(monkeypatch, tapped):
     fails(check_resumes_to_the_same_curve, tapped)
 
 
-# 8. Weight decay on A_log, dt_bias and norms; rates in half precision. (KL without a padding mask: no stage
-# trains on KL yet, and evaluation packs text without padding; the check belongs to that stage.)
+# 8. Weight decay on A_log, dt_bias and norms; rates in half precision. (KL without a padding mask: in test_logits.)
 
 
 def check_only_matrices_decay(trainer: GroupTrainer) -> None:

@@ -1,0 +1,174 @@
+"""End-to-end distillation: the whole student learns the teacher's next-token distribution.
+
+N sequences, T tokens, P trained parameters. The teacher's logits are computed in each step, never stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from tcal_compiler.errors import StageError
+from tcal_compiler.passes.rewrite_gdn import MIXERS
+
+from .align import AlignState, batch_indices, learning_rate
+from .config import DistillConfig
+from .logits import Losses, compare, split_model
+from .student import Student
+from .weights import changed_names
+
+HINT = "lower distill.lr_gdn and distill.lr_other in --config FILE"
+
+
+class Distiller:
+    """Float32 masters of the trained parameters, optimiser, and the best weights so far."""
+
+    def __init__(self, student: Student, ids: Tensor, counts: Tensor, *, train: int, config: DistillConfig) -> None:
+        self.student, self.ids, self.counts, self.train, self.config = student, ids, counts, train, config
+        self.device = next(student.gm.parameters()).device
+        self.models = split_model(student.gm), split_model(student.capture.gm)
+        names = changed_names(student)
+        sites = {id(p) for n, p in student.gm.named_parameters(remove_duplicate=False) if n in names}
+        self.params: dict[str, nn.Parameter] = {}
+        for name, p in student.gm.named_parameters():  # tied ones once
+            chosen = p.is_floating_point() and (config.train == "all" or id(p) in sites)
+            if chosen:
+                self.params[name] = p
+            p.requires_grad_(chosen)
+        self.masters = {n: p.detach().float() for n, p in self.params.items()}  # of a float32 one: its own memory
+        self.best = {n: m.clone() for n, m in self.masters.items()}
+        self.best_score, self.predictions = math.inf, 0
+        self.optimizer = torch.optim.AdamW(self._groups(sites), fused=self.device.type == "cuda")
+        self.peaks = [g["lr"] for g in self.optimizer.param_groups]
+
+    def _groups(self, sites: set[int]) -> list[dict[str, object]]:
+        """Parameters by learning rate and weight decay: only the teacher's matrices decay."""
+        kinds: dict[tuple[float, float], list[Tensor]] = {}
+        for n, p in self.params.items():
+            rate = self.config.lr_gdn if id(p) in sites else self.config.lr_other
+            decay = self.config.weight_decay if p.dim() > 1 and not n.startswith(f"{MIXERS}.") else 0.0
+            kinds.setdefault((rate, decay), []).append(self.masters[n])
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in kinds.items()]
+
+    def _compare(self, index: Tensor, **options: float) -> Losses:
+        part, counts = self.ids[index].to(self.device), self.counts[index].to(self.device)
+        args = self.student.capture.inputs(part)
+        return compare(*self.models, args, counts, chunk=self.config.chunk, **options)  # type: ignore[arg-type]
+
+    def step(self, step: int, index: Tensor) -> float:
+        """One optimiser step; returns the mean KL before it, at the training temperature.
+
+        Raises StageError when loss or gradient is not finite; then no weight has changed.
+        """
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * learning_rate(step, self.config)  # type: ignore[arg-type]  # reads steps and warmup
+        options = {"temperature": self.config.temperature, "cross_entropy": self.config.cross_entropy}
+        for p in self.params.values():
+            p.grad = None
+        losses = self._compare(index, backward=True, **options)
+        for n, p in self.params.items():
+            self.masters[n].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
+        kl = losses.kl.item() / max(1, losses.count)
+        if not math.isfinite(kl) or not bool(norm.isfinite()):
+            raise StageError(
+                "distill",
+                f"step {step + 1}: KL {kl:.4g}, gradient norm {norm.item():.4g}: not finite",
+                HINT,
+            )
+        self.optimizer.step()
+        self.write(self.masters)
+        self.predictions += losses.count
+        return kl
+
+    def score(self) -> dict[str, float]:
+        """Mean KL and NLL at temperature 1 of the present weights on the held-out sequences; keeps the best weights."""
+        held = torch.arange(self.train, len(self.ids)).split(self.config.batch)
+        first, *rest = (self._compare(h) for h in held)
+        total = sum(rest, first)
+        kl, nll = total.kl.item() / total.count, total.nll.item() / total.count
+        score = kl + self.config.cross_entropy * nll
+        if score < self.best_score:  # False for NaN
+            self.best_score, self.best = score, {n: m.clone() for n, m in self.masters.items()}
+        if not math.isfinite(score):
+            raise StageError("distill", f"the held-out score is not finite: KL {kl:.4g}, NLL {nll:.4g}", HINT)
+        return {"held_out": score, "kl": kl, "nll": nll}
+
+    @torch.no_grad()
+    def write(self, values: dict[str, Tensor]) -> None:
+        """Sets the student's parameters, in the dtype that they have."""
+        for n, p in self.params.items():
+            p.copy_(values[n])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that decides later steps, as plain tensors. Raises StageError when a weight is not finite."""
+        for n, m in self.masters.items():
+            if not bool(m.isfinite().all()):
+                raise StageError("distill", f"{n} is not finite", HINT)
+        out = {f"param.{n}": m for n, m in self.masters.items()} | {f"best.{n}": b for n, b in self.best.items()}
+        out["best_score"] = torch.tensor(self.best_score, dtype=torch.float64)
+        out["predictions"] = torch.tensor(self.predictions)
+        for n, m in self.masters.items():
+            out |= {f"optimizer.{k}.{n}": v for k, v in self.optimizer.state.get(m, {}).items()}
+        return out
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.best_score, self.predictions = tensors["best_score"].item(), int(tensors["predictions"].item())
+        for n, m in self.masters.items():
+            m.copy_(tensors[f"param.{n}"])
+            self.best[n].copy_(tensors[f"best.{n}"])
+            slots = {k: tensors.get(f"optimizer.{k}.{n}") for k in ("step", "exp_avg", "exp_avg_sq")}
+            if slots["step"] is not None:
+                self.optimizer.state[m] = {k: v.to(self.device, copy=True) for k, v in slots.items() if v is not None}
+        self.write(self.masters)
+
+
+def distill(
+    student: Student,
+    ids: Tensor,
+    counts: Tensor,
+    *,
+    train: int,
+    config: DistillConfig,
+    seed: int,
+    resume: AlignState | None = None,
+    save: Callable[[AlignState], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> tuple[Student, list[dict[str, object]]]:
+    """Trains the student on sequences [0, train) of ids [N, T], scores on the rest, leaves the best weights in it.
+
+    counts [N, T - 1] bool: predictions that count, as in `compare`. A score is taken after a step, on the weights that
+    are then kept; the starting weights take part, so the student never ends worse than it began. A step's sequences
+    depend on seed and step only: a run resumed from `save`'s state gives the same numbers. Returns the student and the
+    curve: KL on the step's sequences before it, and held-out score, KL and NLL.
+
+    Raises StageError when a loss, a score or a weight to be saved is not finite: the state last saved stays usable; and
+    when no held-out prediction counts.
+    """
+    if not bool(counts[train:].any()):
+        what = f"none of the {len(ids) - train} held-out sequences has a prediction that counts"
+        raise StageError("distill", what, "a larger calib.holdout, or a longer calibration text")
+    trainer = Distiller(student, ids, counts, train=train, config=config)
+    state = resume or AlignState(0)
+    if resume:
+        trainer.load_state(resume.tensors)
+    else:
+        state.curve.append({"step": 0, "train": None, "predictions": 0, **trainer.score()})
+    for step in range(state.step, config.steps):
+        kl = trainer.step(step, batch_indices(step, sequences=train, batch=config.batch, seed=seed))
+        done = step + 1
+        if done % config.score_every == 0 or done == config.steps:
+            state.curve.append({"step": done, "train": kl, "predictions": trainer.predictions, **trainer.score()})
+        state.step = done
+        if save and done % config.checkpoint_every == 0 and done < config.steps:
+            state.tensors = trainer.state()
+            save(state)
+        if progress:
+            progress(done, config.steps, kl)
+    trainer.write(trainer.best)
+    return replace(student, stage="distilled"), state.curve

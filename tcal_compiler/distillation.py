@@ -1,0 +1,78 @@
+"""The distillation stage of a run folder, and which weights count after it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .passes.types import Check
+from .runtime import data
+from .runtime.distill import distill
+from .runtime.run_folder import RunFolder
+from .runtime.weights import load_align_state, load_weights, save_align_state, save_weights
+
+if TYPE_CHECKING:
+    from .api import Conversion
+
+ALIGNED, DISTILLED, CURVE = "weights.safetensors", "distilled.safetensors", "distillation.json"
+
+
+def student_weights(run: RunFolder) -> Path:
+    """The weights of the finished student: distilled ones where the stage made some."""
+    return run.path / (DISTILLED if DISTILLED in run.record("distill").files else ALIGNED)
+
+
+def distillation_rows(work: Conversion) -> tuple[Tensor, Tensor, int]:
+    """The calibration text as rows, the held-out slice last; predictions that count; number of rows to train on."""
+    calib, tokenizer = work.config.calib, work.source.tokenizer
+    assert tokenizer is not None
+    docs = data.read_text(work.text)
+    ids, counts = data.encode_rows(docs, tokenizer, tokenizer.eos_token_id, length=calib.length)
+    held = torch.zeros(len(ids), dtype=torch.bool)
+    held[calib.sequences : calib.sequences + calib.holdout] = True
+    order = torch.cat(((~held).nonzero(), held.nonzero())).squeeze(1)
+    return ids[order], counts[order], len(ids) - calib.holdout
+
+
+def distill_stage(work: Conversion) -> None:
+    """Distils the aligned student; without steps, or with nothing converted, records that nothing was done."""
+    calib, config = work.config.calib, work.config.distill.in_steps(work.config.calib.length)
+    inputs: dict[str, Any] = {"align": work.run.stage_hash("align")}
+    settings: dict[str, Any] = {"distill": None}
+    active = bool(config.steps and work.chosen.convert)
+    if active:
+        settings = {"distill": config.model_dump(), "seed": work.config.seed, "holdout": calib.holdout}
+        inputs["text"] = data.text_sha256(work.text)
+    with work.run.stage("distill", config=settings, inputs=inputs) as stage:
+        if stage.done:
+            return
+        stage.evidence = {"curve": [], "checks": []}
+        if not active:
+            return
+        load_weights(work.student, work.run.path / ALIGNED)
+        ids, counts, train = distillation_rows(work)
+        checkpoint = stage.scratch / "distill.safetensors"
+        resume = load_align_state(checkpoint)
+        if resume:
+            work.progress.say(f"distillation goes on from step {resume.step}")
+        _, curve = distill(
+            work.student,
+            ids,
+            counts,
+            train=train,
+            config=config,
+            seed=work.config.seed,
+            resume=resume,
+            save=lambda state: save_align_state(state, checkpoint),
+            progress=work.progress.bar("distillation", tokens=config.batch * calib.length, loss_name="KL"),
+        )
+        save_weights(work.student, stage.dir / DISTILLED)
+        (stage.dir / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+        scores: list[Any] = [p["held_out"] for p in curve]
+        check = Check("held-out score of distillation against its start", min(scores), scores[0])
+        stage.evidence = {"curve": curve, "checks": [asdict(check)], "rows": train}

@@ -1,0 +1,172 @@
+"""Distillation: exact resuming, honest scores, what is trained and what decays, a loss that is not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import VOCAB, student_of
+
+from tcal_compiler.errors import StageError
+from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.runtime.align import AlignState
+from tcal_compiler.runtime.config import DistillConfig
+from tcal_compiler.runtime.distill import Distiller, distill
+from tcal_compiler.runtime.initialize import naive_
+from tcal_compiler.runtime.student import Student
+from tcal_compiler.runtime.weights import changed_names, load_align_state, save_align_state
+
+TRAIN, SEED = 6, 3
+IDS = example_ids(TRAIN + 2, 20, VOCAB, seed=1)
+COUNTS = torch.ones(TRAIN + 2, 19, dtype=torch.bool)
+COUNTS[2, 11:] = False
+CONFIG = DistillConfig(
+    steps=8, batch=2, warmup=2, lr_gdn=3e-3, lr_other=1e-3, score_every=3, checkpoint_every=1, chunk=16
+)
+
+
+def start(dtype: torch.dtype = torch.float32) -> Student:
+    student = student_of("is_causal", "keep=1", sharp=3.0, tied=True, bias=True)
+    for s in student.converted:
+        naive_(student.gm.get_submodule(f"tcal_mixers.{s.index}"), torch.Generator().manual_seed(0))
+    student.gm.to(dtype)
+    return student
+
+
+def run(student: Student, config: DistillConfig = CONFIG, **options):
+    return distill(student, IDS, COUNTS, train=TRAIN, config=config, seed=SEED, **options)
+
+
+def with_(**changes: object) -> DistillConfig:
+    return CONFIG.model_copy(update=changes)
+
+
+def weights(student: Student) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in student.gm.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """A whole run, with every checkpoint that it could have been stopped at."""
+    saved: list[AlignState] = []
+    student = start()
+    before = weights(student)
+    _, curve = run(student, save=lambda s: saved.append(copy.deepcopy(s)))
+    return before, student, curve, saved
+
+
+def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
+    _, student, curve, saved = undisturbed
+    assert [s.step for s in saved] == list(range(1, CONFIG.steps))
+    final = weights(student)
+    for state in saved:
+        save_align_state(state, tmp_path / "state")
+        resumed = start()
+        _, again = run(resumed, resume=load_align_state(tmp_path / "state"))
+        assert again == curve, state.step
+        for name, tensor in weights(resumed).items():
+            assert torch.equal(tensor, final[name]), (state.step, name)
+
+
+def test_the_kept_weights_have_the_best_recorded_score(undisturbed):
+    _, student, curve, _ = undisturbed
+    assert [p["step"] for p in curve] == [0, 3, 6, 8] and curve[-1]["predictions"] > 0
+    found = Distiller(student, IDS, COUNTS, train=TRAIN, config=CONFIG).score()["held_out"]
+    assert found == min(p["held_out"] for p in curve) < curve[0]["held_out"]
+
+
+def test_a_run_that_only_gets_worse_keeps_its_start():
+    student = start()
+    before = weights(student)
+    _, curve = run(student, with_(lr_gdn=3.0, lr_other=3.0, clip=1e6, steps=3, score_every=1))
+    assert min(p["held_out"] for p in curve) == curve[0]["held_out"] < curve[-1]["held_out"]
+    assert all(torch.equal(before[n], p) for n, p in weights(student).items())
+
+
+@pytest.mark.parametrize("train", ["gdn", "all"])
+def test_only_the_chosen_part_moves(train):
+    student = start()
+    before, sites = weights(student), changed_names(student)
+    run(student, with_(train=train))
+    moved = {n for n, p in weights(student).items() if not torch.equal(before[n], p)}
+    assert moved & sites and "tcal_mixers.0.A_log" in moved
+    assert (moved <= sites) == (train == "gdn")
+    assert ("embed.weight" in moved or "head.weight" in moved) == (train == "all")
+
+
+def test_sites_and_other_weights_have_their_own_rates():
+    student = start()
+    trainer = Distiller(student, IDS, COUNTS, train=TRAIN, config=with_(weight_decay=0.0, clip=1e6, warmup=1))
+    sites, before = changed_names(student), weights(student)
+    trainer.step(0, torch.tensor([0, 1]))  # Adam's first step is the learning rate, whatever the gradient
+    for name, p in weights(student).items():
+        largest = (p - before[name]).abs().max().item()
+        rate = CONFIG.lr_gdn if name in sites else CONFIG.lr_other
+        assert largest == pytest.approx(rate, rel=0.02), name
+
+
+def test_only_the_teachers_matrices_decay():
+    student = start()
+    with torch.no_grad():
+        for p in student.gm.parameters():
+            p.add_(0.5)  # zero would not show
+    trainer = Distiller(student, IDS, torch.zeros_like(COUNTS), train=TRAIN, config=with_(weight_decay=0.5))
+    before = weights(student)
+    trainer.step(0, torch.tensor([0]))  # no prediction counts: gradients of zero
+    moved = {n for n, p in weights(student).items() if not torch.equal(before[n], p)}
+    matrices = {n for n, p in before.items() if p.dim() > 1 and not n.startswith("tcal_mixers.")}
+    assert moved and moved <= matrices and any("attn" in n for n in moved)
+
+
+def test_masters_of_a_half_precision_student_are_float32():
+    student = start(torch.bfloat16)
+    trainer = Distiller(student, IDS, COUNTS, train=TRAIN, config=CONFIG)
+    name = "tcal_mixers.0.norm"
+    p, master = student.gm.get_parameter(name), trainer.masters[name]
+    assert p.dtype == torch.bfloat16 and {m.dtype for m in trainer.masters.values()} == {torch.float32}
+    for _ in range(8):  # updates below bfloat16's resolution add up
+        before = p.detach().clone()
+        master += 2.0**-10
+        trainer.write(trainer.masters)
+    assert not torch.equal(p, torch.ones_like(p)) and before.dtype == torch.bfloat16
+    assert torch.equal(p, master.bfloat16())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state():
+    saved: list[AlignState] = []
+    config = with_(lr_gdn=1e30, lr_other=1e30, clip=1e30, warmup=3, score_every=100)
+    with pytest.raises(StageError, match="not finite") as e:
+        run(start(), config, save=lambda s: saved.append(copy.deepcopy(s)))
+    assert e.value.where == "distill" and "distill.lr_gdn" in e.value.hint
+    for state in saved:
+        assert all(bool(t.isfinite().all()) for n, t in state.tensors.items() if n.startswith("param."))
+
+
+def test_cross_entropy_takes_part_in_loss_and_score():
+    first = run(start(), with_(cross_entropy=0.5))[1][0]
+    assert first["held_out"] == pytest.approx(first["kl"] + 0.5 * first["nll"])
+    pulled = run(start(), with_(cross_entropy=50.0, temperature=2.0, steps=30, lr_other=3e-3))[1]
+    assert pulled[-1]["train"] is not None and pulled[-1]["held_out"] != pulled[0]["held_out"]
+
+
+def test_it_learns():
+    config = with_(steps=40, lr_gdn=1e-2, lr_other=1e-3, batch=6)
+    _, curve = run(start(), config)
+    assert curve[-1]["train"] < 0.5 * curve[1]["train"] and math.isfinite(curve[-1]["nll"])
+
+
+def test_a_held_out_slice_without_predictions_is_refused():
+    counts = COUNTS.clone()
+    counts[TRAIN:] = False
+    with pytest.raises(StageError, match="held-out"):
+        distill(start(), IDS, counts, train=TRAIN, config=CONFIG, seed=0)
+
+
+def test_tokens_become_whole_steps():
+    config = DistillConfig(tokens=1001, batch=4)
+    assert config.in_steps(50).steps == 6 and config.in_steps(50).tokens is None
+    assert DistillConfig(steps=3).in_steps(50).steps == 3
+    with pytest.raises(ValueError, match="both steps and tokens"):
+        DistillConfig(steps=3, tokens=100)
