@@ -45,4 +45,4 @@ class RewriteToGdn:
     def ensures(self, gm: GraphModule) -> None:
         names = set(by_name(gm))
         assert not names & {s.anchor for s in self.sites if s.index in self.plan.convert}
-        assert {s.anchor for s in self.sites if s.index in self.plan.keep} <= names
+        assert {s.written or s.anchor for s in self.sites if s.index in self.plan.keep} <= names
