@@ -1,4 +1,4 @@
-"""Tiny untrained causal Transformers: families of the transformers library from their configurations, and plain PyTorch.
+"""Tiny untrained causal Transformers: families of the transformers library from their configurations, and plain ones.
 
 Nothing is downloaded. B batch, T tokens, H heads, D head dim.
 """
@@ -31,19 +31,23 @@ _BASE: dict[str, Any] = {
 }
 _GROUPED = _BASE | {"num_key_value_heads": KV_HEADS}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_LATENT = _BASE | _EXPERTS | {
-    "num_key_value_heads": HEADS,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
+_LATENT = (
+    _BASE
+    | _EXPERTS
+    | {
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+)
 _LINEAR = _GROUPED | {
     "head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],

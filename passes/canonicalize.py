@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .base import PassResult
-from .graph import argument, aten, is_effect, value
+from .graph import argument, aten, is_effect, is_mutation, value
 
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range")
 _MAX = 9223372036854775807
@@ -19,8 +19,7 @@ _COPIES = (aten.lift_fresh_copy.default, aten._to_copy.default)
 
 def _mutates(gm: GraphModule) -> bool:
     """An in-place op is in the graph: then a copy may be there to be written to."""
-    schemas = (getattr(n.target, "_schema", None) for n in gm.graph.nodes if n.op == "call_function")
-    return any(s is not None and s.is_mutable for s in schemas)
+    return any(is_mutation(n) for n in gm.graph.nodes)
 
 
 def _is_noop(n: Node, mutates: bool) -> bool:

@@ -30,9 +30,14 @@ from .graph import (
 from .masks import Evaluator, MaskFacts, probe_mask
 from .to_sdpa import sdpa_name, to_sdpa
 from .types import AttentionSite, Capture, Rejection, SiteScan
-from .written_attention import SOFTMAX, Unfit, reaches_softmax_over_tokens, token_graph
+from .written_attention import SOFTMAX, Unfit, pairs_without_softmax, reaches_softmax_over_tokens, token_graph
 
-LOWERED = "_scaled_dot_product"
+OPAQUE = {  # part of an op's name: why its attention is not looked into
+    "_scaled_dot_product": "a lowered attention kernel; export without run_decompositions",
+    "flex_attention": "flex_attention, whose mask and scores are functions; call scaled_dot_product_attention instead",
+    "_native_multi_head_attention": "a fused kernel of PyTorch; export with strict=False",
+    "_transformer_encoder_layer_fwd": "a fused kernel of PyTorch; export with strict=False",
+}
 
 
 @dataclass
@@ -271,8 +276,11 @@ def find_attention(capture: Capture) -> SiteScan:
         elif n.target in SOFTMAX and reaches_softmax_over_tokens(tokens, n):
             reason = reasons[n.name]
             index += 1
-        elif LOWERED in str(n.target):
-            reason = "a lowered attention kernel; export without run_decompositions"
+        elif pairs_without_softmax(tokens, n):
+            reason = "a product of all tokens with all tokens that no softmax follows"
+            index += 1
+        elif opaque := [why for name, why in OPAQUE.items() if name in str(n.target)]:
+            reason = opaque[0]
             index += 1
         if reason:
             rejected.append(Rejection(n.name, module_path(n), reason))

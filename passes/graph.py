@@ -102,9 +102,15 @@ def backward_slice(target: Node, stop: Node, within: set[Node] | None = None) ->
     return seen
 
 
+def is_mutation(node: Node) -> bool:
+    """An op that writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
 def is_effect(node: Node) -> bool:
     """What dead-code elimination must keep; SDPA counts as random and would otherwise never be removed."""
-    return node.op in ("placeholder", "output")
+    return node.op in ("placeholder", "output") or is_mutation(node)
 
 
 def fresh(root: nn.Module, graph: Graph) -> GraphModule:

@@ -26,7 +26,7 @@ class MaskFacts:
 
 
 class Evaluator:
-    """Evaluates chosen nodes of a graph on concrete ids [batch, length], computing only what they need beyond `known`."""
+    """Evaluates chosen nodes of a graph on ids [batch, length], computing only what they need beyond `known`."""
 
     def __init__(
         self, capture: Capture, length: int, known: Mapping[Node, Tensor] | None = None, *, batch: int = 1

@@ -73,7 +73,8 @@ class WrittenToSdpa:
                     changed += 1
             except Unfit as e:
                 rejected.append(Rejection(n.name, module_path(n), str(e)))
-        gm.graph.eliminate_dead_code(is_impure_node=is_effect)
+        if changed:
+            gm.graph.eliminate_dead_code(is_impure_node=is_effect)
         return PassResult(changed, tuple(rejected))
 
     def ensures(self, gm: GraphModule) -> None:
@@ -244,9 +245,8 @@ class _Rewrite:
         end, factors = core.softmax.args[0], None
         for dtype in (torch.float64, zeros.dtype):
             try:
-                low, high = (
-                    Evaluator(self.capture, LENGTH, {core.scores: zeros.to(dtype) + x}, batch=BATCH)(end) for x in (0, 1)
-                )
+                both = ({core.scores: zeros.to(dtype) + x} for x in (0, 1))
+                low, high = (Evaluator(self.capture, LENGTH, known, batch=BATCH)(end) for known in both)
                 factors = (high.double() - low.double())[low > -1e4]
                 break
             except RuntimeError:
@@ -271,7 +271,8 @@ class _Rewrite:
             raise Unfit(f"as attention it has the shape {self.t.dims(last)}, not {self.t.dims(core.output)}")
         error, most = (old - new).abs().max().item(), old.abs().max().item()
         if not error <= max(1e-5, 8 * torch.finfo(old.dtype).eps) * most:
-            raise Unfit(f"it is not softmax(scale q k^T + mask) v: on random q, k, v it differs by {error:.2g} of {most:.2g}")
+            what = f"on random q, k, v it differs by {error:.2g} of {most:.2g}"
+            raise Unfit(f"it is not softmax(scale q k^T + mask) v: {what}")
 
 
 def _head_order(product: Product) -> str:

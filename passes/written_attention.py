@@ -1,12 +1,13 @@
 """Recognises softmax attention that is written out as products, and says which axis of each tensor is what.
 
-scores[.., t, s] = q[.., t, :] k[.., s, :], probabilities = softmax over s of (scale * scores + mask), out = probabilities v.
-Axes have letters: b sequences, t query tokens, s key tokens, d and e the dims of keys and values, n sequences x heads in
-one axis, and any others are heads.
+scores[.., t, s] = q[.., t, :] k[.., s, :], probabilities p = softmax over s of scale * scores + mask, out = p v.
+Axes have letters: b sequences, t query tokens, s key tokens, d and e the dims of keys and values, n sequences x heads
+in one axis, and any others are heads.
 """
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,13 @@ from .graph import LAYOUT, LINEAR, argument, aten, backward_slice, inputs, place
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default, aten.mm.default}
-SHAPING = LAYOUT | {aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.unflatten.int, aten.flatten.using_ints}
+SHAPING = LAYOUT | {
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+}
 MERGED = "n"
 
 
@@ -82,12 +89,27 @@ def token_graph(gm: Any) -> TokenGraph:
 def reaches_softmax_over_tokens(t: TokenGraph, node: Node) -> bool:
     """Attention, not a router: the softmax is over an axis that grows with the length, or over a product of tokens."""
     dim, dims = int(argument(node, "dim", -1)), t.dims(node.args[0])  # type: ignore[arg-type]
-    if t.length in dims[dim]:
+    if re.search(rf"\b{t.length}\b", dims[dim]):
         return True
     c: Node = node.args[0]  # type: ignore[assignment]
     while len(t.tokens(c)) == 1 and c.target not in LINEAR:
         c = t.tokens(c)[0]
     return c.target in PRODUCTS and len(t.tokens(c)) == 2
+
+
+def pairs_without_softmax(t: TokenGraph, node: Node) -> bool:
+    """A product of all tokens with all tokens that no softmax follows: linear or sigmoid attention, for instance."""
+    if node.target not in PRODUCTS or len(t.tokens(node)) != 2 or not t.has_pairs(node):
+        return False
+    seen, stack = set(), [node]
+    while stack:
+        n = stack.pop()
+        if n.target in SOFTMAX:
+            return False
+        if n not in seen and (n.target is aten.cat.default or t.has_pairs(n)):
+            seen.add(n)
+            stack += n.users
+    return True
 
 
 def recognise(t: TokenGraph, softmax: Node) -> WrittenCore:
