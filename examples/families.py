@@ -168,21 +168,21 @@ def _refusals(scan: SiteScan) -> str:
     return "; ".join(f"{len(where)}: {reason}" for reason, where in by_reason.items()) or "none"
 
 
-def examine(family: str, implementation: str) -> Row:
-    """Everything that is asked of one model; a typed refusal ends it early and is the row's reason."""
-    row = Row(family, implementation)
+def examine(row: Row) -> None:
+    """Fills the row with everything that is asked of one model; a typed refusal ends it early and is its reason."""
+    family, implementation = row.family, row.implementation
     try:
         model = plain_model(family) if family in PLAIN else transformers_model(family, implementation)
     except ValueError as e:
         row.refused = f"transformers: {_short(e).split(' yet.')[0]}"
-        return row
+        return
     row.cores = str(attention_modules(model))
     teacher = Teacher(family, "factory", model, None, None, {"vocab_size": VOCAB, "context_length": TABLE})
     try:
         capture = capture_teacher(teacher)
     except TcalError as e:
         row.refused = _short(e)
-        return row
+        return
     scan = find_attention(capture)
     row.sites, row.refused = str(len(scan.sites)), _refusals(scan)
     row.windows = ", ".join(sorted({str(s.window) for s in scan.sites if s.window})) or "none"
@@ -193,7 +193,6 @@ def examine(family: str, implementation: str) -> Row:
         student = half_converted(capture, scan)
         row.half = check_half(student)
         row.stateful = check_stateful(student)
-    return row
 
 
 def main() -> None:
@@ -210,7 +209,11 @@ def main() -> None:
         if args.families and family not in args.families:
             continue
         start = perf_counter()
-        row = rows[family, implementation] = examine(family, implementation)
+        row = rows[family, implementation] = Row(family, implementation)
+        try:
+            examine(row)
+        except Exception as e:  # a fault of ours: the table shows it, and the other rows are made all the same
+            row.refused = f"FAULT: {type(e).__name__}: {_short(e)}"
         row.seconds = round(perf_counter() - start, 1)
         print(row.markdown(), f"{row.seconds} s", flush=True)
         body = [vars(rows[key]) for key in every if key in rows]

@@ -30,8 +30,10 @@ from tcal_compiler.passes.capture import capture_program, example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.passes.to_sdpa import _Rewrite, to_sdpa
 from tcal_compiler.runtime.initialize import naive_
+from tcal_compiler.runtime.statistics import attention_statistics
 from tcal_compiler.runtime.student import make_student
 
 IDS = example_ids(2, 11, 64)
@@ -228,6 +230,17 @@ def test_nothing_converted_keeps_the_spelling_and_the_bits(name: str):
     half = make_student(capture, scan, choose(scan, "keep=1"))
     kept = [n.name for n in half.gm.graph.nodes if "softmax" in str(n.target)]
     assert len(kept) == 1 and not any("scaled_dot" in op for op in op_counts(half.gm))
+
+
+def test_statistics_see_what_the_window_shows():
+    capture, scan = scanned("window", layers=2, sharp=2.0)
+    site = scan.sites[0]
+    with torch.no_grad():
+        taps = tap_graph(to_sdpa(capture)[0].gm, [site.q, site.k, site.v, site.anchor])
+        q, k, v, y = taps(*capture.inputs(IDS))
+    stats, context = attention_statistics(q, k, v, site=site)
+    torch.testing.assert_close(context.transpose(1, 2), y)
+    assert stats.mass[:, 4:].abs().max() == 0  # octaves from 8 tokens on; the window shows 5
 
 
 @pytest.mark.parametrize("name", ["window", "broadcast groups", "baddbmm"])
