@@ -110,7 +110,7 @@ class _Rewrite:
                 scale = self.scale(core)
                 q, k, v, last = self.sdpa(core, self.mask(core), scale)
             self.prove(core, (q, k, v), last)
-        except (Unfit, RuntimeError, IndexError, TypeError) as e:
+        except (Unfit, RuntimeError, IndexError, KeyError, TypeError, ValueError) as e:
             for n in reversed(self.made):
                 self.graph.erase_node(n)
             self.masks = {key: n for key, n in self.masks.items() if n not in self.made}

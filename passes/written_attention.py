@@ -27,6 +27,7 @@ SHAPING = LAYOUT | {
     aten.flatten.using_ints,
 }
 MERGED = "n"
+RANKS = range(3, 8)  # of products: those that _lead has letters for
 
 
 class Unfit(Exception):
@@ -175,6 +176,8 @@ def _operands(node: Node) -> tuple[Node, Node]:
         operands = node.args[1:3]
     else:
         operands = node.args[:2]
+    if len(operands) != 2:  # type: ignore[arg-type]
+        raise Unfit(f"its product {node.name} has {len(operands)} operands")  # type: ignore[arg-type]
     left, right = operands  # type: ignore[misc]
     return left, right  # type: ignore[return-value]
 
@@ -190,7 +193,7 @@ def _label(node: Node, operands: tuple[Node, Node], *, weights: Node | None = No
     if node.target is aten.einsum.default:
         return _label_einsum(str(node.args[0]), left, right, weights)
     ranks = [value(n).ndim for n in operands]
-    if ranks[0] != ranks[1] or ranks[0] < 3:
+    if ranks[0] != ranks[1] or ranks[0] not in RANKS:
         raise Unfit(f"its product {node.name} is of tensors with {ranks} dimensions")
     if weights not in (None, left):
         raise Unfit(f"its product {node.name} has the values on the left")
@@ -218,6 +221,8 @@ def _label_einsum(equation: str, left: Node, right: Node, weights: Node | None) 
         left, right, a, b = right, left, b, a
     table = len(a) if weights is not None else len(out)
     source = a if weights is not None else out
+    if table not in RANKS:
+        raise Unfit(f"its product is the einsum {equation}")
     new = dict(zip(source, _lead(table) + "ts", strict=True))
     inner, outer = (set(a) & set(b)) - set(out), (set(out) | set(b)) - set(new)
     if weights is None:
