@@ -1,7 +1,7 @@
 """Converts a tiny untrained model of every family and writes what held to docs/families.md.
 
-python -m examples.families                            # everything, several minutes
-python -m examples.families Llama "GPT-2"              # these only; other rows stay as they were
+python examples/families.py                            # everything, several minutes
+python examples/families.py Llama "GPT-2"              # these only; other rows stay as they were
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import transformers
+from family_models import FAMILIES, IMPLEMENTATIONS, PLAIN, TABLE, VOCAB, plain_model, transformers_model
 from torch import Tensor, nn
 
-from examples.family_models import FAMILIES, IMPLEMENTATIONS, PLAIN, TABLE, VOCAB, plain_model, transformers_model
 from tcal_compiler.errors import TcalError
 from tcal_compiler.passes.capture import capture_program, example_ids
 from tcal_compiler.passes.choose import choose
@@ -34,7 +34,7 @@ from tcal_compiler.runtime.teacher import Teacher
 
 HEAD = """# Families
 
-Made by `python -m examples.families` with tiny untrained models (`examples/family_models.py`): two layers, width 64.
+Made by `python examples/families.py` with tiny untrained models (`examples/family_models.py`): two layers, width 64.
 torch {torch}, transformers {transformers}, CPU, float32.
 
 - *cores*: attention modules of the model; every one is found as a site or refused.

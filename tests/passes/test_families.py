@@ -1,15 +1,16 @@
-"""Families of models: what is found in each, or why not. All of them: python -m examples.families."""
+"""Families of models: what is found in each, or why not. All of them: examples/families.py."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import recomputed
 from torch import nn
 
-from examples.family_models import HEADS, KV_HEADS, TABLE, VOCAB, plain_model, transformers_model
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
@@ -19,11 +20,17 @@ from tcal_compiler.runtime.capture_teacher import capture_teacher
 from tcal_compiler.runtime.student import make_student
 from tcal_compiler.runtime.teacher import Teacher
 
+_SPEC = importlib.util.spec_from_file_location(
+    "family_models", Path(__file__).parents[2] / "examples" / "family_models.py"
+)
+family_models = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(family_models)
+VOCAB, HEADS, KV_HEADS = family_models.VOCAB, family_models.HEADS, family_models.KV_HEADS
 IDS = example_ids(2, 13, VOCAB)
 
 
 def captured(model: nn.Module) -> tuple[Capture, SiteScan]:
-    info = {"vocab_size": VOCAB, "context_length": TABLE}
+    info = {"vocab_size": VOCAB, "context_length": family_models.TABLE}
     capture = capture_teacher(Teacher("t", "factory", model, None, None, info), shapes=((2, 9), (1, 1)))
     return capture, find_attention(capture)
 
@@ -49,7 +56,7 @@ FOUND = [
 
 @pytest.mark.parametrize("family, implementation, kv_heads, windows", FOUND)
 def test_families_whose_attention_is_found(family, implementation, kv_heads, windows):
-    capture, scan = captured(transformers_model(family, implementation))
+    capture, scan = captured(family_models.transformers_model(family, implementation))
     assert not scan.rejected and [s.window for s in scan.sites] == windows
     assert [s.num_kv_heads for s in scan.sites] == [kv_heads] * 2
     assert not any(is_mutation(n) for n in capture.gm.graph.nodes)
@@ -65,13 +72,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("family, reason", REFUSED)
 def test_families_that_are_refused(family, reason):
-    _, scan = captured(transformers_model(family, "eager"))
+    _, scan = captured(family_models.transformers_model(family, "eager"))
     assert not scan.sites and len(scan.rejected) == 2
     assert all(re.search(reason, r.reason) for r in scan.rejected), scan.rejected
 
 
 @pytest.mark.parametrize("name", ["nn.MultiheadAttention, need_weights", "nn.TransformerEncoderLayer"])
 def test_modules_that_put_tokens_before_the_batch(name):
-    capture, scan = captured(plain_model(name))
+    capture, scan = captured(family_models.plain_model(name))
     assert len(scan.sites) == 2 and not scan.rejected
     assert_sites_are_right(capture, scan)
