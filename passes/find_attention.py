@@ -103,7 +103,7 @@ def _token_part(capture: Capture) -> _Tokens:
 
 def _above_expand(node: Node) -> Node:
     """The 4-D tensor whose heads unsqueeze, expand and reshape may have repeated; else the node itself."""
-    allowed = LAYOUT | {aten.slice.Tensor, aten.unsqueeze.default}
+    allowed = LAYOUT | {aten.slice.Tensor, aten.unsqueeze.default, aten.unflatten.int}
     c = node
     for _ in range(8):
         if c.target is aten.expand.default:

@@ -240,23 +240,28 @@ class _Rewrite:
         return made.to(value(n).device, value(n).dtype)
 
     def scale(self, core: WrittenCore) -> float:
-        """Factor of q k^T, read off the scores' way to the softmax in float64 where the graph allows."""
-        zeros = torch.zeros_like(self.sample(core.scores, 0))
-        end, factors = core.softmax.args[0], None
+        """Factor of q k^T, read off the scores' way to the softmax in float64 where the graph allows.
+
+        Scores are 0, then 0 and 1 in turn along the keys; what counts is the step from key to key, because a softmax
+        does not see what is added to a whole row.
+        """
+        zeros, end = torch.zeros_like(self.sample(core.scores, 0)), core.softmax.args[0]
+        turns = torch.arange(LENGTH, device=zeros.device) % 2
+        steps = zeros.new_zeros(0, dtype=torch.float64)
         for dtype in (torch.float64, zeros.dtype):
             try:
-                both = ({core.scores: zeros.to(dtype) + x} for x in (0, 1))
+                both = ({core.scores: (zeros + x).to(dtype)} for x in (0, turns))
                 low, high = (Evaluator(self.capture, LENGTH, known, batch=BATCH)(end) for known in both)
-                factors = (high.double() - low.double())[low > -1e4]
+                seen = (low > -1e4)[..., 1:] & (low > -1e4)[..., :-1]
+                steps = ((high - low).double().diff(dim=-1) * turns.diff())[seen]
                 break
             except RuntimeError:
                 if dtype == zeros.dtype:
                     raise
-        assert factors is not None
-        if factors.numel() == 0 or (factors - factors[0]).abs().max() > 1e-5 * factors[0].abs():
+        if steps.numel() == 0 or (steps - steps[0]).abs().max() > 1e-5 * steps[0].abs():
             raise Unfit("its scores are not scaled by one factor")
         alpha = argument(core.scores, "alpha", 1) if core.scores.target is aten.baddbmm.default else 1
-        found = factors[0].item() * alpha
+        found = steps[0].item() * alpha
         if found <= 0:
             raise Unfit(f"its scores are scaled by {found:.3g}, want a positive factor")
         dim = value(core.first.left).shape[core.first.left_axes.index("d")]
