@@ -231,6 +231,11 @@ def _rewrite_literals(gm: GraphModule, swap: Callable[[Any], Any]) -> None:
 def widen_to_float64(gm: GraphModule) -> GraphModule:
     """A copy that computes in float64 throughout, also where the graph names float32 (norms do)."""
     wide = copy_module(gm)
+    for n in wide.graph.nodes:  # zeros(..), full(..): made in the default dtype, which no literal names
+        schema = getattr(n.target, "_schema", None)
+        makes = n.op == "call_function" and schema is not None and any(a.name == "dtype" for a in schema.arguments)
+        if makes and not any(is_tensor(i) for i in inputs(n)) and getattr(value(n), "dtype", None) is torch.float32:
+            n.kwargs = n.kwargs | {"dtype": torch.float64}
     _rewrite_literals(wide, lambda a: torch.float64 if a is torch.float32 else a)
     return wide.double()
 
