@@ -82,6 +82,11 @@ class TokenGraph:
         """Its last two axes are query and key tokens."""
         return self.dims(node)[-2:] == [self.length, self.length]
 
+    def has_rows(self, node: Node) -> bool:
+        """Its last two axes are query tokens and what grows with the length: key tokens, sinks beside them."""
+        dims = self.dims(node)
+        return dims[-2:-1] == [self.length] and bool(re.search(rf"\b{self.length}\b", dims[-1]))
+
 
 def token_graph(gm: Any) -> TokenGraph:
     return TokenGraph.of(list(gm.graph.nodes), placeholders(gm)[0])
@@ -107,7 +112,7 @@ def pairs_without_softmax(t: TokenGraph, node: Node) -> bool:
         n = stack.pop()
         if n.target in SOFTMAX:
             return False
-        if n not in seen and (n.target is aten.cat.default or t.has_pairs(n)):
+        if n not in seen and t.has_rows(n):
             seen.add(n)
             stack += n.users
     return True
