@@ -218,8 +218,17 @@ def main() -> None:
         print(row.markdown(), f"{row.seconds} s", flush=True)
         body = [vars(rows[key]) for key in every if key in rows]
         store.write_text(json.dumps(body, indent=1) + "\n")
-    head = HEAD.format(torch=torch.__version__, transformers=transformers.__version__)
-    args.out.write_text(head + "".join(rows[key].markdown() + "\n" for key in every if key in rows))
+    write(args.out, rows, every)
+
+
+def write(out: Path, rows: dict[tuple[str, str], Row], every: list[tuple[str, str]]) -> None:
+    """The table, and what is not in it."""
+    text = HEAD.format(torch=torch.__version__, transformers=transformers.__version__)
+    text += "".join(rows[key].markdown() + "\n" for key in every if key in rows)
+    missing = [f"{family} ({how})" for family, how in every if (family, how) not in rows]
+    if missing:
+        text += f"\nNot run yet: {', '.join(missing)}.\n"
+    out.write_text(text)
 
 
 def _read(store: Path) -> list[dict[str, Any]]:
