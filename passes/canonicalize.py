@@ -1,4 +1,4 @@
-"""Removes nodes that do nothing, so that matching meets fewer spellings. Values do not change by one bit."""
+"""Fewer spellings for matching to meet, by rewrites that do not change a value by one bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .base import PassResult
-from .graph import argument, aten, is_effect, value
+from .graph import argument, aten, is_effect, is_mutation, iter_targets, value
 
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range")
 _MAX = 9223372036854775807
@@ -19,8 +19,7 @@ _COPIES = (aten.lift_fresh_copy.default, aten._to_copy.default)
 
 def _mutates(gm: GraphModule) -> bool:
     """An in-place op is in the graph: then a copy may be there to be written to."""
-    schemas = (getattr(n.target, "_schema", None) for n in gm.graph.nodes if n.op == "call_function")
-    return any(s is not None and s.is_mutable for s in schemas)
+    return any(is_mutation(n) for n in gm.graph.nodes)
 
 
 def _is_noop(n: Node, mutates: bool) -> bool:
@@ -42,6 +41,27 @@ def _is_noop(n: Node, mutates: bool) -> bool:
     if n.target is aten.dropout.default:
         return bool(n.args[1] == 0 or n.args[2] is False)
     return False
+
+
+@dataclass(frozen=True)
+class PlainCopies:
+    """aten.copy(target, source), which functional programs are left with and autograd lacks, becomes its value."""
+
+    def run(self, gm: GraphModule) -> PassResult:
+        copies = list(iter_targets(gm, aten.copy.default))
+        for n in copies:
+            target, source = n.args[:2]
+            with gm.graph.inserting_before(n):
+                source = gm.graph.call_function(aten.to.dtype, (source, value(n).dtype))
+                source.meta = n.meta | {"val": value(source.args[0]).to(value(n).dtype)}
+                new = gm.graph.call_function(aten.expand_as.default, (source, target))
+                new.meta = dict(n.meta)
+            n.replace_all_uses_with(new)
+            gm.graph.erase_node(n)
+        return PassResult(len(copies))
+
+    def ensures(self, gm: GraphModule) -> None:
+        assert not list(iter_targets(gm, aten.copy.default))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from tcal_compiler.errors import UnsupportedModelError
 
 from .base import run_passes
-from .canonicalize import RemoveNoOps
-from .graph import from_program, output_node, placeholders, value
+from .canonicalize import PlainCopies, RemoveNoOps
+from .graph import from_program, is_effect, is_mutation, output_node, placeholders, value
 from .types import Capture, Check
 
 SHAPES = ((2, 24), (1, 1), (3, 7), (1, 70))
@@ -32,6 +33,24 @@ def export_module(module: nn.Module, *, has_positions: bool, vocab_size: int) ->
         return torch.export.export(module, args, dynamic_shapes=(_DYNAMIC,) * len(args), strict=False)
 
 
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """Without the fused inference path of nn.TransformerEncoderLayer, which rounds otherwise than its own layers do."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without in-place writes, in which every value depends on its node's arguments alone."""
+    if any(is_mutation(n) for n in program.graph.nodes):
+        return program.run_decompositions({})
+    return program
+
+
 def capture_program(
     program: torch.export.ExportedProgram,
     *,
@@ -43,15 +62,15 @@ def capture_program(
 
     Raises UnsupportedModelError when the graph's logits differ from the teacher's by one bit.
     """
-    gm = from_program(program)
+    gm = from_program(functional(program))
     ins = placeholders(gm)
     logits = output_node(gm).args[0]
     if isinstance(logits, tuple):  # caches or hidden states beside the logits
         output_node(gm).args = (logits[0],)
         logits = logits[0]
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    gm.graph.eliminate_dead_code(is_impure_node=is_effect)
     gm.recompile()
-    run_passes(gm, [RemoveNoOps()])
+    run_passes(gm, [PlainCopies(), RemoveNoOps()])
     vocab = value(logits).shape[-1]  # type: ignore[arg-type]
     if not isinstance(vocab, int):
         raise UnsupportedModelError("teacher", f"its last output dimension is not a constant vocabulary: {vocab}")
@@ -60,10 +79,13 @@ def capture_program(
     for batch, length in shapes:
         args = capture.inputs(example_ids(batch, length, vocab))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _layer_by_layer():
                 expected = teacher(*args)
                 error = (gm(*args) - expected).abs().max().item()
         except (AssertionError, IndexError, RuntimeError) as e:
+            if any("flex_attention" in str(n.target) for n in gm.graph.nodes):
+                what = "calls flex_attention, whose mask and score functions torch.export does not keep"
+                raise UnsupportedModelError("teacher", what, "the same model with scaled_dot_product_attention") from e
             what = f"fails on {batch} x {length} tokens: {type(e).__name__}: {str(e).splitlines()[0][:200]}"
             raise UnsupportedModelError("teacher", what, "a model for any batch, and for 70 tokens at least") from e
         if not bool(expected.isfinite().all()):

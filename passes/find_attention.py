@@ -7,7 +7,7 @@ on the token-dependent part of the graph (networkx.immediate_dominators); masks 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import networkx as nx
 import torch
@@ -28,14 +28,16 @@ from .graph import (
     value,
 )
 from .masks import Evaluator, MaskFacts, probe_mask
+from .to_sdpa import sdpa_name, to_sdpa
 from .types import AttentionSite, Capture, Rejection, SiteScan
+from .written_attention import SOFTMAX, Unfit, pairs_without_softmax, reaches_softmax_over_tokens, token_graph
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
-LOWERED = "_scaled_dot_product"
-
-
-class _Unfit(Exception):
-    """Why an anchor is not a site."""
+OPAQUE = {  # part of an op's name: why its attention is not looked into
+    "_scaled_dot_product": "a lowered attention kernel; export without run_decompositions",
+    "flex_attention": "flex_attention, whose mask and scores are functions; call scaled_dot_product_attention instead",
+    "_native_multi_head_attention": "a fused kernel of PyTorch; export with strict=False",
+    "_transformer_encoder_layer_fwd": "a fused kernel of PyTorch; export with strict=False",
+}
 
 
 @dataclass
@@ -48,6 +50,7 @@ class _Tokens:
     position: set[Node]
     graph: nx.DiGraph
     idom: dict[Node, Node]
+    masks: dict[Node, MaskFacts] = field(default_factory=dict)
 
     def dominators(self, node: Node) -> list[Node]:
         """From the node itself up to the token ids."""
@@ -58,6 +61,17 @@ class _Tokens:
 
     def users(self, node: Node) -> list[Node]:
         return [u for u in node.users if u in self.data]
+
+    def is_hidden(self, node: Node) -> bool:
+        """[batch, tokens, width], in this order."""
+        dims = list(getattr(value(node), "shape", ()))
+        return len(dims) == 3 and [*map(str, dims[:2])] == [*map(str, value(self.source).shape)]
+
+    def mask_facts(self, mask: Node) -> MaskFacts:
+        """What the mask means; layers that share it ask once."""
+        if mask not in self.masks:
+            self.masks[mask] = probe_mask(self.capture, mask)
+        return self.masks[mask]
 
     def is_linear(self, node: Node) -> bool:
         """A product with a constant 2-D weight."""
@@ -89,7 +103,7 @@ def _token_part(capture: Capture) -> _Tokens:
 
 def _above_expand(node: Node) -> Node:
     """The 4-D tensor whose heads unsqueeze, expand and reshape may have repeated; else the node itself."""
-    allowed = LAYOUT | {aten.slice.Tensor, aten.unsqueeze.default}
+    allowed = LAYOUT | {aten.slice.Tensor, aten.unsqueeze.default, aten.unflatten.int}
     c = node
     for _ in range(8):
         if c.target is aten.expand.default:
@@ -122,7 +136,7 @@ def _common_source(t: _Tokens, q: Node, k: Node, v: Node) -> Node:
     of_k, of_v = set(t.dominators(k)), set(t.dominators(v))
     x = next((d for d in t.dominators(q) if d in of_k and d in of_v), None)
     if x is None:
-        raise _Unfit("q, k and v have no common source")
+        raise Unfit("q, k and v have no common source")
 
     top = x
 
@@ -133,13 +147,13 @@ def _common_source(t: _Tokens, q: Node, k: Node, v: Node) -> Node:
         fused: Node = x
         while not t.is_linear(fused):
             if fused not in t.idom or t.idom[fused] is fused:
-                raise _Unfit("no projection between the hidden state and q, k, v")
+                raise Unfit("no projection between the hidden state and q, k, v")
             fused = t.idom[fused]
         x = t.idom[fused]
-    while x.target in LAYOUT and len(t.users(x)) >= 1 and value(x).ndim != 3:
+    while x.target in LAYOUT and not t.is_hidden(x):
         x = next(i for i in inputs(x) if i in t.data)
-    if value(x).ndim != 3:
-        raise _Unfit(f"the hidden state has {value(x).ndim} dimensions, not batch x tokens x width")
+    if not t.is_hidden(x):
+        raise Unfit(f"its hidden state {x.name} is {list(value(x).shape)}, not batch x tokens x width")
     return x
 
 
@@ -148,15 +162,15 @@ def _output_projection(t: _Tokens, anchor: Node) -> Node:
     for _ in range(24):
         users = t.users(c)
         if len(users) != 1:
-            raise _Unfit(f"the attention output has {len(users)} users before a projection")
+            raise Unfit(f"the attention output has {len(users)} users before a projection")
         c = users[0]
         if t.is_linear(c):
             break
     else:
-        raise _Unfit("no output projection follows")
-    while value(c).ndim != 3:  # addmm on flattened tokens, then a view
+        raise Unfit("no output projection follows")
+    while not t.is_hidden(c):  # addmm on flattened tokens, then a view; or tokens before the batch
         if len(t.users(c)) != 1 or t.users(c)[0].target not in LAYOUT:
-            raise _Unfit("the output projection is not batch x tokens x width")
+            raise Unfit("the output projection is not batch x tokens x width")
         c = t.users(c)[0]
     return c
 
@@ -166,13 +180,13 @@ def _check_region(t: _Tokens, x: Node, y: Node) -> None:
     region = (nx.descendants(t.graph, x) & nx.ancestors(t.graph, y)) | {y}
     for n in region:
         if outside := [i for i in inputs(n) if i in t.data and i not in region and i is not x]:
-            raise _Unfit(f"{n.name} also reads {outside[0].name}, which is not computed from {x.name}")
+            raise Unfit(f"{n.name} also reads {outside[0].name}, which is not computed from {x.name}")
         if n is not y and (leak := [u for u in t.users(n) if u not in region]):
-            raise _Unfit(f"{n.name} is also used outside the attention block, by {leak[0].name}")
+            raise Unfit(f"{n.name} is also used outside the attention block, by {leak[0].name}")
     weights = {id(w): n for r in region for n in inputs(r) if (w := _weight(t, n)) is not None}
     for n in t.capture.gm.graph.nodes:
         if n not in region and (shared := [i for i in inputs(n) if id(_weight(t, i)) in weights]):
-            raise _Unfit(f"its weight {shared[0].target} is also used outside the attention block, by {n.name}")
+            raise Unfit(f"its weight {shared[0].target} is also used outside the attention block, by {n.name}")
 
 
 def _weight(t: _Tokens, node: Node) -> torch.nn.Parameter | None:
@@ -183,35 +197,35 @@ def _weight(t: _Tokens, node: Node) -> torch.nn.Parameter | None:
 
 def _mask_facts(t: _Tokens, anchor: Node) -> MaskFacts:
     if argument(anchor, "dropout_p", 0.0):
-        raise _Unfit(f"dropout {argument(anchor, 'dropout_p')} inside attention; export the model in eval mode")
+        raise Unfit(f"dropout {argument(anchor, 'dropout_p')} inside attention; export the model in eval mode")
     mask = argument(anchor, "attn_mask")
     if argument(anchor, "is_causal", False):
         return MaskFacts("causal", None, "is_causal")
     if mask is None:
         return MaskFacts("none", None, "is absent")
     if mask in t.data:
-        raise _Unfit("its mask depends on the token ids")
-    return probe_mask(t.capture, mask)
+        raise Unfit("its mask depends on the token ids")
+    return t.mask_facts(mask)
 
 
-def _site(t: _Tokens, anchor: Node, index: int) -> AttentionSite:
+def _site(t: _Tokens, anchor: Node, index: int, *, written: bool) -> AttentionSite:
     q, k, v = (argument(anchor, n) for n in ("query", "key", "value"))
     if any(n not in t.data for n in (q, k, v)):
-        raise _Unfit("q, k or v does not depend on the tokens (cross attention or a constant memory)")
+        raise Unfit("q, k or v does not depend on the tokens (cross attention or a constant memory)")
     facts = _mask_facts(t, anchor)
     if facts.kind != "causal":
         label = {"none": "not causal", "bias": "a position bias on the scores", "other": "not provably causal"}
-        raise _Unfit(f"{label[facts.kind]}: the mask {facts.detail}")
+        raise Unfit(f"{label[facts.kind]}: the mask {facts.detail}")
     k, v = _before_repeat(t, k), _before_repeat(t, v)
     shapes = [tuple(value(n).shape) for n in (q, k, v)]
     if any(len(s) != 4 for s in shapes):
-        raise _Unfit(f"q, k, v have {[len(s) for s in shapes]} dimensions, want [B, H, T, D]")
+        raise Unfit(f"q, k, v have {[len(s) for s in shapes]} dimensions, want [B, H, T, D]")
     heads, kv_heads = shapes[0][1], shapes[1][1]
     if shapes[2][1] != kv_heads or heads % kv_heads:
-        raise _Unfit(f"{heads} query heads, {kv_heads} key heads and {shapes[2][1]} value heads do not group")
+        raise Unfit(f"{heads} query heads, {kv_heads} key heads and {shapes[2][1]} value heads do not group")
     scale = argument(anchor, "scale")
     if isinstance(scale, Node):
-        raise _Unfit("its scale is computed from the length")
+        raise Unfit("its scale is computed from the length")
     x = _common_source(t, q, k, v)
     y = _output_projection(t, anchor)
     _check_region(t, x, y)
@@ -233,20 +247,8 @@ def _site(t: _Tokens, anchor: Node, index: int) -> AttentionSite:
         window=facts.window,
         rope=any(i in t.position for m in backward_slice(q, x, t.data) for i in inputs(m)),
         proof=facts.detail,
+        written=anchor.name.removesuffix(sdpa_name("")) if written else "",
     )
-
-
-def _reject_softmax(t: _Tokens, node: Node) -> str:
-    """A softmax outside SDPA: why it is not converted."""
-    c = node.args[0]
-    while isinstance(c, Node):
-        if t.is_linear(c):
-            return ""  # a router or classifier, not attention
-        tainted = list(dict.fromkeys(i for i in inputs(c) if i in t.data))
-        if len(tainted) != 1:
-            break
-        c = tainted[0]
-    return "attention written out as products and softmax; call F.scaled_dot_product_attention instead"
 
 
 def find_attention(capture: Capture) -> SiteScan:
@@ -254,7 +256,10 @@ def find_attention(capture: Capture) -> SiteScan:
 
     Sites are numbered in graph order, rejections keep their number, so that an index is a layer's position.
     """
-    t = _token_part(capture)
+    teacher = set(by_name(capture.gm))
+    capture, refused = to_sdpa(capture)
+    reasons = {r.node: r.reason for r in refused}
+    t, tokens = _token_part(capture), token_graph(capture.gm)
     sites: list[AttentionSite] = []
     rejected: list[Rejection] = []
     index = 0
@@ -264,17 +269,20 @@ def find_attention(capture: Capture) -> SiteScan:
         reason = ""
         if n.target is aten.scaled_dot_product_attention.default:
             try:
-                sites.append(_site(t, n, index))
-            except _Unfit as e:
+                sites.append(_site(t, n, index, written=n.name not in teacher))
+            except Unfit as e:
                 reason = str(e)
             index += 1
-        elif n.target in SOFTMAX:
-            reason = _reject_softmax(t, n)
-            index += bool(reason)
-        elif LOWERED in str(n.target):
-            reason = "a lowered attention kernel; export without run_decompositions"
+        elif n.target in SOFTMAX and reaches_softmax_over_tokens(tokens, n):
+            reason = reasons[n.name]
+            index += 1
+        elif pairs_without_softmax(tokens, n):
+            reason = "a product of all tokens with all tokens that no softmax follows"
+            index += 1
+        elif opaque := [why for name, why in OPAQUE.items() if name in str(n.target)]:
+            reason = opaque[0]
             index += 1
         if reason:
             rejected.append(Rejection(n.name, module_path(n), reason))
-    assert {s.anchor for s in sites} <= set(by_name(capture.gm))
+    assert {s.written or s.anchor for s in sites} <= teacher
     return SiteScan(tuple(sites), tuple(rejected))

@@ -102,9 +102,15 @@ def backward_slice(target: Node, stop: Node, within: set[Node] | None = None) ->
     return seen
 
 
+def is_mutation(node: Node) -> bool:
+    """An op that writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
 def is_effect(node: Node) -> bool:
     """What dead-code elimination must keep; SDPA counts as random and would otherwise never be removed."""
-    return node.op in ("placeholder", "output")
+    return node.op in ("placeholder", "output") or is_mutation(node)
 
 
 def fresh(root: nn.Module, graph: Graph) -> GraphModule:
@@ -225,6 +231,11 @@ def _rewrite_literals(gm: GraphModule, swap: Callable[[Any], Any]) -> None:
 def widen_to_float64(gm: GraphModule) -> GraphModule:
     """A copy that computes in float64 throughout, also where the graph names float32 (norms do)."""
     wide = copy_module(gm)
+    for n in wide.graph.nodes:  # zeros(..), full(..): made in the default dtype, which no literal names
+        schema = getattr(n.target, "_schema", None)
+        makes = n.op == "call_function" and schema is not None and any(a.name == "dtype" for a in schema.arguments)
+        if makes and not any(is_tensor(i) for i in inputs(n)) and getattr(value(n), "dtype", None) is torch.float32:
+            n.kwargs = n.kwargs | {"dtype": torch.float64}
     _rewrite_literals(wide, lambda a: torch.float64 if a is torch.float32 else a)
     return wide.double()
 

@@ -20,6 +20,7 @@ from tcal_compiler.errors import UnsupportedModelError
 from .find_attention import find_attention
 from .graph import argument, aten, by_name, fresh, placeholders, taint, value, widen_to_float64
 from .positions import TokenAxes, promote_positions, token_free
+from .to_sdpa import to_sdpa
 from .types import AttentionSite, Capture, Check
 
 RULE = torch.ops.tcal.gated_delta_rule.default
@@ -92,16 +93,17 @@ def make_stateful(capture: Capture, *, verify: bool = True) -> StatefulGraph:
     differ from one pass: then something else than the attention cores reads across time.
     """
     scan = find_attention(capture)
+    plain = to_sdpa(capture)[0].gm
     if scan.rejected:
         reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
         raise UnsupportedModelError("student", f"{len(scan.rejected)} attention cores cannot carry a state ({reasons})")
     sites = {s.anchor: s for s in scan.sites}
-    gm, layers = _add_state(capture.gm, sites)
+    gm, layers = _add_state(plain, sites)
     stateful = StatefulGraph(gm, layers, capture.vocab_size)
     if not verify:
         return stateful
     whole = widen_to_float64(capture.gm)
-    wide = StatefulGraph(_add_state(whole, sites)[0], layers, capture.vocab_size)
+    wide = StatefulGraph(_add_state(widen_to_float64(plain), sites)[0], layers, capture.vocab_size)
     checks = check_chunks(wide, whole, capture)
     if bad := [c for c in checks if not c.passed]:
         what = f"{bad[0].name}: {bad[0].measured:.3g} (allowed {bad[0].allowed:.3g}), in float64"

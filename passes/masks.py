@@ -26,11 +26,14 @@ class MaskFacts:
 
 
 class Evaluator:
-    """Evaluates chosen nodes of a graph on concrete ids [1, length], computing only what they need beyond `known`."""
+    """Evaluates chosen nodes of a graph on ids [batch, length], computing only what they need beyond `known`."""
 
-    def __init__(self, capture: Capture, length: int, known: Mapping[Node, Tensor] | None = None) -> None:
+    def __init__(
+        self, capture: Capture, length: int, known: Mapping[Node, Tensor] | None = None, *, batch: int = 1
+    ) -> None:
         self._gm: GraphModule = capture.gm
-        args = capture.inputs(torch.ones(1, length, dtype=torch.long))
+        device = next((p.device for p in capture.gm.parameters()), None)
+        args = capture.inputs(torch.ones(batch, length, dtype=torch.long, device=device))
         self._env: dict[Node, Any] = dict(zip(placeholders(capture.gm), args, strict=True)) | dict(known or {})
 
     @torch.no_grad()

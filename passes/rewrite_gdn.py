@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .base import PassResult
-from .graph import by_name, set_module
+from .graph import by_name, is_effect, set_module
 from .types import AttentionSite, Plan
 
 MIXERS = "tcal_mixers"
@@ -39,10 +39,10 @@ class RewriteToGdn:
             new.meta = dict(core.meta)
             core.replace_all_uses_with(new)
             gm.graph.erase_node(core)
-        gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        gm.graph.eliminate_dead_code(is_impure_node=is_effect)
         return PassResult(changed=len(convert))
 
     def ensures(self, gm: GraphModule) -> None:
         names = set(by_name(gm))
         assert not names & {s.anchor for s in self.sites if s.index in self.plan.convert}
-        assert {s.anchor for s in self.sites if s.index in self.plan.keep} <= names
+        assert {s.written or s.anchor for s in self.sites if s.index in self.plan.keep} <= names

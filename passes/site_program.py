@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .graph import by_name, get_tensor, inputs, set_tensor
+from .graph import by_name, get_tensor, inputs, is_effect, set_tensor
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def tap_graph(source: GraphModule, names: Sequence[str]) -> GraphModule:
     graph.graph_copy(source.graph, mapped)
     node = by_name(source)
     graph.output(tuple(mapped[node[n]] for n in names))
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(is_impure_node=is_effect)
     return GraphModule(source, graph)
 
 

@@ -51,12 +51,14 @@ class AttentionSite:
     Attributes:
         index: position among the anchors of the model, from 0.
         layer: module path such as model.layers.3.self_attn, or "" when the exporter kept none.
-        anchor: the scaled_dot_product_attention node; its output is [B, H, T, Dv].
+        anchor: the scaled_dot_product_attention node; its output is [B, H, T, Dv]. Where the teacher writes attention
+            out, this node and q, k, v are those that to_sdpa.WrittenToSdpa makes.
         q, k, v: [B, H, T, Dk], [B, K, T, Dk], [B, K, T, Dv], before K/V heads are repeated.
         x: the hidden state [B, T, C] that q, k and v are all computed from.
         y: the output projection's node [B, T, C].
         scale: factor of q k^T. window: number of visible tokens including oneself, None for all.
         rope: q and k depend on the position. proof: how causality was established.
+        written: where the teacher writes attention out, the node of its last product; else "".
     """
 
     index: int
@@ -76,6 +78,7 @@ class AttentionSite:
     window: int | None
     rope: bool
     proof: str
+    written: str = ""
 
     def summary(self) -> dict[str, Any]:
         """The facts that a user sees, as plain JSON values."""

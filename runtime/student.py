@@ -14,6 +14,7 @@ from tcal_compiler.passes.base import run_passes
 from tcal_compiler.passes.capture import export_module
 from tcal_compiler.passes.graph import copy_module
 from tcal_compiler.passes.rewrite_gdn import RewriteToGdn
+from tcal_compiler.passes.to_sdpa import WrittenToSdpa
 from tcal_compiler.passes.types import AttentionSite, Capture, Plan, SiteScan
 
 from .mixer import GdnMixer
@@ -61,7 +62,8 @@ def make_student(capture: Capture, scan: SiteScan, plan: Plan) -> Student:
         what = f"has no attention core that can be converted ({reasons or 'no softmax attention found'})"
         raise UnsupportedModelError("teacher", what, "tcal inspect TEACHER lists every core with its reason")
     gm = copy_module(capture.gm)
-    if plan.convert:
-        run_passes(gm, [RewriteToGdn(plan, scan.sites, GdnMixer)])
+    if plan.convert:  # cores that stay keep the teacher's spelling, and so its bits
+        written = {s.written for s in scan.sites if s.index in plan.convert and s.written}
+        run_passes(gm, [WrittenToSdpa(capture, only=written), RewriteToGdn(plan, scan.sites, GdnMixer)])
     gm.recompile()
     return Student(gm, capture, scan.sites, plan)

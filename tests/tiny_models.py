@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tcal_compiler.passes.capture import capture_program, export_module
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.site_program import tap_graph
+from tcal_compiler.passes.to_sdpa import to_sdpa
 from tcal_compiler.passes.types import AttentionSite, Capture, SiteScan
 from tcal_compiler.runtime.student import Student, make_student
 
@@ -246,3 +248,16 @@ def student_of(core: str | tuple[str, ...] = "is_causal", policy: str = "none", 
     """A student of its own, around the shared capture."""
     capture, scan = scanned(core, **options)
     return make_student(capture, scan, choose(scan, policy))
+
+
+def recomputed(capture: Capture, site: AttentionSite) -> tuple[torch.Tensor, torch.Tensor]:
+    """The core's output as the site's facts say, and as the graph computes it."""
+    with torch.no_grad():
+        taps = tap_graph(to_sdpa(capture)[0].gm, [site.q, site.k, site.v, site.anchor])
+        q, k, v, y = taps(*capture.inputs(torch.arange(22).view(2, 11) % VOCAB))
+    group = site.num_heads // site.num_kv_heads
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    steps = torch.arange(q.shape[2])
+    far = steps[:, None] - steps[None]
+    hidden = (far < 0) | (far >= (site.window or 10**9))
+    return (q @ k.transpose(-1, -2) * site.scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v, y

@@ -7,32 +7,29 @@ import re
 
 import pytest
 import torch
-from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, WIDTH, Bag, TinyModel, capture_of, llama, program_of, scanned
+from tiny_models import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    VOCAB,
+    WIDTH,
+    Bag,
+    TinyModel,
+    capture_of,
+    llama,
+    program_of,
+    recomputed,
+    scanned,
+)
 from torch.export import export
 
 from tcal_compiler.passes.capture import capture_program
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import by_name
-from tcal_compiler.passes.site_program import tap_graph
-from tcal_compiler.passes.types import AttentionSite, Capture
 from tcal_compiler.runtime.capture_teacher import capture_teacher
 from tcal_compiler.runtime.teacher import Teacher
 
 IDS = torch.arange(22).view(2, 11) % VOCAB
-
-
-def recomputed(capture: Capture, site: AttentionSite) -> tuple[torch.Tensor, torch.Tensor]:
-    """The core's output as the site's facts say, and as the graph computes it."""
-    with torch.no_grad():
-        taps = tap_graph(capture.gm, [site.q, site.k, site.v, site.anchor])
-        q, k, v, y = taps(*capture.inputs(IDS))
-    group = site.num_heads // site.num_kv_heads
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    steps = torch.arange(q.shape[2])
-    far = steps[:, None] - steps[None]
-    hidden = (far < 0) | (far >= (site.window or 10**9))
-    return (q @ k.transpose(-1, -2) * site.scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v, y
-
 
 EXACT = [
     ("is_causal", {}, KV_HEADS),
@@ -41,6 +38,7 @@ EXACT = [
     ("scale", {}, KV_HEADS),
     ("window", {}, KV_HEADS),
     ("expand", {}, KV_HEADS),
+    ("written out", {}, KV_HEADS),
     ("interleave", {}, HEADS),
     ("tile", {}, HEADS),  # other order of heads: whole heads cannot be shared by neighbours
     ("late transpose", {}, HEADS),
@@ -86,7 +84,6 @@ NEAR = [
     ("strided", {}, "hides past tokens in a pattern that is no window"),
     ("dropout", {}, "dropout 0.1 inside attention"),
     ("alibi", {}, "a position bias on the scores"),
-    ("written out", {}, "written out as products and softmax"),
     ("bidirectional", {"memory": True}, "cross attention or a constant memory"),
     ("is_causal", {"share": "k"}, "also used outside|also reads"),
     ("is_causal", {"share": "weights"}, "weight.* also used outside"),
