@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as signatures
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .config import load_config
-from .errors import TcalError
+from .errors import ConfigError, TcalError
 from .progress import Progress
 
 app = typer.Typer(
@@ -48,6 +49,12 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Again = Annotated[bool, typer.Option("--restart", help="run every stage anew")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
+Dtype = Annotated[Optional[str], typer.Option(help="weights of the variant: fp16, int8 or int4")]  # noqa: UP045
+MaxKl = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--max-kl", help="largest KL to the float32 student, nats per token; 1e-4 fp16, 1e-2 int8, 0.1 int4"),
+]
+Force = Annotated[bool, typer.Option("--force", help="keep a variant beyond the bound")]
 TeacherAgain = Annotated[Optional[str], typer.Option("--teacher", help="where the teacher is now, if it moved")]  # noqa: UP045
 
 
@@ -122,7 +129,45 @@ compile_app.command()(
 app.command("plan")(_stage_command("plan", "Writes plan.toml, to edit before the next stages."))
 app.command("calibrate")(_stage_command("calibrate", "Measures the teacher's attention and initialises the student."))
 app.command("align")(_stage_command("align", "Aligns every converted layer with the teacher's."))
-app.command("export")(_stage_command("export", "Writes the program and the ONNX model."))
+
+
+def _export_command() -> Callable[..., None]:
+    """The stage, and with --dtype a smaller variant of a run folder's student."""
+    stage = _stage_command("export", "")
+
+    def export(
+        teacher: str, dtype: str | None, max_kl: float | None, force: bool, quiet: bool, as_json: bool, **options: Any
+    ) -> None:
+        if dtype is None:
+            if force or max_kl is not None:
+                raise ConfigError("export", "--force and --max-kl bound a variant", "--dtype fp16, int8 or int4")
+            stage(teacher=teacher, quiet=quiet, as_json=as_json, **options)
+            return
+        if set_too := [n for n, value in options.items() if value != given.parameters[n].default]:
+            names = ", ".join(f"--{n.replace('_', '-')}" for n in set_too)
+            raise ConfigError("export", f"{names} change nothing about a variant", f"tcal export RUN --dtype {dtype}")
+        from .variants import export_variant
+
+        check = export_variant(teacher, dtype, max_kl=max_kl, force=force, progress=Progress(quiet=quiet))  # type: ignore[arg-type]
+        if as_json:
+            print(json.dumps(asdict(check) | {"passed": check.passed}, indent=1))
+        else:
+            print(f"{check.name}: {check.measured:.3g} (allowed {check.allowed:.3g}) {check.detail}")
+
+    extra = {"dtype": (Dtype, None), "max_kl": (MaxKl, None), "force": (Force, False)}
+    kind = signatures.Parameter.POSITIONAL_OR_KEYWORD
+    mine = [signatures.Parameter(n, kind, default=value, annotation=hint) for n, (hint, value) in extra.items()]
+    given = signatures.signature(stage, eval_str=True)
+    export.__signature__ = given.replace(parameters=[*given.parameters.values(), *mine])  # type: ignore[attr-defined]
+    export.__annotations__ = {p.name: p.annotation for p in (*given.parameters.values(), *mine)}
+    export.__doc__ = (
+        "Writes the program and the ONNX model. With --dtype, TEACHER is a run folder, and a smaller variant of its "
+        "ONNX student is written beside it, unless its KL to the float32 student exceeds the bound."
+    )
+    return export
+
+
+app.command("export")(_export_command())
 
 
 @app.command()
@@ -220,12 +265,20 @@ def generate(
     top_k: Annotated[Optional[int], typer.Option(help="draw from so many likeliest tokens")] = None,  # noqa: UP045
     top_p: Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens of this mass")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="seed of the draws", min=0)] = 0,
+    dtype: Annotated[Optional[str], typer.Option(help="which export: fp16, int8 or int4; default float32")] = None,  # noqa: UP045
 ) -> None:
     """Streams text from the ONNX student in ONNX Runtime."""
     from .runs import generate_text
 
     pieces = generate_text(
-        run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        dtype=dtype,
     )
     print(prompt + next(pieces, ""), end="", flush=True)
     for piece in pieces:
