@@ -67,6 +67,7 @@ class OnnxSession:
     def reset(self, *, batch: int = 1) -> None:
         """Forgets all tokens; the next ones come in this many rows. Raises ExportError when memory cannot hold them."""
         self._batch = batch
+        self._forget_bindings()
         try:
             self._mask: NDArray[np.int64] = np.zeros((batch, 0), np.int64)
             for slot in self._slots:
@@ -92,6 +93,7 @@ class OnnxSession:
         if self.context_length is not None and length > self.context_length:
             raise ExportError(str(self.path), f"the snapshot holds {length} tokens, the context {self.context_length}")
         self._batch, self._mask = batch, state.mask.copy()
+        self._forget_bindings()
         for slot, array in zip(self._slots, state.values, strict=True):
             slot.set(array)
 
@@ -218,26 +220,43 @@ class OnnxSession:
         apart = behind and caches and self._batch > 1 and ids.shape[1] > 1
         rows = range(self._batch) if apart else (None,)
         outputs = [self._run_rows(ids, mask, row) for row in rows]
-        for slot, *presents in zip(self._slots, *(o[1:] for o in outputs), strict=True):
-            slot.advance(presents)
+        for i, slot in enumerate(self._slots):
+            slot.advance([o[i + 1] for o in outputs] if slot.grows else [])
+        self._turn = 1 - self._turn
         logits = [o[0].numpy() for o in outputs]
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
-    def _run_rows(self, ids: NDArray[np.int64], mask: NDArray[np.int64], row: int | None) -> list[Any]:
-        """Logits and present states of all rows, or of one."""
+    def _run_rows(self, ids: NDArray[np.int64], mask: NDArray[np.int64], row: int | None) -> Any:
+        """Logits and present states, in this order, of all rows or of one."""
         part = slice(None) if row is None else slice(row, row + 1)
-        binding = self._session.io_binding()
+        binding = self._state_binding(row)
         binding.bind_cpu_input("input_ids", ids[part])
         binding.bind_cpu_input("attention_mask", mask[part])
-        binding.bind_output("logits", "cpu")
-        for slot in self._slots:
-            slot.bind(binding, row)
+        binding.bind_output("logits", "cpu")  # new memory each time: the caller keeps the last one's
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:  # ONNX Runtime raises its own types, which share no base
             what = f"onnxruntime failed behind {self.length} tokens: {' '.join(str(e).split())[:300]}"
             raise ExportError(str(self.path), what, "stay within the teacher's own context length") from e
-        return binding.get_outputs()  # in the order of binding, not of the graph
+        return binding.get_outputs_as_ortvaluevector()  # in the order of binding, not of the graph
+
+    def _state_binding(self, row: int | None) -> Any:
+        """The states bound to their memory. Recurrent states swap two buffers, so two bindings serve every step."""
+        keep = row is None and not any(s.grows for s in self._slots)
+        if keep and self._turn in self._bound:
+            return self._bound[self._turn]
+        binding = self._session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for slot in self._slots:
+            slot.bind(binding, row)
+        if keep:
+            self._bound[self._turn] = binding
+        return binding
+
+    def _forget_bindings(self) -> None:
+        """For when states move to other memory."""
+        self._bound: dict[int, Any] = {}
+        self._turn = 0
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], bool]:

@@ -82,6 +82,10 @@ class Slot:
     def is_cache(self) -> bool:
         return None in self.shape
 
+    @property
+    def grows(self) -> bool:
+        return self.is_cache and self.capacity is None
+
     def empty(self, batch: int, slots: int) -> NDArray[Any]:
         return np.zeros([batch, *(slots if d is None else d for d in self.shape)], self.dtype)
 
@@ -119,16 +123,16 @@ class Slot:
         binding.bind_ortvalue_input(self.past, past)
         if self.capacity is not None:
             binding.bind_ortvalue_output(self.present, past)
-        elif self.is_cache:
+        elif self.grows:
             binding.bind_output(self.present, "cpu")
         else:
             binding.bind_ortvalue_output(self.present, part(self.spare))
 
     def advance(self, presents: list[Any]) -> None:
-        """After a run: presents are the outputs bound by `bind`, one of all rows or one of each."""
+        """After a run: presents are the new caches of one that grows, one of all rows or one of each."""
         if not self.is_cache:
             self.value, self.spare = self.spare, self.value
-        elif self.capacity is None:
+        elif self.grows:
             arrays = [p.numpy() for p in presents]
             self.value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
