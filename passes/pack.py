@@ -59,6 +59,7 @@ def pack_tokens(graph: Graph, ids: Node, mask: Node, before: Node, symbols: tupl
         place = call(aten.sub.Tensor, place, 1)
         step = call(aten.unsqueeze.default, call(aten.arange.default, length, **device), 0)
         packed = call(aten.scatter.src, call(aten.zeros_like.default, ids), 1, place, ids)
+        packed.meta = dict(ids.meta)
         valid = call(aten.lt.Tensor, step, count)
         last = call(aten.clamp.default, call(aten.sub.Tensor, count, 1), 0)
         offset = call(aten.minimum.default, step, last)

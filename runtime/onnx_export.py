@@ -21,7 +21,7 @@ import torch
 from tcal_compiler.errors import ExportError
 from tcal_compiler.kernels.cached_attention import onnx_rule as attention_rule
 from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, translation_table
-from tcal_compiler.passes.graph import aten, iter_targets, placeholders, value
+from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
 from tcal_compiler.passes.types import Check
 
@@ -246,8 +246,8 @@ def genai_config(stateful: StatefulGraph, *, info: dict[str, Any], context_lengt
     """The configuration that onnxruntime-genai reads; sizes are the graph's own."""
     first = next((layer for layer in stateful.layers if layer.kind == "softmax"), stateful.layers[0])
     eos = info.get("eos_token_id")
-    ids = placeholders(stateful.gm)[0]
-    widths = [value(n).shape[-1] for n in iter_targets(stateful.gm, aten.embedding.default) if n.args[1] is ids]
+    tokens = taint(stateful.gm.graph.nodes, placeholders(stateful.gm)[:1])
+    widths = [value(n).shape[-1] for n in iter_targets(stateful.gm, aten.embedding.default) if n.args[1] in tokens]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,
