@@ -52,6 +52,8 @@ class OnnxSession:
         self.vocab_size: int = vocab if isinstance(vocab, int) else int(self._config["vocab_size"])
         self.context_length: int | None = self._config.get("context_length")
         self.eos_token_id: int | None = self._config.get("eos_token_id")
+        self._bound: dict[int, Any] = {}
+        self._turn = 0
         self.reset()
 
     @property
@@ -190,7 +192,8 @@ class OnnxSession:
         self.reset(batch=len(prompts))
         longest = max(len(p) for p in prompts)
         self._check_room(longest + max(0, max_new_tokens - 1))
-        ids, mask = np.zeros((2, len(prompts), longest), np.int64)
+        ids: NDArray[np.int64] = np.zeros((len(prompts), longest), np.int64)
+        mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             place = slice(longest - len(prompt), longest) if padding == "left" else slice(len(prompt))
             ids[row, place], mask[row, place] = prompt, 1
@@ -200,7 +203,7 @@ class OnnxSession:
         logits = self.forward(ids, mask)[np.arange(len(prompts)), last] if going.any() else None
         while logits is not None:
             chosen = logits.argmax(-1)
-            for row in np.flatnonzero(going):
+            for row in np.flatnonzero(going).tolist():
                 tokens[row].append(int(chosen[row]))
                 going[row] = chosen[row] != eos and len(tokens[row]) < max_new_tokens
             logits = self.forward(chosen[:, None], going[:, None])[:, -1] if going.any() else None
@@ -255,7 +258,7 @@ class OnnxSession:
 
     def _forget_bindings(self) -> None:
         """For when states move to other memory."""
-        self._bound: dict[int, Any] = {}
+        self._bound = {}
         self._turn = 0
 
 
