@@ -8,6 +8,7 @@ stay as they are, and so do matrices with an edge below 64, such as the decay an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,8 +182,13 @@ def _to_blocks(model: Any, bits: int) -> tuple[Any, int]:
 
 
 def _quantize_nodes(model: Any, excluded: list[str], bits: int) -> Any:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    root = logging.getLogger()
+    before = root.level, root.handlers[:]
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # configures the root logger
 
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)
     work = MatMulNBitsQuantizer(
         model,
         bits=bits,
