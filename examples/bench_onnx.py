@@ -15,12 +15,14 @@ import platform
 import statistics
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tcal_compiler.runtime.session import OnnxSession, SessionState
+from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.session_state import SessionState
 
 
 def filled_state(session: OnnxSession, context: int) -> SessionState:
@@ -31,7 +33,7 @@ def filled_state(session: OnnxSession, context: int) -> SessionState:
     for v in empty.values:
         shape = [context if n == 0 else n for n in v.shape]
         values.append((0.01 * rng.standard_normal(shape)).astype(v.dtype))
-    return SessionState(context, np.ones((1, context), np.int64), tuple(values))
+    return replace(empty, length=context, mask=np.ones((1, context), np.int64), values=tuple(values))
 
 
 def step_times(session: OnnxSession, state: SessionState, count: int) -> list[float]:

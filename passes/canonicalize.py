@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .base import PassResult
-from .graph import argument, aten, is_effect, is_mutation, iter_targets, value
+from .graph import argument, aten, inputs, is_effect, is_mutation, iter_targets, value
 
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range")
 _MAX = 9223372036854775807
@@ -53,7 +53,7 @@ class PlainCopies:
             target, source = n.args[:2]
             with gm.graph.inserting_before(n):
                 source = gm.graph.call_function(aten.to.dtype, (source, value(n).dtype))
-                source.meta = n.meta | {"val": value(source.args[0]).to(value(n).dtype)}
+                source.meta = n.meta | {"val": value(inputs(source)[0]).to(value(n).dtype)}
                 new = gm.graph.call_function(aten.expand_as.default, (source, target))
                 new.meta = dict(n.meta)
             n.replace_all_uses_with(new)

@@ -1,30 +1,44 @@
 """The student's graph with its state as input and output: prefill and decode are one graph.
 
-Every softmax core gets a key and a value cache, every gated delta rule its recurrent state. The slots of a cache are
-counted from 0 over all tokens seen, padding included; positions count real tokens only.
+Every softmax core gets a key and a value cache, every gated delta rule its recurrent state. Inside the graph, padding
+is moved behind the real tokens of its chunk, and moved back in the logits: so the slot of a token in the caches is its
+position, whatever padding came before, and a cache can be one buffer that is written in place.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-import tcal_compiler.kernels.gated_delta_rule  # noqa: F401  registers the op that converted sites are made of
+import tcal_compiler.kernels.cached_attention  # registers the ops that the graph is made of
+import tcal_compiler.kernels.gated_delta_rule  # noqa: F401
 from tcal_compiler.errors import UnsupportedModelError
 
 from .find_attention import find_attention
-from .graph import argument, aten, by_name, fresh, placeholders, taint, value, widen_to_float64
-from .positions import TokenAxes, promote_positions, token_free
+from .find_rotary import Rotary, find_rotary
+from .graph import (
+    argument,
+    aten,
+    fresh,
+    get_tensor,
+    placeholders,
+    set_tensor,
+    taint,
+    value,
+    widen_to_float64,
+)
+from .pack import Packing, pack_tokens, unpack_logits
+from .positions import promote_positions, token_free
 from .to_sdpa import to_sdpa
 from .types import AttentionSite, Capture, Check
 
 RULE = torch.ops.tcal.gated_delta_rule.default
-_ALL = 9223372036854775807  # "to the end" of a slice
+ATTENTION = torch.ops.tcal.cached_attention.default
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,9 @@ class StatefulGraph:
     """gm(input_ids [B, T], attention_mask [B, P + T], *past) -> (logits [B, T, V], *present), all int64 or float.
 
     past and present are, layer by layer, the parts of `layers`. attention_mask is 1 for tokens and 0 for padding, over
-    all P + T slots; padding leaves recurrent states exactly as they were and is never attended to.
+    the P tokens fed before and the T new ones. Padding may stand anywhere: it leaves recurrent states exactly as they
+    were, is never attended to, and takes no slot of a cache for longer than its chunk. Caches have S >= 0 slots; one
+    with fewer than P + T grows to that.
     """
 
     gm: GraphModule
@@ -84,31 +100,31 @@ class StatefulGraph:
         return tuple(torch.zeros(s, dtype=dtype) for s in shapes)
 
 
-def make_stateful(capture: Capture, *, verify: bool = True) -> StatefulGraph:
+def make_stateful(capture: Capture, *, verify: bool = True, max_length: int = 8192) -> StatefulGraph:
     """The stateful form of a student's (or a teacher's) graph. Parameters are shared with the capture.
 
     verify: compare it in float64, cut into chunks, with the whole-sequence graph (needs a float64 copy of the weights).
+    max_length: rows of the rotary tables, where a kept core's positions are rotary: the longest sequence.
 
     Raises UnsupportedModelError when a core cannot carry a state, when positions cannot be followed, or when chunks
     differ from one pass: then something else than the attention cores reads across time.
     """
     scan = find_attention(capture)
-    plain = to_sdpa(capture)[0].gm
+    plain = to_sdpa(capture)[0]
     if scan.rejected:
         reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
         raise UnsupportedModelError("student", f"{len(scan.rejected)} attention cores cannot carry a state ({reasons})")
     sites = {s.anchor: s for s in scan.sites}
-    gm, layers = _add_state(plain, sites)
-    stateful = StatefulGraph(gm, layers, capture.vocab_size)
+    stateful = _add_state(plain, sites, max_length)
     if not verify:
         return stateful
-    whole = widen_to_float64(capture.gm)
-    wide = StatefulGraph(_add_state(widen_to_float64(plain), sites)[0], layers, capture.vocab_size)
-    checks = check_chunks(wide, whole, capture)
+    wide = replace(plain, gm=widen_to_float64(plain.gm))
+    whole = wide.gm if plain.gm is capture.gm else widen_to_float64(capture.gm)
+    checks = check_chunks(_add_state(wide, sites, max_length), whole, capture)
     if bad := [c for c in checks if not c.passed]:
         what = f"{bad[0].name}: {bad[0].measured:.3g} (allowed {bad[0].allowed:.3g}), in float64"
         raise UnsupportedModelError("student", what, "only attention cores may read across time")
-    return StatefulGraph(gm, layers, capture.vocab_size, checks)
+    return replace(stateful, checks=checks)
 
 
 def run_chunks(
@@ -142,19 +158,6 @@ def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture) 
     return tuple(checks)
 
 
-@dataclass
-class _Shared:
-    """Nodes that all cores of one stateful graph use."""
-
-    mask: Node
-    valid: Node
-    axes: TokenAxes
-    all_positions: Node
-    key_slot: Node
-    query_slot: Node
-    visible: dict[int | None, Node]
-
-
 def _cores(gm: GraphModule) -> list[Node]:
     data = taint(gm.graph.nodes, placeholders(gm)[:1])
     kinds = (aten.scaled_dot_product_attention.default, RULE)
@@ -171,38 +174,43 @@ def _layer(index: int, core: Node, sites: dict[str, AttentionSite]) -> LayerStat
     return LayerState(index, "softmax", s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, s.window)
 
 
-def _add_state(source: GraphModule, sites: dict[str, AttentionSite]) -> tuple[GraphModule, tuple[LayerState, ...]]:
+def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: int) -> StatefulGraph:
     """The surgery, on a copy of the graph."""
+    source = capture.gm
     cores = _cores(source)
     if not cores:
         raise UnsupportedModelError("student", "has no attention core and no gated delta rule: no state to carry")
     layers = tuple(_layer(i, c, sites) for i, c in enumerate(cores))
-    graph = Graph()
+    graph, root = Graph(), nn.Module()
     old: dict[Node, Node] = {}
-    logits = graph.graph_copy(source.graph, old)
+    logits: Any = graph.graph_copy(source.graph, old)
     ins = [old[n] for n in placeholders(source)]
     batch_symbol, length_symbol = (str(d) for d in value(ins[0]).shape)
     free = token_free(graph.nodes, ins, length_symbol)
     mask, past = _state_inputs(graph, ins[-1], layers)
-    shared = _shared_nodes(graph, ins[0], mask, past, layers, symbols=(batch_symbol, length_symbol))
+    packing = pack_tokens(graph, ins[0], mask, list(past.values())[-1].next, symbols=(batch_symbol, length_symbol))
     if len(ins) > 1:
-        ins[1].replace_all_uses_with(shared.axes.positions)
+        ins[1].replace_all_uses_with(packing.axes.positions)
+    tables = _Tables(graph, root)
     present: list[Node] = []
     for layer, core in zip(layers, cores, strict=True):
         with graph.inserting_before(old[core]):
             if layer.kind == "gdn":
-                present.append(_carry_rule(graph, old[core], past[f"{layer.index}.recurrent_state"], shared.valid))
+                present.append(_carry_rule(graph, old[core], past[f"{layer.index}.recurrent_state"], packing.valid))
             else:
-                names = by_name(source)
                 site = sites[core.name]
-                nodes = tuple(old[names[n]] for n in (site.q, site.k, site.v))
+                rotary = find_rotary(capture, site, rows=max_length)
+                qkv = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
                 kv = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
-                present += _carry_attention(graph, old[core], nodes, kv, layer, shared)
-    graph.output((logits, *present))
+                present += _carry_attention(graph, old[core], qkv, kv, site, packing, tables.of(rotary))
+    graph.output((unpack_logits(graph, logits, packing), *present))
     for unused in ins[1:]:
         graph.erase_node(unused)
-    promote_positions(graph, free, shared.axes)
-    return fresh(source, graph), layers
+    promote_positions(graph, free, packing.axes)
+    for n in graph.nodes:
+        if n.op == "get_attr" and not tables.holds(str(n.target)):
+            set_tensor(root, str(n.target), get_tensor(source, str(n.target)))
+    return StatefulGraph(fresh(root, graph), layers, capture.vocab_size)
 
 
 def _state_inputs(graph: Graph, after: Node, layers: tuple[LayerState, ...]) -> tuple[Node, dict[str, Node]]:
@@ -218,71 +226,60 @@ def _state_inputs(graph: Graph, after: Node, layers: tuple[LayerState, ...]) -> 
     return mask, past
 
 
-def _shared_nodes(
-    graph: Graph, ids: Node, mask: Node, past: dict[str, Node], layers: tuple[LayerState, ...], symbols: tuple[str, str]
-) -> _Shared:
-    """Sizes, positions and slots, computed once, right behind the placeholders."""
-    last = list(past.values())[-1]
-    device = {"device": value(ids).device}
+class _Tables:
+    """Rotary tables as buffers of the new graph, equal ones once."""
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
-        return graph.call_function(target, args, kwargs)
+    def __init__(self, graph: Graph, root: nn.Module) -> None:
+        self.graph, self.root = graph, root
+        self.known: list[Rotary] = []
 
-    with graph.inserting_before(last.next):
-        batch, length = call(aten.sym_size.int, ids, 0), call(aten.sym_size.int, ids, 1)
-        total = call(aten.sym_size.int, mask, 1)
-        key = next((past[f"{layer.index}.key"] for layer in layers if layer.kind == "softmax"), None)
-        # one source for the past length, so that re-export sees one symbol: a cache where there is one
-        start = call(aten.sym_size.int, key, 2) if key is not None else call(operator.sub, total, length)
-        count = call(aten.cumsum.default, mask, 1)
-        all_positions = call(aten.clamp.default, call(aten.sub.Tensor, count, 1), 0)
-        positions = call(aten.slice.Tensor, all_positions, 1, start, _ALL)
-        valid = call(aten.ne.Scalar, call(aten.slice.Tensor, mask, 1, start, _ALL), 0)
-        key_slot = call(aten.arange.default, total, **device)
-        query_slot = call(aten.unsqueeze.default, call(aten.slice.Tensor, key_slot, 0, start, _ALL), 1)
-    axes = TokenAxes(positions, batch, length, *symbols)
-    return _Shared(mask, valid, axes, all_positions, key_slot, query_slot, {})
+    def of(self, rotary: Rotary | None) -> tuple[Node | None, Node | None, bool]:
+        """Nodes of cos and sin, and whether channels are interleaved; call it where they are to be inserted."""
+        if rotary is None:
+            return None, None, False
+        same = (torch.equal(r.cos, rotary.cos) and torch.equal(r.sin, rotary.sin) for r in self.known)
+        index = next((i for i, equal in enumerate(same) if equal), len(self.known))
+        names = [f"rotary.{index}.{part}" for part in ("cos", "sin")]
+        if index == len(self.known):
+            self.known.append(rotary)
+            for name, table in zip(names, (rotary.cos, rotary.sin), strict=True):
+                set_tensor(self.root, name, table)
+        cos, sin = (self.graph.create_node("get_attr", name) for name in names)
+        return cos, sin, rotary.interleaved
+
+    def holds(self, target: str) -> bool:
+        return target.startswith("rotary.") and target.split(".")[1].isdigit()
 
 
-def _visible(graph: Graph, window: int | None, shared: _Shared) -> Node:
-    """Boolean mask [B, 1, T, P + T]: earlier real tokens of the window, and always oneself.
-
-    Oneself also on padding: a row without any visible key would be NaN, and NaN times 0 would enter the states.
-    """
-    if window in shared.visible:
-        return shared.visible[window]
-
-    def call(target: Any, *args: Any) -> Node:
-        return graph.call_function(target, args)
-
-    def rows(n: Node, first: int, second: int) -> Node:
-        return call(aten.unsqueeze.default, call(aten.unsqueeze.default, n, first), second)
-
-    real = call(aten.ne.Scalar, rows(shared.mask, 1, 1), 0)
-    seen = call(aten.logical_and.default, call(aten.le.Tensor, shared.key_slot, shared.query_slot), real)
-    if window is not None:
-        distance = call(aten.sub.Tensor, rows(shared.axes.positions, 1, 3), rows(shared.all_positions, 1, 1))
-        seen = call(aten.logical_and.default, seen, call(aten.lt.Scalar, distance, window))
-    oneself = call(aten.eq.Tensor, shared.key_slot, shared.query_slot)
-    shared.visible[window] = call(aten.logical_or.default, seen, oneself)
-    return shared.visible[window]
+def _core_inputs(
+    graph: Graph, site: AttentionSite, rotary: Rotary | None, nodes: dict[str, Node]
+) -> tuple[Node, Node, Node]:
+    """q, k, v as the cached core takes them: before rotary positions where the core rotates."""
+    if rotary is None:
+        return nodes[site.q], nodes[site.k], nodes[site.v]
+    q, k = nodes[rotary.q], nodes[rotary.k]
+    if rotary.token_axis == 1:
+        q, k = (graph.call_function(aten.transpose.int, (n, 1, 2)) for n in (q, k))
+    return q, k, nodes[site.v]
 
 
 def _carry_attention(
-    graph: Graph, core: Node, qkv: tuple[Node, ...], past: tuple[Node, ...], layer: LayerState, shared: _Shared
+    graph: Graph,
+    core: Node,
+    qkv: tuple[Node, Node, Node],
+    past: tuple[Node, ...],
+    site: AttentionSite,
+    packing: Packing,
+    tables: tuple[Node | None, Node | None, bool],
 ) -> list[Node]:
     """Attention over the cache and the new tokens, in place of `core`; returns the new caches."""
-    q, k, v = qkv
-    cache = [graph.call_function(aten.cat.default, ([old, new], 2)) for old, new in zip(past, (k, v), strict=True)]
-    options: dict[str, Any] = {"enable_gqa": True} if layer.num_heads != layer.num_kv_heads else {}
-    if (scale := argument(core, "scale")) is not None:
-        options["scale"] = scale
-    args: tuple[Any, ...] = (q, *cache, _visible(graph, layer.window, shared), 0.0, False)
-    new = graph.call_function(aten.scaled_dot_product_attention.default, args, options)
-    new.meta = dict(core.meta)
-    core.replace_all_uses_with(new)
+    args = (*qkv, *past, packing.past_lengths, packing.total, site.scale, site.window or 0, *tables)
+    new = graph.call_function(ATTENTION, args)
+    context, *caches = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
+    context.meta = dict(core.meta)
+    core.replace_all_uses_with(context)
     graph.erase_node(core)
-    return cache
+    return caches
 
 
 def _carry_rule(graph: Graph, core: Node, past: Node, valid: Node) -> Node:
@@ -296,12 +293,12 @@ def _carry_rule(graph: Graph, core: Node, past: Node, valid: Node) -> Node:
 
 
 def export_stateful(stateful: StatefulGraph) -> torch.export.ExportedProgram:
-    """The stateful graph as a program; batch, sequence and past_sequence are shared dimensions of its inputs."""
+    """The stateful graph as a program; batch, sequence and past_sequence (slots of a cache) are its dimensions."""
     dim = torch.export.Dim
     batch, sequence, past = dim("batch"), dim("sequence"), dim("past_sequence")
     gen = torch.Generator().manual_seed(0)
     ids = torch.randint(0, stateful.vocab_size, (2, 3), generator=gen)
-    args = (ids, torch.ones(2, 8, dtype=torch.int64), *stateful.empty_state(2, past=5, dtype=_state_dtype(stateful)))
+    args = (ids, torch.ones(2, 8, dtype=torch.int64), *stateful.empty_state(2, past=6, dtype=_state_dtype(stateful)))
     shapes: list[dict[int, Any]] = [{0: batch, 1: sequence}, {0: batch, 1: dim.DYNAMIC}]
     shapes += [{0: batch, 2: past} if "state" not in n else {0: batch} for n in stateful.state_names]
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .base import PassResult, run_passes
-from .graph import argument, aten, is_effect, module_path, placeholders, value
+from .graph import argument, aten, inputs, is_effect, module_path, placeholders, value
 from .masks import Evaluator
 from .types import Capture, Rejection
 from .written_attention import (
@@ -83,15 +83,16 @@ class WrittenToSdpa:
 
 
 def to_sdpa(capture: Capture) -> tuple[Capture, tuple[Rejection, ...]]:
-    """The capture with every core that can be in the form of scaled_dot_product_attention, on a graph of its own.
+    """The capture with every core that can be in scaled_dot_product_attention's form; also what stays, with reasons.
 
-    Parameters are shared. Logits may differ from the capture's by rounding. Also the cores that stay, with reasons.
+    The graph is a copy with the same parameters, whose logits may differ by rounding; where nothing was written out it
+    is the capture itself.
     """
     graph = Graph()
     graph.output(graph.graph_copy(capture.gm.graph, {})).meta = {}
     gm = GraphModule(capture.gm, graph)
-    rejected = run_passes(gm, [WrittenToSdpa(capture)])["WrittenToSdpa"].rejected
-    return replace(capture, gm=gm), rejected
+    result = run_passes(gm, [WrittenToSdpa(capture)])["WrittenToSdpa"]
+    return replace(capture, gm=gm) if result.changed else capture, result.rejected
 
 
 @dataclass
@@ -245,7 +246,7 @@ class _Rewrite:
         Scores are 0, then 0 and 1 in turn along the keys; what counts is the step from key to key, because a softmax
         does not see what is added to a whole row.
         """
-        zeros, end = torch.zeros_like(self.sample(core.scores, 0)), core.softmax.args[0]
+        zeros, end = torch.zeros_like(self.sample(core.scores, 0)), inputs(core.softmax)[0]
         turns = torch.arange(LENGTH, device=zeros.device) % 2
         steps = zeros.new_zeros(0, dtype=torch.float64)
         for dtype in (torch.float64, zeros.dtype):
@@ -293,10 +294,10 @@ def _unpermuted(node: Node, axes: str) -> tuple[Node, str]:
         rank = len(axes)
         if node.target is aten.transpose.int:
             perm = list(range(rank))
-            a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload]
+            a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload,arg-type]
             perm[a], perm[b] = b, a
         elif node.target is aten.permute.default:
-            perm = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
+            perm = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr,arg-type]
         else:
             return node, axes
         node, axes = node.args[0], "".join(axes[perm.index(i)] for i in range(rank))  # type: ignore[assignment]

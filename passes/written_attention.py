@@ -147,7 +147,7 @@ def _scores(t: TokenGraph, softmax: Node) -> tuple[Node, list[Node]]:
             raise Unfit("soft-capped scores (tanh)")
         if len(operands) == 2:  # scores - max(scores): both come from one
             near, far = sorted(operands, key=lambda n: t.order[n])
-            if near not in backward_slice(far, near.args[0] if inputs(near) else near, set(t.data)):
+            if near not in backward_slice(far, inputs(near)[0] if inputs(near) else near, set(t.data)):
                 raise Unfit(f"its scores join two values of the tokens: {near.name} and {far.name} in {c.name}")
             operands = [near]
         if not operands:
@@ -181,10 +181,10 @@ def _operands(node: Node) -> tuple[Node, Node]:
         operands = node.args[1:3]
     else:
         operands = node.args[:2]
-    if len(operands) != 2:  # type: ignore[arg-type]
-        raise Unfit(f"its product {node.name} has {len(operands)} operands")  # type: ignore[arg-type]
-    left, right = operands  # type: ignore[misc]
-    return left, right  # type: ignore[return-value]
+    found: list[Node] = list(operands)  # type: ignore[arg-type]
+    if len(found) != 2:
+        raise Unfit(f"its product {node.name} has {len(found)} operands")
+    return found[0], found[1]
 
 
 def _lead(rank: int) -> str:

@@ -7,6 +7,7 @@ on the student and the versions of torch and onnx only: paths and stack traces o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import warnings
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 
 from tcal_compiler.errors import ExportError
+from tcal_compiler.kernels.cached_attention import onnx_rule as attention_rule
 from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, translation_table
-from tcal_compiler.passes.graph import aten, iter_targets, placeholders, value
+from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
 from tcal_compiler.passes.types import Check
 
@@ -29,6 +31,7 @@ from .tokenizer import TokenizerLike
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 CONFIG_FILE = "genai_config.json"
+FINGERPRINT = "tcal_weights"  # key of the model's metadata: sha256 of the student's weights
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; a protobuf file must stay below 2 GiB
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
@@ -76,7 +79,7 @@ def export_onnx(
         what = f"profile {config.profile} goes with opsets {low} to {high}, not {config.opset}"
         raise ExportError("ONNX export", what)
     model = build_model(stateful, profile=config.profile, opset=config.opset)
-    context = min(config.max_length, info.get("context_length") or config.max_length)
+    context = context_length(config, info)
     path = folder / MODEL_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,11 +94,18 @@ def export_onnx(
     return OnnxArtifact(path, config.profile, config.opset, stateful.layers, context, (check,))
 
 
+def context_length(config: ExportConfig, info: dict[str, Any]) -> int:
+    """The longest sequence of the deployed student: max_length, or the teacher's own context where that is shorter."""
+    return min(config.max_length, info.get("context_length") or config.max_length)
+
+
 def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     """The stateful graph as an onnx_ir.Model, with the fallback function of the profile."""
     import onnx_ir as ir
 
     program = export_stateful(stateful)
+    if not all(_is_fused(layer) for layer in stateful.layers if layer.kind == "softmax"):
+        program = attention_rule.decompose_plain(program)
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -104,7 +114,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
                 None,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=translation_table(profile),
+                custom_translation_table=translation_table(profile) | attention_rule.translation_table(),
                 input_names=list(stateful.input_names),
                 output_names=list(stateful.output_names),
                 dynamic_shapes=_axis_names(stateful),
@@ -117,12 +127,41 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     assert exported is not None
     model = exported.model
     _strip(model)
+    _name_cache_axes(model)
+    model.metadata_props[FINGERPRINT] = _weights_sha256(stateful)
     _add_conv_passthrough(model, stateful)
     make_function = LOWERINGS[profile].function
     if make_function is not None and any(layer.kind == "gdn" for layer in stateful.layers):
         function = ir.serde.deserialize_function(make_function())
         model.functions[function.identifier()] = function
     return model
+
+
+def _is_fused(layer: LayerState) -> bool:
+    return attention_rule.is_fused(layer.key_dim, layer.value_dim)
+
+
+def shares_buffers(layers: tuple[LayerState, ...]) -> bool:
+    """Whether past and present caches may be one buffer of the longest context, written in place."""
+    caches = [layer for layer in layers if layer.kind == "softmax"]
+    return bool(caches) and all(map(_is_fused, caches))
+
+
+def _weights_sha256(stateful: StatefulGraph) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stateful.gm.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _name_cache_axes(model: Any) -> None:
+    """Caches come out with as many slots as they went in with, or with one for each token fed, if that is more."""
+    import onnx_ir as ir
+
+    for v in model.graph.outputs:
+        if v.name.endswith((".key", ".value")):
+            v.shape = ir.Shape((*v.shape[:2], "present_sequence", v.shape[3]))
 
 
 def _add_conv_passthrough(model: Any, stateful: StatefulGraph) -> None:
@@ -207,8 +246,8 @@ def genai_config(stateful: StatefulGraph, *, info: dict[str, Any], context_lengt
     """The configuration that onnxruntime-genai reads; sizes are the graph's own."""
     first = next((layer for layer in stateful.layers if layer.kind == "softmax"), stateful.layers[0])
     eos = info.get("eos_token_id")
-    ids = placeholders(stateful.gm)[0]
-    widths = [value(n).shape[-1] for n in iter_targets(stateful.gm, aten.embedding.default) if n.args[1] is ids]
+    tokens = taint(stateful.gm.graph.nodes, placeholders(stateful.gm)[:1])
+    widths = [value(n).shape[-1] for n in iter_targets(stateful.gm, aten.embedding.default) if n.args[1] in tokens]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,
@@ -238,6 +277,7 @@ def genai_config(stateful: StatefulGraph, *, info: dict[str, Any], context_lengt
         "context_length": context_length,
         "decoder": decoder,
     }
-    search = {"do_sample": False, "max_length": context_length, "num_beams": 1, "past_present_share_buffer": False}
+    search = {"do_sample": False, "max_length": context_length, "num_beams": 1}
+    search["past_present_share_buffer"] = shares_buffers(stateful.layers)
     known = {k: v for k, v in model.items() if v is not None}
     return {"model": known, "search": search}

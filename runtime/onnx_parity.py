@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tcal_compiler.passes.graph import widen_to_float64
@@ -14,7 +15,7 @@ from tcal_compiler.passes.make_stateful import StatefulGraph, run_chunks
 from tcal_compiler.passes.types import Check
 
 from .onnx_export import OnnxArtifact
-from .session import OnnxSession, torch_generate
+from .session import OnnxSession
 
 LEAST_TOLERANCE = 1e-4  # absolute, in logits
 
@@ -90,3 +91,21 @@ def _greedy_check(
     wrong = sum(a != b for a, b in zip(expected, got, strict=True))
     detail = f"{count} tokens, {len(set(expected))} distinct, smallest top-1 margin {margin:.2g}"
     return Check(f"greedy tokens of prompt {index} that differ", float(wrong), 0.0, detail)
+
+
+def torch_generate(
+    stateful: StatefulGraph, ids: Sequence[int], max_new_tokens: int
+) -> tuple[list[int], NDArray[np.float32]]:
+    """Greedy tokens of the stateful torch graph, and the logits [n, V] that they were chosen from."""
+    state = stateful.empty_state(1)
+    new, mask = torch.tensor([list(ids)]), torch.ones(1, len(ids), dtype=torch.int64)
+    tokens: list[int] = []
+    rows = []
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            logits, *present = stateful.gm(new, mask, *state)
+            state = tuple(present)
+            rows.append(logits[0, -1].numpy())
+            tokens.append(int(rows[-1].argmax()))
+            new, mask = torch.tensor([tokens[-1:]]), torch.ones(1, mask.shape[1] + 1, dtype=torch.int64)
+    return tokens, np.stack(rows)

@@ -1,65 +1,29 @@
-"""Runs an exported student in ONNX Runtime: prefill, one token at a time, with its state in reused buffers."""
+"""Runs an exported student in ONNX Runtime: prefill, one token at a time, with its state in reused buffers.
+
+B rows of a batch, T new tokens, P tokens seen before, V entries of the vocabulary.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from tcal_compiler.errors import DataError, ExportError
-from tcal_compiler.passes.make_stateful import StatefulGraph
+from tcal_compiler.errors import ConfigError, DataError, ExportError
 
-from .onnx_export import CONFIG_FILE, MODEL_FILE
+from .onnx_export import CONFIG_FILE, FINGERPRINT, MODEL_FILE
 from .sampling import Sampler
+from .session_state import SessionState, find_slots
 
 LEAST_RUNTIME = (1, 25)  # the first with the LinearAttention kernel
-_PAST, _PRESENT = "past_key_values.", "present."
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _PREFILL_LOGITS = 1 << 24  # logits computed in one prefill run; bounds its memory
 _LONGEST_CHUNK = 512
-
-
-@dataclass(frozen=True)
-class SessionState:
-    """A copy of everything a session remembers of its tokens. length: tokens seen, padding included."""
-
-    length: int
-    mask: NDArray[np.int64]
-    values: tuple[NDArray[Any], ...]
-
-
-@dataclass
-class _Slot:
-    """One state tensor: a fixed-size buffer pair that is swapped after each run, or a cache that grows (spare None).
-
-    ONNX Runtime does not promise that a graph may write an output over its own input, hence a pair and not one buffer.
-    """
-
-    past: str
-    present: str
-    shape: tuple[int | None, ...]  # None: the dimension that grows
-    dtype: Any
-    value: Any = None
-    spare: Any = None
-
-    @property
-    def grows(self) -> bool:
-        return None in self.shape
-
-    def set(self, array: NDArray[Any]) -> None:
-        from onnxruntime import OrtValue
-
-        self.value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-        self.spare = None if self.grows else OrtValue.ortvalue_from_numpy(np.zeros_like(array))
-
-    def clear(self, batch: int) -> None:
-        self.set(np.zeros([batch, *(0 if d is None else d for d in self.shape[1:])], self.dtype))
 
 
 class OnnxSession:
@@ -79,13 +43,17 @@ class OnnxSession:
         self.path = given / MODEL_FILE if given.is_dir() else given
         if not self.path.is_file():
             raise ExportError(str(self.path), "no such file", "tcal export writes it")
-        self._config = _read_config(self.path.with_name(CONFIG_FILE))
+        self._config, shares_buffers = _read_config(self.path.with_name(CONFIG_FILE))
         self._session = _load(self.path, threads, optimized_path)
-        self._slots = _find_slots(self._session, str(self.path))
+        self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
+        capacity = self._config["context_length"] if shares_buffers else None
+        self._slots = find_slots(self._session, str(self.path), capacity)
         vocab = self._session.get_outputs()[0].shape[2]
         self.vocab_size: int = vocab if isinstance(vocab, int) else int(self._config["vocab_size"])
         self.context_length: int | None = self._config.get("context_length")
         self.eos_token_id: int | None = self._config.get("eos_token_id")
+        self._bound: dict[int, Any] = {}
+        self._turn = 0
         self.reset()
 
     @property
@@ -95,12 +63,13 @@ class OnnxSession:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state that must be kept between two tokens."""
-        return sum(int(np.prod(s.value.shape())) * np.dtype(s.dtype).itemsize for s in self._slots)
+        """Bytes of what is remembered of the tokens seen."""
+        return sum(s.used(self.length).nbytes for s in self._slots)
 
     def reset(self, *, batch: int = 1) -> None:
         """Forgets all tokens; the next ones come in this many rows. Raises ExportError when memory cannot hold them."""
         self._batch = batch
+        self._forget_bindings()
         try:
             self._mask: NDArray[np.int64] = np.zeros((batch, 0), np.int64)
             for slot in self._slots:
@@ -109,23 +78,33 @@ class OnnxSession:
             raise ExportError(str(self.path), f"its state of {batch} rows cannot be held: {e}", "fewer rows") from e
 
     def snapshot(self) -> SessionState:
-        return SessionState(self.length, self._mask.copy(), tuple(s.value.numpy().copy() for s in self._slots))
+        """A copy of the state, to go back to, to save, or to continue elsewhere."""
+        values = tuple(s.used(self.length).copy() for s in self._slots)
+        return SessionState(self.length, self._mask.copy(), values, self.fingerprint)
 
     def restore(self, state: SessionState) -> None:
         """Back to a snapshot, of this or of another session of the same model; a snapshot can be restored many times.
 
-        Raises ExportError when it does not fit this model.
+        Raises ExportError when it is of another model, or longer than the context.
         """
-        shapes = [(len(state.mask), *s.shape[1:]) for s in self._slots]
-        fits = len(state.values) == len(shapes) and all(
-            len(v.shape) == len(s) and all(d in (None, n) for d, n in zip(s, v.shape, strict=True))
-            for s, v in zip(shapes, state.values, strict=True)
-        )
-        if not fits:
-            raise ExportError(str(self.path), "the snapshot is of another model")
-        self._batch, self._mask = len(state.mask), state.mask.copy()
+        batch, length = state.mask.shape if state.mask.ndim == 2 else (0, -1)
+        fits = state.model == self.fingerprint and len(state.values) == len(self._slots) and length == state.length
+        if not fits or not all(s.fits(v, batch, length) for s, v in zip(self._slots, state.values, strict=True)):
+            what = f"the snapshot is of another model: weights {state.model[:16]}, here {self.fingerprint[:16]}"
+            raise ExportError(str(self.path), what, "a snapshot of this very export")
+        if self.context_length is not None and length > self.context_length:
+            raise ExportError(str(self.path), f"the snapshot holds {length} tokens, the context {self.context_length}")
+        self._batch, self._mask = batch, state.mask.copy()
+        self._forget_bindings()
         for slot, array in zip(self._slots, state.values, strict=True):
             slot.set(array)
+
+    def fork(self) -> OnnxSession:
+        """An independent session that has seen the same tokens; the model is loaded once for both."""
+        other = copy.copy(self)
+        other._slots = [replace(s, value=None, spare=None) for s in self._slots]
+        other.restore(self.snapshot())
+        return other
 
     def forward(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """Logits [B, T, V] of the next ids [B, T]. mask [B, T]: 0 for padding, which leaves the state as it is.
@@ -194,46 +173,106 @@ class OnnxSession:
             if i + 1 < count:
                 logits = self.step(token)
 
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, eos: int | None = None, padding: str = "left"
+    ) -> list[list[int]]:
+        """Greedy continuations of several prompts from an empty state, one row each; forgets what was seen before.
+
+        A row stops behind eos, which it keeps; the others go on. padding: "left" or "right", which side shorter prompts
+        are filled on; the tokens do not depend on it.
+
+        Raises, before anything runs: DataError for no prompt, an empty one or too little room in the context,
+        ConfigError for another side.
+        """
+        if padding not in ("left", "right"):
+            raise ConfigError("padding", f"{padding!r} is no side", "left or right")
+        if not prompts or not all(len(p) for p in prompts):
+            what = f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens"
+            raise DataError("prompts", what, "at least one prompt of at least one token")
+        self.reset(batch=len(prompts))
+        longest = max(len(p) for p in prompts)
+        self._check_room(longest + max(0, max_new_tokens - 1))
+        ids: NDArray[np.int64] = np.zeros((len(prompts), longest), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            place = slice(longest - len(prompt), longest) if padding == "left" else slice(len(prompt))
+            ids[row, place], mask[row, place] = prompt, 1
+        last = [longest - 1 if padding == "left" else len(p) - 1 for p in prompts]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        going = np.full(len(prompts), max_new_tokens > 0)
+        logits = self.forward(ids, mask)[np.arange(len(prompts)), last] if going.any() else None
+        while logits is not None:
+            chosen = logits.argmax(-1)
+            for row in np.flatnonzero(going).tolist():
+                tokens[row].append(int(chosen[row]))
+                going[row] = chosen[row] != eos and len(tokens[row]) < max_new_tokens
+            logits = self.forward(chosen[:, None], going[:, None])[:, -1] if going.any() else None
+        return tokens
+
     def _check_room(self, new: int) -> None:
         if self.context_length is not None and self.length + new > self.context_length:
             what = f"{self.length} tokens and {new} more do not fit in the context of {self.context_length}"
             raise DataError("context", what, "a shorter prompt, fewer new tokens, or export with a larger max_length")
 
     def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[Any]:
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        binding.bind_output("logits", "cpu")
-        for slot in self._slots:
-            binding.bind_ortvalue_input(slot.past, slot.value)
-            if slot.grows:
-                binding.bind_output(slot.present, "cpu")
-            else:
-                binding.bind_ortvalue_output(slot.present, slot.spare)
+        """Runs all rows at once; the chunks behind the first of a batch row by row where there are caches.
+
+        The fused attention takes several tokens behind a past for one row only.
+        """
+        behind, caches = self.length > 0, any(s.is_cache for s in self._slots)
+        apart = behind and caches and self._batch > 1 and ids.shape[1] > 1
+        rows = range(self._batch) if apart else (None,)
+        outputs = [self._run_rows(ids, mask, row) for row in rows]
+        for i, slot in enumerate(self._slots):
+            slot.advance([o[i + 1] for o in outputs] if slot.grows else [])
+        self._turn = 1 - self._turn
+        logits = [o[0].numpy() for o in outputs]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def _run_rows(self, ids: NDArray[np.int64], mask: NDArray[np.int64], row: int | None) -> Any:
+        """Logits and present states, in this order, of all rows or of one."""
+        part = slice(None) if row is None else slice(row, row + 1)
+        binding = self._state_binding(row)
+        binding.bind_cpu_input("input_ids", ids[part])
+        binding.bind_cpu_input("attention_mask", mask[part])
+        binding.bind_output("logits", "cpu")  # new memory each time: the caller keeps the last one's
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:  # ONNX Runtime raises its own types, which share no base
             what = f"onnxruntime failed behind {self.length} tokens: {' '.join(str(e).split())[:300]}"
             raise ExportError(str(self.path), what, "stay within the teacher's own context length") from e
-        logits, *present = binding.get_outputs()  # in the order of binding, not of the graph
-        for slot, value in zip(self._slots, present, strict=True):
-            if slot.grows:
-                slot.value = value
-            else:
-                slot.value, slot.spare = slot.spare, slot.value
-        return logits.numpy()
+        return binding.get_outputs_as_ortvaluevector()  # in the order of binding, not of the graph
+
+    def _state_binding(self, row: int | None) -> Any:
+        """The states bound to their memory. Recurrent states swap two buffers, so two bindings serve every step."""
+        keep = row is None and not any(s.grows for s in self._slots)
+        if keep and self._turn in self._bound:
+            return self._bound[self._turn]
+        binding = self._session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for slot in self._slots:
+            slot.bind(binding, row)
+        if keep:
+            self._bound[self._turn] = binding
+        return binding
+
+    def _forget_bindings(self) -> None:
+        """For when states move to other memory."""
+        self._bound = {}
+        self._turn = 0
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The "model" part of genai_config.json; empty when there is no such file."""
+def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
+    """The "model" part of genai_config.json and whether caches are written in place; empty when there is no file."""
     if not path.is_file():
-        return {}
+        return {}, False
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model, search = config["model"], config.get("search", {})
         if not isinstance(model["context_length"], int) or not isinstance(model["vocab_size"], int):
             raise TypeError("context_length and vocab_size must be whole numbers")
-        return model
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        return model, bool(search.get("past_present_share_buffer", False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ExportError(str(path), f"is damaged: {type(e).__name__}: {e}", "export again") from e
 
 
@@ -253,40 +292,3 @@ def _load(path: Path, threads: int | None, optimized_path: Path | None) -> Any:
         hint = "export again" if version >= LEAST_RUNTIME else newer
         what = f"onnxruntime {ort.__version__} cannot load it: {' '.join(str(e).split())[:300]}"
         raise ExportError(str(path), what, hint) from e
-
-
-def _find_slots(session: Any, where: str) -> list[_Slot]:
-    inputs = {i.name: i for i in session.get_inputs()}
-    outputs = [o.name for o in session.get_outputs()]
-    states = [n for n in inputs if n.startswith(_PAST)]
-    partners = {n: _PRESENT + n.removeprefix(_PAST) for n in states}
-    expected = {"input_ids", "attention_mask", *states}
-    if set(inputs) != expected or outputs[:1] != ["logits"] or set(outputs[1:]) != set(partners.values()) or not states:
-        seen = f"inputs {sorted(inputs)[:6]}, outputs {sorted(outputs)[:6]}"
-        raise ExportError(where, f"is not a student of ours: {seen}", "a folder that tcal export wrote")
-    slots = []
-    for name in states:
-        dtype = _DTYPES.get(inputs[name].type)
-        if dtype is None:
-            raise ExportError(where, f"{name} is {inputs[name].type}; only float and float16 states can be fed")
-        shape = tuple(d if isinstance(d, int) else None for d in inputs[name].shape)
-        slots.append(_Slot(name, partners[name], (0, *shape[1:]), dtype))
-    return slots
-
-
-def torch_generate(
-    stateful: StatefulGraph, ids: Sequence[int], max_new_tokens: int
-) -> tuple[list[int], NDArray[np.float32]]:
-    """Greedy tokens of the stateful torch graph, and the logits [n, V] that they were chosen from."""
-    state = stateful.empty_state(1)
-    new, mask = torch.tensor([list(ids)]), torch.ones(1, len(ids), dtype=torch.int64)
-    tokens: list[int] = []
-    rows = []
-    with torch.no_grad():
-        for _ in range(max_new_tokens):
-            logits, *present = stateful.gm(new, mask, *state)
-            state = tuple(present)
-            rows.append(logits[0, -1].numpy())
-            tokens.append(int(rows[-1].argmax()))
-            new, mask = torch.tensor([tokens[-1:]]), torch.ones(1, mask.shape[1] + 1, dtype=torch.int64)
-    return tokens, np.stack(rows)

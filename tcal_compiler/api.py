@@ -31,7 +31,7 @@ from .runtime.align import align
 from .runtime.calibrate import half_lives, initialise
 from .runtime.capture_teacher import capture_teacher
 from .runtime.manifest import TeacherRecord, package_version
-from .runtime.onnx_export import export_onnx
+from .runtime.onnx_export import context_length, export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
 from .runtime.run_files import check_output
@@ -259,7 +259,8 @@ class Conversion:
             run = program.module()
             flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
             self.progress.say("export: state in and out, checked in float64")
-            stateful = make_stateful(flat)
+            context = context_length(self.config.export, self.source.teacher.info)
+            stateful = make_stateful(flat, max_length=context)
             self.progress.say("export: ONNX")
             artifact = export_onnx(
                 stateful,

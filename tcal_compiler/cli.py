@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as signatures
 import json
 import math
 import os
@@ -13,51 +14,41 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from .cli_options import (
+    Again,
+    Batch,
+    Calib,
+    ConfigFile,
+    Device,
+    DistillSteps,
+    DistillTokens,
+    Dtype,
+    Force,
+    Init,
+    Json,
+    Length,
+    MaxKl,
+    Out,
+    Pickle,
+    PlanFile,
+    Policy,
+    Quiet,
+    RunArg,
+    Seed,
+    Sequences,
+    Steps,
+    TeacherAgain,
+    TeacherArg,
+    Tokenizer,
+)
 from .config import load_config
-from .errors import TcalError
+from .errors import ConfigError, TcalError
 from .progress import Progress
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Stages and tools, one by one."
 )
 compile_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-# typer reads annotations at run time, where `X | None` inside Annotated is fine but needs these names
-TeacherArg = Annotated[
-    str, typer.Argument(help="exported program, transformers folder, .gguf, module:factory, or embedded")
-]
-RunArg = Annotated[Path, typer.Argument(help="run folder")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="run folder to make or to go on with")]
-Policy = Annotated[
-    str | None,
-    typer.Option(help="uniform:N, kl:N, ar:N, greedy:N (or P%), keep=0,4,8, none (convert all), all (convert nothing)"),
-]
-PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
-ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045
-Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
-Calib = Annotated[Optional[str], typer.Option(help="calibration text: .txt, .jsonl or .jsonl.zst")]  # noqa: UP045
-Sequences = Annotated[Optional[int], typer.Option("--calib-sequences", help="sequences to calibrate on")]  # noqa: UP045
-Length = Annotated[Optional[int], typer.Option("--calib-length", help="tokens in a sequence")]  # noqa: UP045
-Steps = Annotated[Optional[int], typer.Option("--align-steps", help="alignment steps; 0 for the initialisation alone")]  # noqa: UP045
-DistillSteps = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--distill-steps", help="end-to-end distillation steps after alignment; 0, the default, for none"),
-]
-DistillTokens = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--distill-tokens", help="distillation by tokens instead of steps"),
-]
-Batch = Annotated[Optional[int], typer.Option("--batch", help="sequences in an alignment step")]  # noqa: UP045
-Seed = Annotated[Optional[int], typer.Option(help="seed of everything random")]  # noqa: UP045
-Tokenizer = Annotated[Optional[str], typer.Option(help='folder with tokenizer files, or "bytes"')]  # noqa: UP045
-Pickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="load a pickled model: runs whatever code its author put in")
-]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-Again = Annotated[bool, typer.Option("--restart", help="run every stage anew")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
-Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
-TeacherAgain = Annotated[Optional[str], typer.Option("--teacher", help="where the teacher is now, if it moved")]  # noqa: UP045
 
 
 def _convert(
@@ -135,7 +126,45 @@ compile_app.command()(
 app.command("plan")(_stage_command("plan", "Writes plan.toml, to edit before the next stages."))
 app.command("calibrate")(_stage_command("calibrate", "Measures the teacher's attention and initialises the student."))
 app.command("align")(_stage_command("align", "Aligns every converted layer with the teacher's."))
-app.command("export")(_stage_command("export", "Writes the program and the ONNX model."))
+
+
+def _export_command() -> Callable[..., None]:
+    """The stage, and with --dtype a smaller variant of a run folder's student."""
+    stage = _stage_command("export", "")
+
+    def export(
+        teacher: str, dtype: str | None, max_kl: float | None, force: bool, quiet: bool, as_json: bool, **options: Any
+    ) -> None:
+        if dtype is None:
+            if force or max_kl is not None:
+                raise ConfigError("export", "--force and --max-kl bound a variant", "--dtype fp16, int8 or int4")
+            stage(teacher=teacher, quiet=quiet, as_json=as_json, **options)
+            return
+        if set_too := [n for n, value in options.items() if value != given.parameters[n].default]:
+            names = ", ".join(f"--{n.replace('_', '-')}" for n in set_too)
+            raise ConfigError("export", f"{names} change nothing about a variant", f"tcal export RUN --dtype {dtype}")
+        from .variants import export_variant
+
+        check = export_variant(teacher, dtype, max_kl=max_kl, force=force, progress=Progress(quiet=quiet))  # type: ignore[arg-type]
+        if as_json:
+            print(json.dumps(asdict(check) | {"passed": check.passed}, indent=1))
+        else:
+            print(f"{check.name}: {check.measured:.3g} (allowed {check.allowed:.3g}) {check.detail}")
+
+    extra = {"dtype": (Dtype, None), "max_kl": (MaxKl, None), "force": (Force, False)}
+    kind = signatures.Parameter.POSITIONAL_OR_KEYWORD
+    mine = [signatures.Parameter(n, kind, default=value, annotation=hint) for n, (hint, value) in extra.items()]
+    given = signatures.signature(stage, eval_str=True)
+    export.__signature__ = given.replace(parameters=[*given.parameters.values(), *mine])  # type: ignore[attr-defined]
+    export.__annotations__ = {p.name: p.annotation for p in (*given.parameters.values(), *mine)}
+    export.__doc__ = (
+        "Writes the program and the ONNX model. With --dtype, TEACHER is a run folder, and a smaller variant of its "
+        "ONNX student is written beside it, unless its KL to the float32 student exceeds the bound."
+    )
+    return export
+
+
+app.command("export")(_export_command())
 
 
 @app.command()
@@ -267,12 +296,20 @@ def generate(
     top_k: Annotated[Optional[int], typer.Option(help="draw from so many likeliest tokens")] = None,  # noqa: UP045
     top_p: Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens of this mass")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="seed of the draws", min=0)] = 0,
+    dtype: Annotated[Optional[str], typer.Option(help="which export: fp16, int8 or int4; default float32")] = None,  # noqa: UP045
 ) -> None:
     """Streams text from the ONNX student in ONNX Runtime."""
     from .runs import generate_text
 
     pieces = generate_text(
-        run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        dtype=dtype,
     )
     print(prompt + next(pieces, ""), end="", flush=True)
     for piece in pieces:

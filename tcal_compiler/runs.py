@@ -19,7 +19,7 @@ from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Progress
-from .recorded import calibrated_texts, calibration_length, plan_of, teacher_info, training_checks
+from .recorded import calibrated_texts, calibration_length, plan_of, training_checks
 from .report import can_plot
 from .report.compare import compare_html, compare_markdown
 from .report.facts import Facts
@@ -34,10 +34,8 @@ from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession
 from .runtime.statistics import attention_statistics
 from .runtime.student import Student, make_student
-from .runtime.tokenizer import ByteTokenizer, TokenizerLike, read_tokenizer
 from .runtime.weights import load_weights
-
-MODEL = Path("onnx") / "model.onnx"
+from .variants import model_file, run_tokenizer, variant_checks
 
 
 def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor]]:
@@ -190,9 +188,10 @@ def verify_run(
         stateful = make_stateful(flat)
         checks += stateful.checks
         progress.say("verify: ONNX Runtime against PyTorch")
-        artifact = OnnxArtifact(run.path / MODEL, "ort", 0, stateful.layers, 0)
+        artifact = OnnxArtifact(run.path / model_file(), "ort", 0, stateful.layers, 0)
         prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
         checks += check_parity(artifact, stateful, whole=student, prompts=prompts, new_tokens=64)
+        checks += variant_checks(run)
     return checks
 
 
@@ -275,15 +274,6 @@ def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], 
     return checks + training_checks(run)
 
 
-def run_tokenizer(run: RunFolder) -> TokenizerLike:
-    """The tokenizer that lies beside the ONNX student."""
-    run.require("export")
-    info = teacher_info(run)
-    if info.tokenizer == "bytes":
-        return ByteTokenizer()
-    return read_tokenizer(run.path / "onnx", eos_token_id=info.eos_token_id, bos_token_id=info.bos_token_id)
-
-
 def generate_text(
     path: str | Path,
     prompt: str,
@@ -293,16 +283,22 @@ def generate_text(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    dtype: str | None = None,
 ) -> Iterator[str]:
-    """Streams the text that the ONNX student appends to the prompt, in pieces that are whole characters."""
+    """Streams the text that the ONNX student appends to the prompt, in pieces that are whole characters.
+
+    dtype: which of the run's exports; None is the float32 student.
+    """
     with RunFolder.open_existing(path) as run:
         run.require("export")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as e:
             raise DataError("prompt", f"is not UTF-8 at character {e.start}", "a terminal with a UTF-8 locale") from e
+        if dtype is not None:
+            run.record(f"export-{dtype}")
         tokenizer = run_tokenizer(run)
-        session = OnnxSession(run.path / MODEL)
+        session = OnnxSession(run.path / model_file(dtype))
         ids = tokenizer.encode(prompt)
     tokens: list[int] = []
     shown = ""

@@ -159,8 +159,9 @@ def student(family: str, policy: str) -> tuple[Capture, StatefulGraph]:
     return capture, make_stateful(capture)
 
 
-def wide(stateful: StatefulGraph) -> StatefulGraph:
-    return replace(stateful, gm=widen_to_float64(stateful.gm))
+def wide(capture: Capture) -> StatefulGraph:
+    """The stateful graph of the capture in float64, rotary tables included."""
+    return make_stateful(replace(capture, gm=widen_to_float64(capture.gm)), verify=False, max_length=TABLE)
 
 
 def recurrent(stateful: StatefulGraph, state: tuple[Tensor, ...]) -> list[Tensor]:
@@ -199,7 +200,7 @@ def test_any_cut_is_one_pass_and_ragged_batches_are_single_runs(family: str, pol
         8 if family == "mistral" else None
     }
     assert all(c.passed and c.measured < 1e-12 for c in stateful.checks)
-    whole, graph = widen_to_float64(capture.gm), wide(stateful)
+    whole, graph = widen_to_float64(capture.gm), wide(capture)
 
     def exact(ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -230,7 +231,7 @@ SPELLINGS = [
 def test_positions_that_a_model_makes_itself_follow_the_mask(spelling: str):
     capture = capture_of(Plain(spelling).eval(), has_positions=False)
     whole = widen_to_float64(capture.gm)
-    graph = wide(make_stateful(capture, verify=False))
+    graph = wide(capture)
     with torch.no_grad():
         assert_batch_equals_single_runs(graph, lambda ids: whole(ids))
 

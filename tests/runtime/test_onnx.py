@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from tcal_compiler.passes.capture import capture_program, example_ids, export_mo
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import copy_module
-from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful, run_chunks
+from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful
 from tcal_compiler.runtime import onnx_export
 from tcal_compiler.runtime.config import ExportConfig
 from tcal_compiler.runtime.initialize import naive_
@@ -51,12 +52,12 @@ class Wrapped(nn.Module):
         return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
 
-def teacher(window: int | None) -> nn.Module:
+def teacher(window: int | None, head_dim: int) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
     options = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    options |= dict(num_key_value_heads=2, head_dim=8, initializer_range=0.2, attn_implementation="sdpa")
+    options |= dict(num_key_value_heads=2, head_dim=head_dim, initializer_range=0.2, attn_implementation="sdpa")
     if window is None:
         return Wrapped(transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).eval())
     config = transformers.MistralConfig(**options, sliding_window=window)
@@ -70,8 +71,8 @@ class Deployed:
     artifact: OnnxArtifact
 
 
-def deploy(folder: Path, policy: str, *, window: int | None = None) -> Deployed:
-    model = teacher(window)
+def deploy(folder: Path, policy: str, *, window: int | None = None, head_dim: int = 16) -> Deployed:
+    model = teacher(window, head_dim)
     program = export_module(model, has_positions=True, vocab_size=VOCAB)
     capture = capture_program(program, teacher=model, implementation="sdpa", shapes=((2, 9),))
     scan = find_attention(capture)
@@ -80,15 +81,21 @@ def deploy(folder: Path, policy: str, *, window: int | None = None) -> Deployed:
     for site in student.converted:
         naive_(student.gm.get_submodule(f"tcal_mixers.{site.index}"), gen)
     own = capture_program(student.export(), teacher=student.gm, implementation="student", shapes=((2, 9),))
-    stateful = make_stateful(own, verify=False)
+    stateful = make_stateful(own, verify=False, max_length=300)
     info = {"bos_token_id": 1, "eos_token_id": 2, "context_length": 300}
     return Deployed(student.logits, stateful, export_onnx(stateful, folder, config=ExportConfig(), info=info))
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
-    """Layer 0 keeps its attention, over a window of 8 tokens; layer 1 is converted."""
+    """Layer 0 keeps its attention, rotated by the runtime, over a window of 8 tokens; layer 1 is converted."""
     return deploy(tmp_path_factory.mktemp("hybrid"), "keep=0", window=8)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """Layer 0 keeps its attention, of a size that the fused attention does not take."""
+    return deploy(tmp_path_factory.mktemp("plain"), "keep=0", window=8, head_dim=12)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +115,49 @@ def assert_parity(deployed: Deployed) -> None:
 
 
 def test_hybrid_equals_torch(hybrid: Deployed):
+    graph = onnx.load(hybrid.artifact.path).graph
+    (node,) = (n for n in graph.node if n.op_type == "GroupQueryAttention")
+    options = {a.name: a.i for a in node.attribute}
+    assert len(node.input) == 9 and options["do_rotary"] == 1 and options["local_window_size"] == 8
     assert_parity(hybrid)
+
+
+def test_the_plain_form_equals_torch_and_grows(plain: Deployed):
+    ops = Counter(n.op_type for n in onnx.load(plain.artifact.path).graph.node)
+    assert ops["GroupQueryAttention"] == 0 and ops["Softmax"] == 1
+    assert_parity(plain)
+    assert not share_flag(plain)
+
+
+def share_flag(deployed: Deployed) -> bool:
+    config = json.loads((deployed.artifact.folder / "genai_config.json").read_text())
+    return config["search"]["past_present_share_buffer"]
+
+
+def test_caches_are_written_in_place(hybrid: Deployed):
+    """No step allocates or copies a cache: its memory is the same, and slots ahead stay as they were."""
+    assert share_flag(hybrid)
+    session = OnnxSession(hybrid.artifact.folder, threads=1)
+    caches = [s for s in session._slots if s.is_cache]
+    for s in caches:
+        s.value[:] = 7.0
+    places = [s.value.ctypes.data for s in caches]
+    session.prefill([1, 2, 3, 4])
+    session.step(5)
+    assert [s.value.ctypes.data for s in caches] == places and len(caches) == 2
+    for s in caches:
+        assert s.value.shape == (1, 2, 300, 16)
+        assert (s.value[:, :, 5:] == 7.0).all() and not (s.value[:, :, :5] == 7.0).any()
+
+
+def test_a_cache_that_grows_gives_the_same(hybrid: Deployed, tmp_path: Path):
+    """Without the configuration nothing says how long a buffer would have to be."""
+    path = shutil.copy(hybrid.artifact.path, tmp_path / "model.onnx")
+    sessions = [OnnxSession(p, threads=1) for p in (path, hybrid.artifact.folder)]
+    for s in sessions:
+        s.prefill([5, 9, 100, 3])
+    assert [s._slots[0].capacity for s in sessions] == [None, 300]
+    np.testing.assert_allclose(*(s.step(7) for s in sessions), atol=1e-6)
 
 
 def test_all_converted_equals_torch(all_converted: Deployed):
@@ -139,11 +188,11 @@ def test_the_runtime_uses_its_kernel_and_not_the_function(hybrid: Deployed, tmp_
 
 
 def without_kernel(source: Path, target: Path) -> None:
-    """The same model under a domain for which no runtime has a kernel: only the function can define the op."""
+    """The same model, its op in a domain for which no runtime has a kernel: only the function can define it."""
     model = onnx.load(source)
-    for entry in (*model.graph.node, *model.functions, *model.opset_import):
-        if entry.domain == "com.microsoft":
-            entry.domain = "no.kernel"
+    for entry in (*model.functions, *(n for n in model.graph.node if n.op_type == "LinearAttention")):
+        entry.domain = "no.kernel"
+    model.opset_import.append(onnx.helper.make_opsetid("no.kernel", 1))
     onnx.save(model, target)
 
 
@@ -155,16 +204,37 @@ def test_the_function_alone_gives_the_same_numbers(hybrid: Deployed, tmp_path: P
     assert_parity(replace(hybrid, artifact=replace(hybrid.artifact, path=path)))
 
 
-def test_padded_batches_equal_torch_in_the_runtime(hybrid: Deployed):
-    ids = example_ids(3, 25, VOCAB)
+@pytest.mark.parametrize("name", ["hybrid", "plain", "all_converted"])
+@pytest.mark.parametrize("chunks", [(25,), (7, 1, 17), (1, 24)], ids=str)
+def test_padded_batches_are_single_runs_in_the_runtime(
+    name: str, chunks: tuple[int, ...], request: pytest.FixtureRequest
+):
+    """Padding on the left, on the right, in between, and a chunk of nothing but padding."""
+    deployed: Deployed = request.getfixturevalue(name)
+    ids = example_ids(4, 25, VOCAB)
     mask = torch.ones_like(ids)
-    mask[0, :9], mask[2, 20:] = 0, 0
-    expected, _ = run_chunks(hybrid.stateful, ids, (7, 1, 17), mask=mask, dtype=torch.float32)
-    session = OnnxSession(hybrid.artifact.folder, threads=1)
-    session.reset(batch=3)
-    parts = zip(ids.split([7, 1, 17], 1), mask.split([7, 1, 17], 1), strict=True)
+    mask[0, :9], mask[2, 20:], mask[3, :8], mask[3, 12:14] = 0, 0, 0, 0
+    session = OnnxSession(deployed.artifact.folder, threads=1)
+    session.reset(batch=4)
+    parts = zip(ids.split(list(chunks), 1), mask.split(list(chunks), 1), strict=True)
     found = np.concatenate([session.forward(i.numpy(), m.numpy()) for i, m in parts], 1)
-    np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
+    for row, seen, logits in zip(ids, mask == 1, found, strict=True):
+        expected = deployed.whole(row[seen][None]).detach()[0]
+        np.testing.assert_allclose(logits[seen.numpy()], expected.numpy(), atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "plain", "all_converted"])
+def test_batched_generation_is_single_generation(name: str, request: pytest.FixtureRequest):
+    deployed: Deployed = request.getfixturevalue(name)
+    session = OnnxSession(deployed.artifact.folder, threads=1)
+    prompts = [[3, 141, 59, 26, 5], [35], [8, 9, 79]]
+    alone = []
+    for prompt in prompts:
+        session.reset()
+        alone.append(list(session.generate(prompt, 24)))
+    assert len({tuple(a) for a in alone}) == 3
+    for side in ("left", "right"):
+        assert session.generate_batch(prompts, 24, padding=side) == alone
 
 
 def test_border_has_the_names_that_runtimes_expect(hybrid: Deployed):
@@ -176,14 +246,14 @@ def test_border_has_the_names_that_runtimes_expect(hybrid: Deployed):
     assert shapes == {
         "input_ids": ["batch", "sequence"],
         "attention_mask": ["batch", "total_sequence"],
-        "past_key_values.0.key": ["batch", 2, "past_sequence", 8],
-        "past_key_values.0.value": ["batch", 2, "past_sequence", 8],
-        "past_key_values.1.recurrent_state": ["batch", 4, 8, 8],
+        "past_key_values.0.key": ["batch", 2, "past_sequence", 16],
+        "past_key_values.0.value": ["batch", 2, "past_sequence", 16],
+        "past_key_values.1.recurrent_state": ["batch", 4, 16, 16],
         "past_key_values.1.conv_state": ["batch", 1, 1],
         "logits": ["batch", "sequence", VOCAB],
-        "present.0.key": ["batch", 2, "total_sequence", 8],
-        "present.0.value": ["batch", 2, "total_sequence", 8],
-        "present.1.recurrent_state": ["batch", 4, 8, 8],
+        "present.0.key": ["batch", 2, "present_sequence", 16],
+        "present.0.value": ["batch", 2, "present_sequence", 16],
+        "present.1.recurrent_state": ["batch", 4, 16, 16],
         "present.1.conv_state": ["batch", 1, 1],
     }
 
@@ -195,7 +265,7 @@ def test_genai_config_says_what_the_graph_is(hybrid: Deployed):
     assert (model["bos_token_id"], model["eos_token_id"]) == (1, 2)
     decoder = model["decoder"]
     names = ("head_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-    assert [decoder[n] for n in names] == [8, 32, 4, 2, 2]
+    assert [decoder[n] for n in names] == [16, 32, 4, 2, 2]
 
 
 def test_bytes_are_the_same_again_and_free_of_the_machine(hybrid: Deployed, tmp_path: Path):

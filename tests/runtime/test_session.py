@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from tcal_compiler.runtime import session as session_module
 from tcal_compiler.runtime.config import ExportConfig
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.onnx_export import export_onnx
+from tcal_compiler.runtime.onnx_parity import torch_generate
 from tcal_compiler.runtime.sampling import Sampler
-from tcal_compiler.runtime.session import OnnxSession, torch_generate
+from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.session_state import SessionState
 from tcal_compiler.runtime.student import make_student
 
 VOCAB, WIDTH, CONTEXT = 64, 32, 100
@@ -241,6 +244,93 @@ def test_a_model_of_another_kind(tmp_path: Path):
 
 def test_a_snapshot_of_another_model_is_refused(session: OnnxSession):
     kept = session.snapshot()
-    wrong = type(kept)(kept.length, kept.mask, (*kept.values[:-1], np.zeros((1, 2, 3), np.float32)))
-    with pytest.raises(ExportError, match="another model"):
-        session.restore(wrong)
+    for wrong in (
+        replace(kept, values=(*kept.values[:-1], np.zeros((1, 2, 3), np.float32))),
+        replace(kept, values=kept.values[:-1]),
+        replace(kept, model="0" * 64),
+        replace(kept, length=3),
+    ):
+        with pytest.raises(ExportError, match="another model"):
+            session.restore(wrong)
+    session.restore(kept)
+
+
+def test_a_snapshot_longer_than_the_context_is_refused(session: OnnxSession):
+    kept = session.snapshot()
+    length = CONTEXT + 1
+    values = tuple(np.zeros([length if d == 0 else d for d in v.shape], v.dtype) for v in kept.values)
+    with pytest.raises(ExportError, match=f"holds {length} tokens"):
+        session.restore(replace(kept, length=length, mask=np.ones((1, length), np.int64), values=values))
+
+
+def test_a_saved_state_continues_in_another_process(
+    deployed: tuple[StatefulGraph, Path], session: OnnxSession, tmp_path: Path
+):
+    session.prefill(PROMPT)
+    session.snapshot().save(tmp_path / "state.npz")
+    expected = list(session.generate([7], 10))
+    other = OnnxSession(deployed[1], threads=1)
+    other.restore(SessionState.load(tmp_path / "state.npz"))
+    assert other.length == len(PROMPT) and list(other.generate([7], 10)) == expected
+
+
+def test_files_that_are_no_state(session: OnnxSession, tmp_path: Path):
+    path = tmp_path / "state.npz"
+    with pytest.raises(ExportError, match="no saved state"):
+        SessionState.load(path)
+    session.snapshot().save(path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ExportError, match="no saved state"):
+            SessionState.load(path)
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(ExportError, match="no saved state"):
+        SessionState.load(path)
+    with pytest.raises(ExportError, match="cannot be written"):
+        session.snapshot().save(tmp_path / "missing" / "state.npz")
+
+
+def test_a_fork_shares_the_prefix_and_nothing_else(session: OnnxSession):
+    session.prefill(PROMPT)
+    forks = [session.fork() for _ in range(2)]
+    mine, *theirs = (list(s.generate([t], 12)) for s, t in zip((session, *forks), (7, 8, 9), strict=True))
+    assert len({tuple(t) for t in (mine, *theirs)}) == 3
+    for tokens, start in zip((mine, *theirs), (7, 8, 9), strict=True):
+        session.reset()
+        assert list(session.generate([*PROMPT, start], 12)) == tokens
+
+
+def test_a_batch_keeps_its_state_too(session: OnnxSession):
+    """Snapshot and restore of padded rows; the rows differ in what they have seen."""
+    ids, mask = np.array([PROMPT, [1, 2, 3, 0, 0]]), np.array([[1] * 5, [1, 1, 1, 0, 0]])
+    session.reset(batch=2)
+    session.forward(ids, mask)
+    kept = session.snapshot()
+    new = np.array([[4, 5], [6, 7]])
+    expected = session.forward(new)
+    session.reset()
+    session.restore(kept)
+    np.testing.assert_array_equal(session.forward(new), expected)
+    session.reset()
+    np.testing.assert_allclose(session.forward(np.array([[1, 2, 3, 6, 7]]))[0, -2:], expected[1], atol=1e-5)
+
+
+def test_rows_of_a_batch_end_alone(session: OnnxSession):
+    prompts = [PROMPT, [8], [9, 1]]
+    whole = session.generate_batch(prompts, 12)
+    stop = whole[0][3]
+    ended = session.generate_batch(prompts, 12, eos=stop)
+    assert ended == [w[: w.index(stop) + 1] if stop in w else w for w in whole] and len(ended[0]) <= 4
+
+
+def test_batches_that_cannot_run(session: OnnxSession):
+    with pytest.raises(DataError, match="0 prompts"):
+        session.generate_batch([], 3)
+    with pytest.raises(DataError, match="at least one token"):
+        session.generate_batch([[1], []], 3)
+    with pytest.raises(ConfigError, match="no side"):
+        session.generate_batch([[1]], 3, padding="middle")
+    with pytest.raises(DataError, match="do not fit"):
+        session.generate_batch([[1], [1] * 50], CONTEXT)
+    assert session.generate_batch([[1], [2]], 0) == [[], []]

@@ -1,0 +1,6 @@
+"""tcal::cached_attention: importing this package registers the op with PyTorch (no ONNX)."""
+
+from .op import cached_attention
+from .reference import cached_attention_reference
+
+__all__ = ["cached_attention", "cached_attention_reference"]

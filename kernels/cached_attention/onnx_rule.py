@@ -1,0 +1,169 @@
+"""Cached attention in ONNX: com.microsoft GroupQueryAttention, or plain operators where its sizes do not fit.
+
+GroupQueryAttention packs heads into the last dimension (query [B, T, H * D], key and value [B, T, K * D]), rotates q
+and k itself, and writes into the cache that it is given when present and past are bound to the same memory. It finds a
+row's past in seqlens_k, the number of the row's last slot. In ONNX Runtime on the CPU it takes several tokens behind a
+past for a batch of one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .reference import attend, new_slots, write
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+OP = torch.ops.tcal.cached_attention.default
+OP_TYPE = "GroupQueryAttention"
+_INPUTS = (
+    "query",
+    "key",
+    "value",
+    "past_key",
+    "past_value",
+    "seqlens_k",
+    "total_sequence_length",
+    "cos_cache",
+    "sin_cache",
+)
+_COUNTS = ("seqlens_k", "total_sequence_length")
+_ATTRIBUTES = {
+    "num_heads": "INT",
+    "kv_num_heads": "INT",
+    "scale": "FLOAT",
+    "local_window_size": "INT",
+    "do_rotary": "INT",
+    "rotary_interleaved": "INT",
+}
+
+
+def is_fused(key_dim: int, value_dim: int) -> bool:
+    """Whether GroupQueryAttention takes these sizes."""
+    return key_dim == value_dim and key_dim % 8 == 0
+
+
+def can_rotate(key_dim: int, rotated: int) -> bool:
+    """Whether it also rotates the first `rotated` channels of q and k."""
+    return key_dim % 16 == 0 and rotated % 16 == 0
+
+
+def plain_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    total: int,
+    scale: float,
+    window: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+) -> Any:
+    """The op in plain operators, for a cache of exactly the past's slots, which it copies and grows.
+
+    NotImplemented where the fused operator takes over. It never rotates: what rotates is always fused.
+    """
+    if is_fused(q.shape[-1], v.shape[-1]):
+        return NotImplemented
+    assert cos is None and sin is None
+    slots = new_slots(past_lengths, q.shape[2])
+    keys, values = (write(torch.cat((old, new), 2), new, slots) for old, new in ((past_key, k), (past_value, v)))
+    return attend(q, keys, values, slots, scale=scale, window=window), keys, values
+
+
+def decompose_plain(program: ExportedProgram) -> ExportedProgram:
+    """Replaces the cores that stay plain by their operators."""
+    return program.run_decompositions({OP: plain_form})
+
+
+def _group_query_attention() -> Any:
+    """The op as a value that onnxscript records; its schema is not in onnx's registry."""
+    import onnx
+    from onnxscript import values
+
+    schema = onnx.defs.OpSchema
+    single, optional = schema.FormalParameterOption.Single, schema.FormalParameterOption.Optional
+
+    def formal(name: str, option: Any = single) -> Any:
+        return schema.FormalParameter(name, "M" if name in _COUNTS else "T", "", param_option=option)
+
+    definition = schema(
+        OP_TYPE,
+        "com.microsoft",
+        1,
+        inputs=[formal(n, optional if "cache" in n else single) for n in _INPUTS],
+        outputs=[formal(n) for n in ("output", "present_key", "present_value")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("M", ["tensor(int32)"], ""),
+        ],
+        attributes=[
+            schema.Attribute(n, getattr(schema.AttrType, kind), "", required=False) for n, kind in _ATTRIBUTES.items()
+        ],
+    )
+    return values.Op(values.Opset("com.microsoft", 1), OP_TYPE, definition)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """custom_translation_table of torch.onnx.export for the op."""
+    import onnx
+    import onnxscript
+
+    op: Any = onnxscript.opset21  # its stubs do not know constants
+    attention = _group_query_attention()
+    int32 = onnx.TensorProto.INT32
+
+    def packed(x: Any) -> Any:
+        """[B, H, T, D] -> [B, T, H * D]."""
+        width = int(x.shape[1]) * int(x.shape[3])
+        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, width]))
+
+    def rule(
+        q: Any,
+        k: Any,
+        v: Any,
+        past_key: Any,
+        past_value: Any,
+        past_lengths: Any,
+        total: Any,
+        scale: float,
+        window: int,
+        cos: Any,
+        sin: Any,
+        interleaved: bool,
+    ) -> Any:
+        heads, kv_heads, dim = int(q.shape[1]), int(k.shape[1]), int(q.shape[3])
+        tokens = op.Shape(q, start=2, end=3)
+        last = op.Sub(op.Add(past_lengths, tokens), op.Constant(value_ints=[1]))
+        whole = op.Squeeze(op.Cast(total, to=int32))
+        tables = () if cos is None else (cos, sin)
+        options = {"do_rotary": 1, "rotary_interleaved": int(interleaved)} if tables else {}
+        if window:
+            options["local_window_size"] = window
+        out, key, value = attention(
+            packed(q),
+            packed(k),
+            packed(v),
+            past_key,
+            past_value,
+            op.Cast(last, to=int32),
+            whole,
+            *tables,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=scale,
+            **options,
+            _outputs=3,
+        )
+        split = op.Reshape(out, op.Constant(value_ints=[0, 0, heads, dim]))
+        return op.Transpose(split, perm=[0, 2, 1, 3]), key, value
+
+    return {OP: rule}

@@ -1,0 +1,138 @@
+"""Smaller variants of a run's ONNX student, each measured against the float32 one before it may stay."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .api import ASSETS, write_report
+from .errors import ConfigError, ParityError, RunFolderError
+from .passes.types import Check
+from .progress import Progress
+from .recorded import teacher_info
+from .runtime import data
+from .runtime.manifest import hash_json
+from .runtime.onnx_export import DATA_FILE, MODEL_FILE
+from .runtime.quantize import MOST_KL, WEIGHT_TYPES, Divergence, WeightType, divergence, quantize
+from .runtime.run_folder import RunFolder
+from .runtime.session import OnnxSession
+from .runtime.tokenizer import ByteTokenizer, TokenizerLike, read_tokenizer
+
+TEXT = ASSETS / "text" / "heldout.txt"
+SEQUENCES, LENGTH = 8, 128
+
+
+def model_file(dtype: str | None = None) -> Path:
+    """Where a run folder keeps an ONNX student, the float32 one or a variant; relative to the run folder."""
+    return Path("onnx" if dtype is None else f"onnx-{dtype}") / MODEL_FILE
+
+
+def run_tokenizer(run: RunFolder) -> TokenizerLike:
+    """The tokenizer that lies beside the ONNX student."""
+    run.require("export")
+    info = teacher_info(run)
+    if info.tokenizer == "bytes":
+        return ByteTokenizer()
+    folder = (run.path / model_file()).parent
+    return read_tokenizer(folder, eos_token_id=info.eos_token_id, bos_token_id=info.bos_token_id)
+
+
+def export_variant(
+    path: str | Path,
+    dtype: WeightType,
+    *,
+    max_kl: float | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Check:
+    """Writes run/onnx-DTYPE, with the student's weights as fp16, int8 or int4, and returns the check that guards it.
+
+    max_kl: largest mean KL(float32 student || variant), in nats per token on the held-out text that ships; default
+    MOST_KL[dtype]. force: keep a variant beyond the bound.
+
+    Raises:
+        ConfigError: an unknown dtype, or a bound that is no positive number.
+        RunFolderError: no exported student, or one that was changed.
+        ParityError: a variant beyond the bound, unless forced; the run folder stays as it was.
+    """
+    bound = _checked(dtype, max_kl)
+    progress = progress or Progress(quiet=True)
+    with RunFolder.open_existing(path, write=True) as run:
+        if problems := run.changed("export"):
+            name, what = next(iter(problems.items()))
+            raise RunFolderError(str(run.path / name), what, "the same tcal-compile command makes it again")
+        settings = {"dtype": dtype, "max_kl": bound, "force": force}
+        with run.stage(f"export-{dtype}", config=settings, inputs=_inputs(run)) as stage:
+            if stage.done:
+                return Check(**stage.evidence["checks"][0])
+            progress.say(f"{dtype}: weights")
+            target = (stage.dir / model_file(dtype)).parent
+            model = quantize(run.path / model_file(), target, dtype)
+            for file in sorted((run.path / model_file()).parent.iterdir()):
+                if file.name not in (MODEL_FILE, DATA_FILE):
+                    shutil.copyfile(file, target / file.name)
+            progress.say(f"{dtype}: divergence from the float32 student")
+            found = measure(run, model)
+            check = _guard(run, dtype, found, model, bound)
+            if not check.passed and not force:
+                what = f"KL to the float32 student is {check.measured:.3g} nats per token, allowed {bound:.3g}"
+                raise ParityError(f"export --dtype {dtype}", what, "more bits, a larger --max-kl, or --force")
+            stage.evidence = {"checks": [asdict(check)], **asdict(found), "forced": not check.passed}
+        write_report(run, progress)
+    return check
+
+
+def _inputs(run: RunFolder) -> dict[str, str]:
+    return {"export": run.stage_hash("export"), "text": data.text_sha256(TEXT)}
+
+
+def _checked(dtype: str, max_kl: float | None) -> float:
+    if dtype not in WEIGHT_TYPES:
+        raise ConfigError("--dtype", f"{dtype!r} is unknown", ", ".join(WEIGHT_TYPES))
+    bound = MOST_KL[dtype] if max_kl is None else max_kl
+    if not (math.isfinite(bound) and bound > 0):
+        raise ConfigError("--max-kl", f"{bound} is no positive number", f"{MOST_KL[dtype]} for {dtype}")
+    return bound
+
+
+def measure(run: RunFolder, model: Path) -> Divergence:
+    """A variant against the run's float32 student, on the first sequences of the held-out text."""
+    tokenizer = run_tokenizer(run)
+    tokens = data.encode_documents(data.read_text(TEXT), tokenizer, tokenizer.eos_token_id)
+    reference, other = OnnxSession(run.path / model_file()), OnnxSession(model)
+    length = min(LENGTH, reference.context_length or LENGTH)
+    ids: NDArray[np.int64] = data.pack(tokens, sequences=SEQUENCES, length=length, what=str(TEXT)).numpy()
+    return divergence(reference, other, ids)
+
+
+def _guard(run: RunFolder, dtype: str, found: Divergence, model: Path, bound: float) -> Check:
+    def size(folder: Path) -> int:
+        return sum(f.stat().st_size for f in folder.iterdir() if f.name in (MODEL_FILE, DATA_FILE))
+
+    before, after = size((run.path / model_file()).parent), size(model.parent)
+    detail = (
+        f"{found.tokens} tokens; perplexity {found.perplexity:.4g}, float32 {found.reference_perplexity:.4g}; "
+        f"{after / 1e6:.1f} MB, float32 {before / 1e6:.1f} MB"
+    )
+    return Check(f"{dtype} student: KL to the float32 student, nats per token", found.kl, bound, detail)
+
+
+def variant_checks(run: RunFolder) -> list[Check]:
+    """Repeats the guard of every variant in a run folder; one that was forced keeps its own value as the bound."""
+    checks = []
+    for dtype in WEIGHT_TYPES:
+        record = run.manifest.stages.get(f"export-{dtype}")
+        if record is None:
+            continue
+        made: dict[str, float] = record.evidence["checks"][0]  # type: ignore[index,call-overload,assignment]
+        model = run.path / model_file(dtype)
+        bound = max(float(made["allowed"]), 1.01 * float(made["measured"]) if record.evidence["forced"] else 0.0)
+        stale = float(record.inputs_hash != hash_json(_inputs(run)))
+        checks.append(Check(f"{dtype} student was made from another float32 student", stale, 0.0, "export it again"))
+        checks.append(_guard(run, dtype, measure(run, model), model, bound))
+    return checks
