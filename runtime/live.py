@@ -185,7 +185,8 @@ def _check_sites(scan: SiteScan, run: RunFolder) -> None:
         if new is None:
             reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:2])
             what = f"attention {old['layer']} ({old['module']}) can be converted in the run folder's teacher, not here"
-            raise RunFolderError(str(run.path), f"{what}: {reasons or 'not found'}", 'attn_implementation="sdpa"')
+            hint = 'the model that it was made from; for transformers, attn_implementation="sdpa"'
+            raise RunFolderError(str(run.path), f"{what}: {reasons or 'not found'}", hint)
         for key in sorted((set(old) & set(new)) - set(_SPELLING)):
             if old[key] != new[key]:
                 what = f"attention {old['layer']}: {key} is {old[key]} in the run folder's teacher, here {new[key]}"
