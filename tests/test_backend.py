@@ -205,16 +205,16 @@ def test_training_mode(tiny, shared_run):
     ],
 )
 def test_changed_weights(tiny, shared_run, name, words):
-    """Before the first call and after it; the first weight is the same in the student, the second is not."""
+    """After the first call; the first of the two weights is the same in the student, the second is not."""
     model = copy.deepcopy(tiny)
     weight = model.get_parameter(name)
     fast = compiled(model, shared_run)
-    for _ in range(2):
-        weight[0, 0] += 1
-        with refused(RunFolderError, "another model", words):
-            fast(ids_of(2, 9))
-        weight.copy_(tiny.get_parameter(name))
-        assert_close(fast(ids_of(2, 9)), exported(shared_run)(ids_of(2, 9)))
+    good = fast(ids_of(2, 9))
+    weight[0, 0] += 1
+    with refused(RunFolderError, "another model", words):
+        fast(ids_of(2, 9))
+    weight.copy_(tiny.get_parameter(name))
+    assert torch.equal(fast(ids_of(2, 9)), good)
 
 
 @pytest.mark.parametrize(
@@ -245,12 +245,13 @@ def test_the_same_weights_in_another_attention(tiny, shared_run, monkeypatch, ch
         torch.nn.functional, "scaled_dot_product_attention", lambda *args, **options: real(*args, **(options | changes))
     )
     with refused(RunFolderError, *words):
-        compiled(tiny, shared_run)(ids_of(2, 9))
+        compiled(tiny, shared_run, dynamic=None)(ids_of(2, 9))  # dynamic=True would make an input of the scale
 
 
-def test_another_dtype(tiny, shared_run):
+def test_another_dtype(llama_run):
+    model = copy.deepcopy(llama_run[0]).bfloat16()
     with refused(RunFolderError, r"bfloat16 .* float32"):
-        compiled(copy.deepcopy(tiny).bfloat16(), shared_run)(ids_of(2, 9))
+        compiled(model, llama_run[1])(ids_of(2, 9), use_cache=False)
 
 
 def test_run_folders(tiny, shared_run, tmp_path):
@@ -335,7 +336,7 @@ def test_conversion_passes_on_what_a_conversion_refuses(tiny):
     with refused(ConfigError, "uniform:9"):
         converting(tiny, [ids_of(2, 9)], policy="uniform:9")(ids_of(2, 9))
     with refused(UnsupportedModelError, "bfloat16"):
-        converting(copy.deepcopy(tiny).bfloat16(), [ids_of(2, 9)])(ids_of(2, 9))
+        converting(llama(vocab_size=VOCAB).bfloat16(), [ids_of(2, 9)])(ids_of(2, 9), use_cache=False)
 
 
 # Registration
