@@ -33,7 +33,15 @@ from .tokenizer import (
     read_tokenizer,
 )
 
-__all__ = ["Teacher", "check_tokenizer", "find_tokenizer", "fingerprint", "load_teacher", "load_tokenizer"]
+__all__ = [
+    "Teacher",
+    "check_tokenizer",
+    "find_tokenizer",
+    "fingerprint",
+    "live_teacher",
+    "load_teacher",
+    "load_tokenizer",
+]
 
 EMBEDDED = "embedded"
 TeacherKind = Literal["program", "transformers", "gguf", "factory", "pickle"]
@@ -105,6 +113,11 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
         tokenizer_dir=folder,
         info=_info() | loaded.info | {"tokenizer": kind},
     )
+
+
+def live_teacher(module: nn.Module, source: str) -> Teacher:
+    """A module in memory as a teacher without a tokenizer: as it is, in its own mode and dtype."""
+    return Teacher(source, "factory", module, None, None, _info() | _config_info(module) | {"tokenizer": None})
 
 
 def load_tokenizer(teacher: Teacher) -> TokenizerLike:

@@ -11,6 +11,7 @@ _PUBLIC = {
     "evaluate_run": "runs",
     "verify_run": "runs",
     "generate_text": "runs",
+    "register_backend": "backend",
 }
 
 __all__ = [*_PUBLIC]

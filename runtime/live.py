@@ -1,0 +1,193 @@
+"""Students of a module in memory: with the weights of a run folder, or converted on the spot. No file is written."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcal_compiler.errors import DataError, RunFolderError, UnsupportedModelError
+from tcal_compiler.passes.capture import require_causal
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.graph import move_to
+from tcal_compiler.passes.rewrite_gdn import MIXERS
+from tcal_compiler.passes.types import Capture, Plan, SiteScan
+
+from .align import align
+from .calibrate import initialise
+from .capture_teacher import capture_teacher
+from .config import AlignConfig, InitName
+from .run_folder import RunFolder
+from .student import Student, make_student
+from .taps import collect_taps
+from .teacher import live_teacher
+from .weights import load_weights
+
+WHERE = "the compiled model"
+SHORTEST = 8  # tokens of a calibration sequence
+BATCH = 8  # sequences in one forward of the teacher
+_SPELLING = ("module", "causal")  # facts of a site that a module and an exported program of it may spell differently
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The one device of all parameters and buffers. Raises UnsupportedModelError when there are none or several."""
+    devices = {t.device for t in [*module.parameters(), *module.buffers()]}
+    if len(devices) != 1:
+        raise UnsupportedModelError(WHERE, f"its weights are on {sorted(map(str, devices))}", "a model on one device")
+    return devices.pop()
+
+
+def capture_live(module: nn.Module) -> Capture:
+    """The captured graph of a module in memory, on the CPU, with its fingerprint; the module stays as it is.
+
+    Raises UnsupportedModelError when it cannot be exported.
+    """
+    if device_of(module).type != "cpu":
+        tensors = [*module.parameters(), *module.buffers()]
+        here = {id(t): _on_cpu(t) for t in tensors}
+        module = copy.deepcopy(module, dict(here))
+    return capture_teacher(live_teacher(module, WHERE))
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    data = tensor.detach().cpu()
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def student_of_run(capture: Capture, path: str | os.PathLike[str]) -> Student:
+    """The aligned student of a run folder on the graph of its own teacher, in float32 on the CPU.
+
+    Raises:
+        RunFolderError: no run folder, not aligned yet, damaged, or of another teacher; the difference is named.
+    """
+    with RunFolder.open_existing(Path(path)) as run:
+        for stage in ("calibrate", "align"):
+            for name, problem in run.changed(stage).items():
+                raise RunFolderError(str(run.path / name), problem, "the same tcal-compile command makes it again")
+        if capture.fingerprint != run.manifest.teacher.fingerprint:
+            raise RunFolderError(
+                str(run.path),
+                f"was made from another model than the compiled one: {_difference(capture, run)}",
+                f"the model it was made from: {run.manifest.teacher.source}",
+            )
+        scan = find_attention(capture)
+        _check_sites(scan, run)
+        plan: dict[str, Any] = run.manifest.plan
+        student = make_student(capture, scan, Plan(tuple(plan["keep"]), tuple(plan["convert"]), plan["policy"]))
+        load_weights(student, run.path / "weights.safetensors")
+    return student
+
+
+def student_of_batches(
+    module: nn.Module,
+    capture: Capture,
+    batches: Sequence[Tensor],
+    *,
+    policy: str,
+    init: InitName = "closed-form",
+    seed: int = 0,
+    config: AlignConfig | None = None,
+) -> Student:
+    """A conversion in memory, on the module's device: plan, statistics, initial values, alignment.
+
+    Args:
+        capture: the module's, from capture_live; it is moved to the module's device.
+        batches: int64 token ids [B, T], all of one length T. The last eighth of the sequences only scores.
+
+    Raises:
+        TcalError: as a conversion does; DataError when the batches are no token ids of this model.
+    """
+    config = config or AlignConfig()
+    if wrong := [f"{n} is {_describe(p)}" for n, p in module.named_parameters() if p.dtype != torch.float32]:
+        raise UnsupportedModelError(WHERE, f"{wrong[0]}; float32 weights are converted", "model.float()")
+    ids = _token_ids(batches, capture.vocab_size, live_teacher(module, WHERE).info["context_length"])
+    student = make_student(capture, scan := find_attention(capture), choose(scan, policy))
+    require_causal(capture)
+    for gm in (capture.gm, student.gm):
+        move_to(gm, device_of(module))
+    if not student.converted:
+        return student
+    train = len(ids) - max(1, len(ids) // 8)
+    groups = collect_taps(student, capture.gm, ids, batch=BATCH)
+    seen = [replace(g, x=g.x[:, :train], y=g.y[:, :train]) for g in groups]
+    student, _ = initialise(student, seen, init=init, seed=seed, batch=BATCH)
+    if config.steps:
+        student, _ = align(student, groups, train=train, config=config, seed=seed)
+    return student
+
+
+def _token_ids(batches: Sequence[Tensor], vocab_size: int, context: int | None) -> Tensor:
+    """All sequences [N, T], on the CPU."""
+    where = "the calibration batches"
+    hint = f"a list of int64 token ids [B, T] of one length T from {SHORTEST} on, at least 2 sequences together"
+    if any(t.dtype != torch.int64 or t.dim() != 2 for t in batches) or len({t.shape[1] for t in batches}) != 1:
+        raise DataError(where, f"are {_some(map(_describe, batches)) or 'none'}", hint)
+    ids = torch.cat([t.cpu() for t in batches])
+    if len(ids) < 2 or ids.shape[1] < SHORTEST:
+        raise DataError(where, f"hold {len(ids)} sequences of {ids.shape[1]} tokens", hint)
+    if context is not None and ids.shape[1] > context:
+        raise DataError(where, f"are {ids.shape[1]} tokens long, but the model's context holds {context}", hint)
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise DataError(where, f"hold ids {ids.min()} to {ids.max()}, but the vocabulary has {vocab_size}", hint)
+    return ids
+
+
+def _difference(capture: Capture, run: RunFolder) -> str:
+    """In which weights a model differs from the run's teacher: by name, dtype and shape, then by value.
+
+    The run folder keeps the teacher's values of all weights that conversion left alone.
+    """
+    from safetensors import safe_open
+
+    named = [*capture.gm.named_parameters(remove_duplicate=False), *capture.gm.named_buffers(remove_duplicate=False)]
+    mine = dict(named)
+    with safe_open(str(run.path / "initial.safetensors"), framework="pt") as f:
+        changed = set(f.keys())
+    with safe_open(str(run.path / "weights.safetensors"), framework="pt") as f:
+        theirs = {n for n in f.keys() if not n.startswith(f"{MIXERS}.")}  # noqa: SIM118
+        known = {id(mine[n]) for n in theirs & set(mine)}
+        if missing := sorted(theirs - set(mine)):
+            return f"it lacks {_some(missing)}; it has {_some(sorted(set(mine) - theirs)) or 'no others'}"
+        if extra := sorted(n for n, t in named if id(t) not in known):
+            return f"it has {_some(extra)} besides"
+        for name in sorted(theirs):
+            tensor, want = mine[name], f.get_tensor(name)
+            if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
+                return f"{name} is {_describe(tensor)}, its own is {_describe(want)}"
+        for name in sorted(theirs - changed):
+            if not torch.equal(mine[name], want := f.get_tensor(name)):
+                return f"the values of {name} differ, by {(mine[name] - want).abs().max().item():.3g} at most"
+    return f"values differ in layers that were converted, in some of {_some(sorted(changed & theirs))}"
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_sites(scan: SiteScan, run: RunFolder) -> None:
+    """The weights are the same; so are the attention cores, unless another implementation of attention is chosen."""
+    recorded: Any = run.record("plan").evidence["sites"]
+    found = {s.index: s.summary() for s in scan.sites}
+    for old in recorded:
+        new = found.get(old["layer"])
+        if new is None:
+            reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:2])
+            what = f"attention {old['layer']} ({old['module']}) can be converted in the run folder's teacher, not here"
+            hint = 'the model that it was made from; for transformers, attn_implementation="sdpa"'
+            raise RunFolderError(str(run.path), f"{what}: {reasons or 'not found'}", hint)
+        for key in sorted((set(old) & set(new)) - set(_SPELLING)):
+            if old[key] != new[key]:
+                what = f"attention {old['layer']}: {key} is {old[key]} in the run folder's teacher, here {new[key]}"
+                raise RunFolderError(str(run.path), what, "the model that it was made from")
