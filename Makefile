@@ -34,7 +34,7 @@ demo: env
 	@echo "With plots: $(RUN)/report.html"
 
 test: env
-	$(PY) -m pytest -n 2 -q tests
+	$(PY) -m pytest -n 2 --dist loadfile -q tests
 
 lint: env
 	$(VENV)/bin/ruff check .

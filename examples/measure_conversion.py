@@ -70,6 +70,7 @@ def arguments() -> argparse.Namespace:
         "calibration sequences after the first --steps is used",
     )
     p.add_argument("--weight-decay", type=float, help="of the teacher's projections; default as in tcal-compile")
+    p.add_argument("--noise", type=float, help="on the sites' inputs; default as in tcal-compile")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path)
@@ -161,6 +162,7 @@ class Bench:
             for n, v in values.items():
                 student.gm.get_parameter(n).copy_(v)
         given = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher, "weight_decay": self.args.weight_decay}
+        given["noise"] = self.args.noise
         config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(

@@ -93,20 +93,27 @@ class GroupTrainer:
             group["peak"] = group["lr"]
         return found
 
-    def losses(self, index: Tensor) -> Tensor:
-        """Per-site mean squared error over the site's mean square [L], for sequences `index`."""
+    def losses(self, index: Tensor, noise_seed: int | None = None) -> Tensor:
+        """Per-site mean squared error over the site's mean square [L], for sequences `index`.
+
+        noise_seed: of the noise added to x, whose standard deviation is config.noise times the token's rms.
+        """
         index = index.to(self.group.x.device)
         x = self.group.x[:, index].to(self.device).float()
         y = self.group.y[:, index].to(self.device).float()
+        if noise_seed is not None and self.config.noise:
+            generator = torch.Generator(x.device).manual_seed(noise_seed)
+            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            x = x + self.config.noise * x.square().mean(-1, keepdim=True).sqrt() * noise
         return (self._forward(x) - y).square().mean((1, 2, 3)) / self.power.clamp_min(1e-30)
 
-    def step(self, step: int, index: Tensor) -> Tensor:
+    def step(self, step: int, index: Tensor, seed: int) -> Tensor:
         """One optimiser step with the gradient of each site clipped on its own; returns the losses before it [L]."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, self.config)
-        losses = self.losses(index)
+        losses = self.losses(index, noise_seed=seed * 1_000_003 + step)
         losses.sum().backward()
         with torch.no_grad():
             grads = [p.grad for p in self.params.values() if p.grad is not None]
@@ -228,7 +235,7 @@ def align(
         state.curve.append(_curve_point(0, groups, held, held))
     for step in range(state.step, config.steps):
         index = batch_indices(step, sequences=train, batch=config.batch, seed=seed)
-        losses = torch.cat([t.step(step, index) for t in trainers])
+        losses = torch.cat([t.step(step, index, seed) for t in trainers])
         done = step + 1
         if done % config.score_every == 0 or done == config.steps:
             held = torch.cat([t.score() for t in trainers])

@@ -43,6 +43,7 @@ class AlignConfig(StrictModel):
     )
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the teacher's projections only")
+    noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
     score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")

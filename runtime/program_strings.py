@@ -30,6 +30,7 @@ _FUNCTIONS = frozenset(
 )
 _NAMES = {"true", "false", "oo", "int_oo", "zoo", "True", "False"}
 _MOST_NODES = 10_000
+_OPERATORS = (ast.boolop, ast.operator, ast.unaryop, ast.cmpop)
 _NODES = (ast.Expression, ast.Constant, ast.Tuple, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult)
 
 
@@ -61,6 +62,8 @@ def _walk(value: Any, key: str, found: list[str]) -> None:
 def _harmless(key: str, text: str) -> bool:
     if key == "expr_str":
         return is_plain_expression(text)
+    if key == "guards_code":
+        return is_plain_guard(text)
     if key in ("in_spec", "out_spec"):
         return "__enum__" not in text and bool(_SPEC.fullmatch(text))
     if key == "target":
@@ -68,6 +71,29 @@ def _harmless(key: str, text: str) -> bool:
     if key == "forward_arg_names":
         return bool(_SYMBOL.fullmatch(text))
     return bool(_NAME.fullmatch(text))
+
+
+def is_plain_guard(text: str) -> bool:
+    """Whether text only compares sizes of inputs, such as L['ids'].size()[1] == L['position_ids'].size()[1]."""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    plain = (ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Load, *_OPERATORS)
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            ok = isinstance(node.func, ast.Attribute) and not node.args and not node.keywords
+        elif isinstance(node, ast.Attribute):
+            ok = node.attr in ("size", "dim")
+        elif isinstance(node, ast.Name):
+            ok = node.id == "L"
+        elif isinstance(node, ast.Constant):
+            ok = isinstance(node.value, int) or (isinstance(node.value, str) and bool(_SYMBOL.fullmatch(node.value)))
+        else:
+            ok = isinstance(node, plain) and not isinstance(node, ast.Pow)
+        if not ok:
+            return False
+    return len(nodes) <= _MOST_NODES
 
 
 def is_plain_expression(text: str) -> bool:

@@ -66,7 +66,9 @@ def records(out: Path) -> dict[str, Any]:
 
 def made(out: Path) -> dict[str, str]:
     """sha256 of every file of the run folder but the manifest, the lock and the report, which tell times."""
-    files = [p for p in out.rglob("*") if p.is_file() and p.name not in ("tcal.json", ".lock", "report.md")]
+    files = [
+        p for p in out.rglob("*") if p.is_file() and p.name not in ("tcal.json", ".lock", "report.md", "report.html")
+    ]
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

@@ -22,7 +22,9 @@ from tcal_compiler.runtime.taps import SiteGroup, collect_taps
 from tcal_compiler.runtime.weights import changed_names, load_align_state, save_align_state
 
 TRAIN, SEED = 6, 3
-CONFIG = AlignConfig(steps=11, batch=2, warmup=3, lr_new=1e-2, lr_teacher=1e-3, score_every=4, checkpoint_every=1)
+CONFIG = AlignConfig(
+    steps=11, batch=2, warmup=3, lr_new=1e-2, lr_teacher=1e-3, noise=0.1, score_every=4, checkpoint_every=1
+)
 MIXED = ("is_causal", "window", "is_causal")  # a window makes no difference to the program, but to the group
 
 
@@ -84,6 +86,16 @@ def test_frozen_weights_keep_their_bits(undisturbed):
             assert torch.equal(before[name], after[name]), name
     moved = [n for n in before if not torch.equal(before[n], after[n])]
     assert any("attn.out" in n for n in moved) and any("A_log" in n for n in moved)
+
+
+def test_noise_depends_on_its_seed_and_never_reaches_a_score(undisturbed):
+    _, _, _, _, groups, student = undisturbed
+    trainer, index = GroupTrainer(student, groups[0], TRAIN, CONFIG), torch.tensor([0, 1])
+    clean, one, again, other = (trainer.losses(index, s).tolist() for s in (None, 1, 1, 2))
+    assert one == again and len({tuple(x) for x in (clean, one, other)}) == 3
+    assert one == pytest.approx(clean, rel=0.5)
+    quiet = GroupTrainer(student, groups[0], TRAIN, CONFIG.model_copy(update={"noise": 0.0}))
+    assert quiet.losses(index, 1).tolist() == clean and torch.equal(quiet.score(), trainer.score())
 
 
 def test_groups_differ_by_window_and_cover_every_site(undisturbed):

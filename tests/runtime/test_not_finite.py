@@ -72,9 +72,9 @@ def test_a_loss_stops_alignment_and_the_last_checkpoint_is_gone_on_from(teacher,
     whole = aligned(teacher, tmp_path / "whole")
     calls, real = [], GroupTrainer.losses
 
-    def losses(self: GroupTrainer, index: Tensor) -> Tensor:
+    def losses(self: GroupTrainer, index: Tensor, **options: int) -> Tensor:
         calls.append(1)
-        value = real(self, index)
+        value = real(self, index, **options)
         return value * torch.tensor([1.0, float("nan")]) if len(calls) > 15 else value
 
     with monkeypatch.context() as patch:
@@ -84,7 +84,7 @@ def test_a_loss_stops_alignment_and_the_last_checkpoint_is_gone_on_from(teacher,
     assert list((tmp_path / "run/.scratch/align").rglob("align.safetensors")), "the checkpoint of step 6"
     steps: list[int] = []
     step = GroupTrainer.step
-    monkeypatch.setattr(GroupTrainer, "step", lambda self, n, index: (steps.append(n), step(self, n, index))[1])
+    monkeypatch.setattr(GroupTrainer, "step", lambda self, n, *args: (steps.append(n), step(self, n, *args))[1])
     assert aligned(teacher, tmp_path / "run") == whole and steps == [6, 7, 8]
 
 

@@ -17,7 +17,7 @@ from tiny_models import TinyModel, program_of
 
 from tcal_compiler.errors import TeacherError
 from tcal_compiler.runtime.program_file import load_program, save_program
-from tcal_compiler.runtime.program_strings import is_plain_expression, unsafe_text
+from tcal_compiler.runtime.program_strings import is_plain_expression, is_plain_guard, unsafe_text
 
 EDIT = Callable[[dict[str, Any]], None]
 
@@ -121,3 +121,21 @@ def test_what_torch_writes_passes(program, tmp_path):
     for text in ("s0.real", "open('x')", "[s0]", "Symbol(__name__)", "eval('1')", "lambda: 1", "Add(*s0)", "x" * 99):
         assert not is_plain_expression(text), text
     assert unsafe_text(b'{"a b": 1, "metadata": {"x": "(anything)"}}') == ["key 'a b'"]
+
+
+def test_guards_compare_sizes_only():
+    for text in (
+        "L['ids'].size()[1] == L['position_ids'].size()[1]",
+        "2 * L['x'].size()[0] <= 8 and L['x'].dim() == 2",
+    ):
+        assert is_plain_guard(text), text
+    for text in (
+        "__import__('os').system('x')",
+        "L['ids'].__class__",
+        "L['a b']",
+        "L['x'].size(0)",
+        "[i for i in L]",
+        "9 ** 9",
+        "print == 1",
+    ):
+        assert not is_plain_guard(text), text

@@ -122,6 +122,6 @@ def test_a_checkpoint_is_loaded_only_as_it_was_written(tmp_path):
         try:
             again = load_align_state(file)
         except RunFolderError as e:
-            assert "alignment then starts over" in str(e)
+            assert "the stage then starts over" in str(e)
         else:  # padding of the header is no content
             assert again is not None and whole[at : at + 1] == b" ", at

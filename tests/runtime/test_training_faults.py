@@ -126,10 +126,10 @@ def _held_out_error(trainer: GroupTrainer) -> float:
 class ScoredBeforeTheStep(GroupTrainer):
     stale: Tensor | None = None
 
-    def step(self, step: int, index: Tensor) -> Tensor:
+    def step(self, step: int, index: Tensor, seed: int) -> Tensor:
         with torch.no_grad():
             self.stale = self.losses(torch.tensor([6, 7]))
-        return super().step(step, index)
+        return super().step(step, index, seed)
 
     def score(self) -> Tensor:
         if self.stale is None:
@@ -173,9 +173,9 @@ def test_fault_7_no_optimizer_state_in_the_checkpoint(monkeypatch, tapped):
 
 def check_only_matrices_decay(trainer: GroupTrainer) -> None:
     """With gradients of zero a step moves nothing but the teacher's matrices."""
-    trainer.losses = lambda index: sum(p.flatten(1).sum(1) * 0 for p in trainer.params.values())
+    trainer.losses = lambda index, **_: sum(p.flatten(1).sum(1) * 0 for p in trainer.params.values())
     before = {n: p.detach().clone() for n, p in trainer.params.items()}
-    trainer.step(0, torch.tensor([0]))
+    trainer.step(0, torch.tensor([0]), 0)
     moved = {n for n, p in trainer.params.items() if not torch.equal(p, before[n])}
     assert moved and all(trainer.params[n].dim() == 3 and not n.startswith("mixer.") for n in moved), moved
 
