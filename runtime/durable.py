@@ -110,7 +110,7 @@ class FolderLock:
     """
 
     def __init__(self, path: Path, *, shared: bool) -> None:
-        self._fd = -1
+        self._fd, self._shared = -1, shared
         flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
         for _ in range(10):
             fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -121,10 +121,12 @@ class FolderLock:
                     break
                 os.close(fd)
             except BlockingIOError as e:
-                holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+                holder = os.pread(fd, 32, 0).decode(errors="replace").strip()  # readers write none
                 os.close(fd)
                 raise RunFolderError(
-                    str(path.parent), f"is in use by another process (pid {holder})", "wait for it, or stop it"
+                    str(path.parent),
+                    "is in use by another process" + (f" (pid {holder})" if holder else ""),
+                    "wait for it, or stop it",
                 ) from e
         else:
             raise RunFolderError(str(path.parent), "is being created and deleted by other processes", "try again")
@@ -138,6 +140,9 @@ class FolderLock:
 
     def close(self) -> None:
         if self._fd >= 0:
+            if not self._shared and os.fstat(self._fd).st_nlink == 1:
+                with contextlib.suppress(OSError):  # nobody is named who has gone
+                    os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
 

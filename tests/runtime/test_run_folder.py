@@ -140,6 +140,8 @@ def test_one_writer_many_readers(tmp_path):
         assert one.verify_files() == two.verify_files() == {}
         with pytest.raises(RunFolderError, match="reading only"):
             run_stage(one, "a", {})
+        with pytest.raises(RunFolderError, match=r"in use by another process\n"):  # not the writer, which has gone
+            create(tmp_path / "run")
         with pytest.raises(RunFolderError, match="in use"):
             create(tmp_path / "run")
     with RunFolder.open_existing(tmp_path / "run", write=True) as run:
