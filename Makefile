@@ -1,4 +1,5 @@
-# make demo: convert the model that ships.  make test: all tests.  Both make their own environment in .venv first.
+# make demo: convert the model that ships.  make test: the tests; make test-slow: those that CI leaves out.
+# Each makes its own environment in .venv first.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -7,7 +8,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 TRITON := triton==3.9.0
 RUN := demo-run
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test test-slow lint clean
 
 env: $(VENV)/.ready
 
@@ -34,7 +35,10 @@ demo: env
 	@echo "With plots: $(RUN)/report.html"
 
 test: env
-	$(PY) -m pytest -n 2 --dist loadfile -q tests
+	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow" tests
+
+test-slow: env
+	$(PY) -m pytest -n 2 -q -m slow tests
 
 lint: env
 	$(VENV)/bin/ruff check .

@@ -79,7 +79,7 @@ def assert_close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
 # The student's logits
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
 def test_one_graph_for_all_lengths(tiny, shared_run, compiler):
     model, student = compiled(tiny, shared_run, compiler=compiler), exported(shared_run)
     graphs = []
@@ -92,6 +92,7 @@ def test_one_graph_for_all_lengths(tiny, shared_run, compiler):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_the_student_is_made_once(tiny, shared_run, monkeypatch):
     made = []
     monkeypatch.setattr(backend, "prepare", lambda *a, real=backend.prepare: made.append(a) or real(*a))
@@ -197,6 +198,7 @@ def test_training_mode(tiny, shared_run):
         compiled(model, shared_run)(ids_of(2, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, words",
     [
@@ -248,6 +250,7 @@ def test_the_same_weights_in_another_attention(tiny, shared_run, monkeypatch, ch
         compiled(tiny, shared_run, dynamic=None)(ids_of(2, 9))  # dynamic=True would make an input of the scale
 
 
+@pytest.mark.slow
 def test_another_dtype(llama_run):
     model = copy.deepcopy(llama_run[0]).bfloat16()
     with refused(RunFolderError, r"bfloat16 .* float32"):
@@ -298,6 +301,7 @@ def converting(model, batches, policy="keep=0", **options):
     return torch.compile(model, backend="tcal", fullgraph=True, dynamic=True, options=options)
 
 
+@pytest.mark.slow
 def test_conversion_on_the_first_call(tiny):
     batches = [ids_of(3, 24, seed=s) for s in range(2)]
     model = copy.deepcopy(tiny)
@@ -332,6 +336,7 @@ def test_calibration_batches(tiny, batches, words):
         converting(tiny, batches)(ids_of(2, 9))
 
 
+@pytest.mark.slow
 def test_conversion_passes_on_what_a_conversion_refuses(tiny):
     with refused(ConfigError, "uniform:9"):
         converting(tiny, [ids_of(2, 9)], policy="uniform:9")(ids_of(2, 9))
