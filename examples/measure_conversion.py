@@ -30,7 +30,7 @@ from tcal_compiler.passes.types import Capture, Plan, SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.capture_teacher import capture_teacher
-from tcal_compiler.runtime.config import AlignConfig, InitName
+from tcal_compiler.runtime.config import AlignConfig, DistillConfig, InitName
 from tcal_compiler.runtime.data import (
     check_not_calibrated,
     encode_documents,
@@ -39,11 +39,11 @@ from tcal_compiler.runtime.data import (
     read_text,
     text_sha256,
 )
+from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.taps import SiteGroup, collect_taps
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
-from tcal_compiler.runtime.weights import changed_names
 
 
 def arguments() -> argparse.Namespace:
@@ -58,7 +58,14 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--eval-length", type=int, default=2048)
     p.add_argument("--eval-sequences", type=int, help="at most so many sequences of each text")
     p.add_argument("--init", action="append", default=[], help="inits to score without a gradient step; repeat")
-    p.add_argument("--steps", type=int, action="append", default=[], help="alignment steps from closed-form; repeat")
+    p.add_argument(
+        "--steps",
+        type=schedule,
+        action="append",
+        default=[],
+        metavar="A[+D]",
+        help="alignment steps from closed-form, then D steps of distillation on the same sequences; repeat",
+    )
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--lr-new", type=float, help="peak rate of gates and norms; default as in tcal-compile")
     p.add_argument(
@@ -75,6 +82,12 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path)
     return p.parse_args()
+
+
+def schedule(text: str) -> tuple[int, int]:
+    """ "300" -> (300, 0); "880+120" -> (880, 120)."""
+    align_steps, _, distill_steps = text.partition("+")
+    return int(align_steps), int(distill_steps or 0)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -155,8 +168,7 @@ class Bench:
         """A student after alignment from closed-form, and its error on the held-out calibration sequences."""
         if self.start is None:
             student, groups = self.initialised("closed-form")
-            names = sorted(changed_names(student))
-            self.start = student, groups, {n: student.gm.get_parameter(n).detach().clone() for n in names}
+            self.start = student, groups, {n: p.detach().clone() for n, p in student.gm.named_parameters()}
         student, groups, values = self.start
         with torch.no_grad():
             for n, v in values.items():
@@ -173,6 +185,19 @@ class Bench:
         means = [[sum(p[k].values()) / len(p[k]) for k in ("train", "held_out")] for p in curve]
         print("  error on trained, held-out: " + ", ".join(f"{t:.4f} {h:.4f}" for t, h in means), flush=True)
         return student, min(h for _, h in means)
+
+    def distilled(self, student: Student, steps: int) -> Student:
+        """The student after distillation on the sequences that it was aligned on; every prediction counts."""
+        config = DistillConfig(steps=steps, batch=self.args.batch, score_every=max(1, steps // 4))
+        counts = torch.ones(len(self.ids), self.args.length - 1, dtype=torch.bool)
+        torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
+        student, curve = self.timed(
+            f"distil {steps} steps",
+            lambda: distill(student, self.ids, counts, train=self.args.sequences, config=config, seed=self.args.seed),
+        )
+        torch.set_float32_matmul_precision("highest")
+        print("  held-out KL: " + ", ".join(f"{p['kl']:.4f}" for p in curve), flush=True)
+        return student
 
     @torch.no_grad()
     def score(self, students: dict[str, Student]) -> dict[str, dict[str, Any]]:
@@ -207,15 +232,19 @@ def main() -> None:
     bench = Bench(args)
     students = {init: bench.initialised(init)[0] for init in args.init}
     rates: list[float | None] = args.lr_teacher or [None]
-    for i, steps in enumerate(args.steps):
+    for i, (steps, more) in enumerate(args.steps):
         if i == 0 and len(rates) > 1:
-            rates = [min(rates, key=lambda rate: bench.aligned(args.steps[0], rate)[1])]
+            rates = [min(rates, key=lambda rate: bench.aligned(args.steps[0][0], rate)[1])]
         student, _ = bench.aligned(steps, rates[0])
-        students[f"aligned-{steps}"] = replace(student, gm=copy.deepcopy(student.gm))
+        name = f"aligned-{steps}"
+        if more:
+            student, name = bench.distilled(student, more), f"{name}-distilled-{more}"
+        students[name] = replace(student, gm=copy.deepcopy(student.gm))
     scores = bench.timed("evaluation", lambda: bench.score(students))
     if args.json:
         given = {k: Path(v).name if k in ("calib", "teacher") else v for k, v in vars(args).items() if k != "json"}
         given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
+        given["steps"] = ["+".join(str(n) for n in pair if n) or "0" for pair in args.steps]
         given["lr_teacher_used"] = rates[0]
         body = {
             "arguments": given,
