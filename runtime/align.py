@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,35 +20,13 @@ from .config import AlignConfig
 from .optimizer import StackedMuon
 from .student import Student
 from .taps import SiteGroup
+from .training import Save, TrainState, batch_indices, learning_rate
 
 NEW = "mixer."  # gates, norms and rates of a mixer
 # Short memories: the noise of a step's gradient is small, and a run has few steps.
 BETAS = (0.8, 0.9)
 MOMENTUM = 0.8
 VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
-
-
-@dataclass
-class AlignState:
-    """What a stopped run resumes from. step: steps done. best: held-out error and parameters per group and site."""
-
-    step: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    curve: list[dict[str, object]] = field(default_factory=list)
-
-
-def learning_rate(step: int, config: AlignConfig) -> float:
-    """Factor of the peak rate: linear warm-up, then half a cosine to zero."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / max(1, config.steps)))
-
-
-def batch_indices(step: int, *, sequences: int, batch: int, seed: int) -> Tensor:
-    """Sequences of a step: each epoch is a new permutation, a function of seed and step alone, so resuming is exact."""
-    per_epoch = max(1, sequences // batch)
-    gen = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
-    start = step % per_epoch * batch
-    return torch.randperm(sequences, generator=gen)[start : start + min(batch, sequences)]
 
 
 class GroupTrainer:
@@ -208,8 +186,8 @@ def align(
     train: int,
     config: AlignConfig,
     seed: int,
-    resume: AlignState | None = None,
-    save: Callable[[AlignState], None] | None = None,
+    resume: TrainState | None = None,
+    save: Save | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[Student, list[dict[str, object]]]:
     """Trains on sequences [0, train) of the groups, scores on the rest, writes each site's best weights into the
@@ -222,7 +200,7 @@ def align(
     Raises StageError when a loss is not finite; the state last saved stays usable.
     """
     trainers = [GroupTrainer(student, g, train, config) for g in groups]
-    state = resume or AlignState(0)
+    state = resume or TrainState(0)
     if resume:
         for i, t in enumerate(trainers):
             try:
@@ -237,12 +215,12 @@ def align(
         index = batch_indices(step, sequences=train, batch=config.batch, seed=seed)
         losses = torch.cat([t.step(step, index, seed) for t in trainers])
         done = step + 1
-        if done % config.score_every == 0 or done == config.steps:
+        if config.scores_after(done):
             held = torch.cat([t.score() for t in trainers])
             state.curve.append(_curve_point(done, groups, losses, held))
             _require_finite(losses + held, groups, done)
         state.step = done
-        if save and (done % config.checkpoint_every == 0 and done < config.steps):
+        if save and config.saves_after(done):
             _require_finite(torch.cat([t.largest() for t in trainers]), groups, done)
             state.tensors = {k: v for i, t in enumerate(trainers) for k, v in t.state(f"group{i}").items()}
             save(state)

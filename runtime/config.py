@@ -32,7 +32,27 @@ class ScoreConfig(StrictModel):
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
 
 
-class AlignConfig(StrictModel):
+class TrainConfig(StrictModel):
+    """What every stage that takes optimiser steps has."""
+
+    steps: int = Field(ge=0, description="optimiser steps; 0 skips the stage")
+    batch: int = Field(ge=1, description="sequences in a step")
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(ge=0, description="decoupled weight decay")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")
+
+    def scores_after(self, steps: int) -> bool:
+        """Whether a score is taken when so many steps are done."""
+        return steps % self.score_every == 0 or steps == self.steps
+
+    def saves_after(self, steps: int) -> bool:
+        """Whether a checkpoint is written when so many steps are done."""
+        return steps % self.checkpoint_every == 0 and steps < self.steps
+
+
+class AlignConfig(TrainConfig):
     """Layerwise alignment: AdamW on every converted site at once."""
 
     steps: int = Field(300, ge=0, description="optimiser steps; 0 skips the stage")
@@ -41,15 +61,12 @@ class AlignConfig(StrictModel):
     lr_teacher: float = Field(
         8e-2, gt=0, description="peak learning rate of the teacher's q, k, v and output projections, whatever the width"
     )
-    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the teacher's projections only")
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
-    score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")
 
 
-class DistillConfig(StrictModel):
+class DistillConfig(TrainConfig):
     """End-to-end distillation on the calibration text but its held-out slice: AdamW on KL(teacher || student)."""
 
     steps: int = Field(0, ge=0, description="optimiser steps; 0 skips the stage")
@@ -64,12 +81,9 @@ class DistillConfig(StrictModel):
     lr_other: float = Field(5e-5, gt=0, description="peak learning rate of every other weight")
     temperature: float = Field(1.0, gt=0, description="of both distributions; the loss is multiplied by its square")
     cross_entropy: float = Field(0.0, ge=0, description="weight of the negative log likelihood beside the KL")
-    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     chunk: int = Field(1024, ge=1, description="predictions whose logits are in memory at once")
-    score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")
 
     @model_validator(mode="after")
     def _one_length(self) -> DistillConfig:

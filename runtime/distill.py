@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tcal_compiler.errors import StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
 
-from .align import AlignState, batch_indices, learning_rate
 from .config import DistillConfig
 from .logits import Losses, compare, split_model
 from .student import Student
+from .training import Save, TrainState, batch_indices, learning_rate
 from .weights import changed_names
 
 HINT = "lower distill.lr_gdn and distill.lr_other in --config FILE"
@@ -54,10 +54,18 @@ class Distiller:
             kinds.setdefault((rate, decay), []).append(self.masters[n])
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in kinds.items()]
 
-    def _compare(self, index: Tensor, **options: float) -> Losses:
-        part, counts = self.ids[index].to(self.device), self.counts[index].to(self.device)
-        args = self.student.capture.inputs(part)
-        return compare(*self.models, args, counts, chunk=self.config.chunk, **options)  # type: ignore[arg-type]
+    def _compare(self, index: Tensor, *, train: bool = False) -> Losses:
+        """Losses of sequences `index`: with gradients at the training temperature, or at temperature 1."""
+        part, counts, c = self.ids[index].to(self.device), self.counts[index].to(self.device), self.config
+        return compare(
+            *self.models,
+            self.student.capture.inputs(part),
+            counts,
+            chunk=c.chunk,
+            temperature=c.temperature if train else 1.0,
+            cross_entropy=c.cross_entropy if train else 0.0,
+            backward=train,
+        )
 
     def step(self, step: int, index: Tensor) -> float:
         """One optimiser step; returns the mean KL before it, at the training temperature.
@@ -65,11 +73,10 @@ class Distiller:
         Raises StageError when loss or gradient is not finite; then no weight has changed.
         """
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * learning_rate(step, self.config)  # type: ignore[arg-type]  # reads steps and warmup
-        options = {"temperature": self.config.temperature, "cross_entropy": self.config.cross_entropy}
+            group["lr"] = peak * learning_rate(step, self.config)
         for p in self.params.values():
             p.grad = None
-        losses = self._compare(index, backward=True, **options)
+        losses = self._compare(index, train=True)
         for n, p in self.params.items():
             self.masters[n].grad = None if p.grad is None else p.grad.float()
             p.grad = None
@@ -136,8 +143,8 @@ def distill(
     train: int,
     config: DistillConfig,
     seed: int,
-    resume: AlignState | None = None,
-    save: Callable[[AlignState], None] | None = None,
+    resume: TrainState | None = None,
+    save: Save | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[Student, list[dict[str, object]]]:
     """Trains the student on sequences [0, train) of ids [N, T], scores on the rest, leaves the best weights in it.
@@ -154,7 +161,7 @@ def distill(
         what = f"none of the {len(ids) - train} held-out sequences has a prediction that counts"
         raise StageError("distill", what, "a larger calib.holdout, or a longer calibration text")
     trainer = Distiller(student, ids, counts, train=train, config=config)
-    state = resume or AlignState(0)
+    state = resume or TrainState(0)
     if resume:
         trainer.load_state(resume.tensors)
     else:
@@ -162,10 +169,10 @@ def distill(
     for step in range(state.step, config.steps):
         kl = trainer.step(step, batch_indices(step, sequences=train, batch=config.batch, seed=seed))
         done = step + 1
-        if done % config.score_every == 0 or done == config.steps:
+        if config.scores_after(done):
             state.curve.append({"step": done, "train": kl, "predictions": trainer.predictions, **trainer.score()})
         state.step = done
-        if save and done % config.checkpoint_every == 0 and done < config.steps:
+        if save and config.saves_after(done):
             state.tensors = trainer.state()
             save(state)
         if progress:

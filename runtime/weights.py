@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,12 +9,7 @@ from torch import Tensor
 
 from tcal_compiler.errors import RunFolderError
 
-from .align import AlignState
-from .durable import write_atomic
 from .student import Student
-from .teacher import fingerprint
-
-_META, _HASH = "tcal", "sha256"
 
 
 def unique_state(student: Student) -> dict[str, Tensor]:
@@ -67,34 +61,3 @@ def changed_names(student: Student) -> set[str]:
     for s in student.converted:
         names |= set(cut_program(student.gm, inputs_from=[s.x], outputs=[s.y]).params.values())
     return names
-
-
-def save_align_state(state: AlignState, path: Path) -> None:
-    """One file, replaced atomically, that a training stage can resume from; it holds the sha256 of what it says."""
-    from safetensors.torch import save
-
-    tensors = {n: t.detach().cpu().contiguous() for n, t in state.tensors.items()}
-    meta = json.dumps({"step": state.step, "curve": state.curve})
-    write_atomic(path, save(tensors, metadata={_META: meta, _HASH: fingerprint(tensors, meta)}))
-
-
-def load_align_state(path: Path) -> AlignState | None:
-    """The state of a stopped alignment or distillation; None when there is none.
-
-    Raises RunFolderError when the file is damaged or its sha256 is not the one that it holds.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            text, sha = f.metadata()[_META], f.metadata()[_HASH]
-            tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
-        meta = json.loads(text)
-        state = AlignState(int(meta["step"]), tensors, list(meta["curve"]))
-        if fingerprint(tensors, text) != sha:
-            raise ValueError("another sha256 than when it was written")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise RunFolderError(str(path), f"cannot be read: {e}", "delete it: the stage then starts over") from e
-    return state

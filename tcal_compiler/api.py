@@ -26,6 +26,7 @@ from .passes.types import Capture, Check, Plan, SiteScan
 from .progress import Progress
 from .recorded import reading
 from .report import PLOTS_HINT, can_plot, render_report
+from .resume import resume_stage
 from .runtime import data
 from .runtime.align import align
 from .runtime.calibrate import half_lives, initialise
@@ -40,7 +41,7 @@ from .runtime.student import Student, make_student
 from .runtime.taps import SiteGroup, collect_taps
 from .runtime.teacher import Teacher, load_teacher, load_tokenizer
 from .runtime.tokenizer import TokenizerLike
-from .runtime.weights import changed_names, load_align_state, load_weights, save_align_state, save_weights
+from .runtime.weights import changed_names, load_weights, save_weights
 from .scoring import scored_plan
 
 STAGES = ("plan", "calibrate", "align", "distill", "export")
@@ -222,10 +223,7 @@ class Conversion:
             curve: list[dict[str, object]] = []
             stage.evidence = {"device": str(self.device)}
             if self.config.align.steps and self.chosen.convert:
-                checkpoint = stage.scratch / "align.safetensors"
-                resume = load_align_state(checkpoint)
-                if resume:
-                    self.progress.say(f"alignment goes on from step {resume.step}")
+                resume, save = resume_stage(stage, self.progress)
                 _, curve = align(
                     self.student,
                     self.groups,
@@ -233,7 +231,7 @@ class Conversion:
                     config=self.config.align,
                     seed=self.config.seed,
                     resume=resume,
-                    save=lambda state: save_align_state(state, checkpoint),
+                    save=save,
                     progress=self.progress.bar(f"alignment of {len(self.chosen.convert)} sites"),
                 )
                 stage.evidence["half_life"] = half_lives(self.student, self.groups, batch=self.config.calib.batch)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .passes.types import Check
+from .resume import resume_stage
 from .runtime import data
 from .runtime.distill import distill
 from .runtime.run_folder import RunFolder
-from .runtime.weights import load_align_state, load_weights, save_align_state, save_weights
+from .runtime.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from .api import Conversion
@@ -56,10 +57,7 @@ def distill_stage(work: Conversion) -> None:
             return
         load_weights(work.student, work.run.path / ALIGNED)
         ids, counts, train = distillation_rows(work)
-        checkpoint = stage.scratch / "distill.safetensors"
-        resume = load_align_state(checkpoint)
-        if resume:
-            work.progress.say(f"distillation goes on from step {resume.step}")
+        resume, save = resume_stage(stage, work.progress)
         _, curve = distill(
             work.student,
             ids,
@@ -68,7 +66,7 @@ def distill_stage(work: Conversion) -> None:
             config=config,
             seed=work.config.seed,
             resume=resume,
-            save=lambda state: save_align_state(state, checkpoint),
+            save=save,
             progress=work.progress.bar("distillation", tokens=config.batch * calib.length, loss_name="KL"),
         )
         save_weights(work.student, stage.dir / DISTILLED)

@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up_in_a_stage(shared_run, tmp_path, stage, monkeypatc
     place = {
         "plan": "tcal_compiler.api.plan_to_toml",
         "calibrate": "tcal_compiler.api.save_weights",
-        "align": "tcal_compiler.api.save_align_state",
+        "align": "tcal_compiler.resume.Checkpoint.save",
         "export": "tcal_compiler.runtime.program_file.torch.export.save",
     }[stage]
     config = tmp_path / "tcal.toml"

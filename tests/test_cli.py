@@ -151,7 +151,7 @@ def test_a_kill_during_alignment_costs_nothing(tmp_path):
     assert "calibrate" in before and "align" not in before
     again = [w for w in words("killed") if w != "--quiet"]
     result = call("tcal", *again)
-    assert result.code == 0 and "alignment goes on from step" in result.err
+    assert result.code == 0 and "stage align goes on from step" in result.err
     done("tcal", *words("undisturbed"))
     for name in ("weights.safetensors", "initial.safetensors", "alignment.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()

@@ -71,7 +71,7 @@ def test_a_stopped_distillation_goes_on_with_the_same_bits(aligned, tmp_path, mo
     command = ("tcal", "distill", aligned, "--steps", "6", "--no-export")
     assert call(*command).code == 130 and "distill" not in stages(aligned)
     again = call(*command)
-    assert again.code == 0 and "distillation goes on from step 3" in again.err and calls[3:] == [3, 3, 4, 5]
+    assert again.code == 0 and "stage distill goes on from step 3" in again.err and calls[3:] == [3, 3, 4, 5]
     first, _, *rest = words(tmp_path / "other")
     done(first, "align", *rest)
     done("tcal", "distill", tmp_path / "other", "--steps", "6", "--no-export", "--quiet")
@@ -137,8 +137,8 @@ def test_rows_know_documents_and_padding():
 
 
 def test_alignment_and_distillation_share_their_schedule():
-    from tcal_compiler.runtime.align import learning_rate
     from tcal_compiler.runtime.config import DistillConfig
+    from tcal_compiler.runtime.training import learning_rate
 
     for step in (0, 5, 19, 40, 99):
         same = {"steps": 100, "warmup": 20}

@@ -20,13 +20,13 @@ from tcal_compiler.passes.choose import plan_from_toml
 from tcal_compiler.passes.types import SiteScan
 from tcal_compiler.progress import Progress
 from tcal_compiler.runtime import data
-from tcal_compiler.runtime.align import AlignState
 from tcal_compiler.runtime.program_file import load_program, save_program
 from tcal_compiler.runtime.run_folder import RunFolder
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
 from tcal_compiler.runtime.tokenizer import ByteTokenizer, read_tokenizer
-from tcal_compiler.runtime.weights import load_align_state, load_weights, save_align_state, save_weights
+from tcal_compiler.runtime.training import Checkpoint, TrainState
+from tcal_compiler.runtime.weights import load_weights, save_weights
 
 SMALL_TEXT = "The old man said that he would come.\nHe did not.\n" * 40
 SCAN = SiteScan(tuple(replace(lone_site(), index=i) for i in range(4)), ())
@@ -139,7 +139,7 @@ def run_targets(run: Path, work: Path) -> list[Target]:
     """The files of a run folder, with seeds of a finished one and of a small student."""
     student = student_of(layers=1)
     save_weights(student, work / "weights.safetensors")
-    save_align_state(AlignState(3, dict(student.state_dict()), [{"step": 0}]), work / "align.safetensors")
+    Checkpoint(work / "align.safetensors").save(TrainState(3, dict(student.state_dict()), [{"step": 0}]))
     tensors = {n: (work / n).read_bytes() for n in ("weights.safetensors", "align.safetensors")}
     onnx = {n: (run / "onnx" / n).read_bytes() for n in ("model.onnx", "genai_config.json")}
     manifest, plan, name = run_folder_files(run), {"plan.toml": (run / "plan.toml").read_bytes()}, "tcal.json"
@@ -148,7 +148,7 @@ def run_targets(run: Path, work: Path) -> list[Target]:
         if (folder / "weights.safetensors").exists():
             load_weights(student, folder / "weights.safetensors")
         else:
-            load_align_state(folder / "align.safetensors")
+            Checkpoint(folder / "align.safetensors").load()
 
     return [
         Target("manifest", 150, lambda rng: manifest | {name: mutate_json_text(rng, manifest[name])}, read_manifest),

@@ -14,12 +14,13 @@ from tiny_models import VOCAB, student_of
 from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.rewrite_gdn import mixer_path
-from tcal_compiler.runtime.align import AlignState, GroupTrainer, align, batch_indices, learning_rate
+from tcal_compiler.runtime.align import GroupTrainer, align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.config import AlignConfig
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import SiteGroup, collect_taps
-from tcal_compiler.runtime.weights import changed_names, load_align_state, save_align_state
+from tcal_compiler.runtime.training import Checkpoint, TrainState, batch_indices, learning_rate
+from tcal_compiler.runtime.weights import changed_names
 
 TRAIN, SEED = 6, 3
 CONFIG = AlignConfig(
@@ -48,7 +49,7 @@ def weights(student: Student) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def undisturbed():
     """A whole run, with every checkpoint that it could have been stopped at."""
-    saved: list[AlignState] = []
+    saved: list[TrainState] = []
     student, groups = start(core=MIXED)
     before = weights(student)
     _, curve = run(student, groups, save=lambda s: saved.append(copy.deepcopy(s)))
@@ -59,9 +60,9 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
     _, final, curve, saved, groups, _ = undisturbed
     assert [s.step for s in saved] == list(range(1, CONFIG.steps))
     for state in saved:
-        save_align_state(state, tmp_path / "state")
+        Checkpoint(tmp_path / "state").save(state)
         resumed, _ = start(core=MIXED)
-        _, again = run(resumed, groups, resume=load_align_state(tmp_path / "state"))
+        _, again = run(resumed, groups, resume=Checkpoint(tmp_path / "state").load())
         assert again == curve, state.step
         for name, tensor in weights(resumed).items():
             assert torch.equal(tensor, final[name]), (state.step, name)
@@ -177,7 +178,7 @@ def test_a_checkpoint_of_something_else_is_a_stage_error(undisturbed):
         rest = {n: t for n, t in saved[1].tensors.items() if n != name}
         for tensors in (rest, rest | {name: torch.zeros(3, 1, 4, 1, 5)}):
             with pytest.raises(StageError, match=r"checkpoint of step 2 does not fit.*\n.*--restart"):
-                run(student, groups, resume=AlignState(2, tensors, []))
+                run(student, groups, resume=TrainState(2, tensors, []))
 
 
 def test_every_epoch_is_a_permutation_and_depends_on_seed_and_step_alone():

@@ -11,12 +11,12 @@ from tiny_models import VOCAB, student_of
 
 from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
-from tcal_compiler.runtime.align import AlignState
 from tcal_compiler.runtime.config import DistillConfig
 from tcal_compiler.runtime.distill import Distiller, distill
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.student import Student
-from tcal_compiler.runtime.weights import changed_names, load_align_state, save_align_state
+from tcal_compiler.runtime.training import Checkpoint, TrainState
+from tcal_compiler.runtime.weights import changed_names
 
 TRAIN, SEED = 6, 3
 IDS = example_ids(TRAIN + 2, 20, VOCAB, seed=1)
@@ -50,7 +50,7 @@ def weights(student: Student) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def undisturbed():
     """A whole run, with every checkpoint that it could have been stopped at."""
-    saved: list[AlignState] = []
+    saved: list[TrainState] = []
     student = start()
     before = weights(student)
     _, curve = run(student, save=lambda s: saved.append(copy.deepcopy(s)))
@@ -62,9 +62,9 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
     assert [s.step for s in saved] == list(range(1, CONFIG.steps))
     final = weights(student)
     for state in saved:
-        save_align_state(state, tmp_path / "state")
+        Checkpoint(tmp_path / "state").save(state)
         resumed = start()
-        _, again = run(resumed, resume=load_align_state(tmp_path / "state"))
+        _, again = run(resumed, resume=Checkpoint(tmp_path / "state").load())
         assert again == curve, state.step
         for name, tensor in weights(resumed).items():
             assert torch.equal(tensor, final[name]), (state.step, name)
@@ -135,7 +135,7 @@ def test_masters_of_a_half_precision_student_are_float32():
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state():
-    saved: list[AlignState] = []
+    saved: list[TrainState] = []
     config = with_(lr_gdn=1e30, lr_other=1e30, clip=1e30, warmup=3, score_every=100)
     with pytest.raises(StageError, match="not finite") as e:
         run(start(), config, save=lambda s: saved.append(copy.deepcopy(s)))

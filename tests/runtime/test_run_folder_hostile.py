@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from tcal_compiler.errors import RunFolderError
-from tcal_compiler.runtime.align import AlignState
 from tcal_compiler.runtime.durable import write_atomic
 from tcal_compiler.runtime.run_folder import RunFolder
-from tcal_compiler.runtime.weights import load_align_state, save_align_state
+from tcal_compiler.runtime.training import Checkpoint, TrainState
 
 
 def work(path: Path, config: int = 0) -> None:
@@ -112,15 +111,15 @@ def test_a_file_where_a_checkpoint_folder_has_to_be(tmp_path, what):
 
 def test_a_checkpoint_is_loaded_only_as_it_was_written(tmp_path):
     file = tmp_path / "align.safetensors"
-    assert load_align_state(file) is None
-    save_align_state(AlignState(3, {"a": torch.arange(6.0), "b": torch.ones(2, 2)}, [{"step": 0}]), file)
+    assert Checkpoint(file).load() is None
+    Checkpoint(file).save(TrainState(3, {"a": torch.arange(6.0), "b": torch.ones(2, 2)}, [{"step": 0}]))
     whole = file.read_bytes()
-    state = load_align_state(file)
+    state = Checkpoint(file).load()
     assert state is not None and state.step == 3 and state.curve == [{"step": 0}] and state.tensors["a"][5] == 5
     for at in range(0, len(whole), 5):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
-            again = load_align_state(file)
+            again = Checkpoint(file).load()
         except RunFolderError as e:
             assert "the stage then starts over" in str(e)
         else:  # padding of the header is no content

@@ -18,11 +18,12 @@ from tcal_compiler.kernels.gates import decay_gate
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.runtime import align as align_module
 from tcal_compiler.runtime import initialize, statistics
-from tcal_compiler.runtime.align import AlignState, GroupTrainer, align
+from tcal_compiler.runtime.align import GroupTrainer, align
 from tcal_compiler.runtime.config import AlignConfig
 from tcal_compiler.runtime.statistics import attention_statistics
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import SiteGroup, collect_taps
+from tcal_compiler.runtime.training import TrainState
 
 
 def fails(check, *args: object) -> None:
@@ -147,7 +148,7 @@ def test_fault_7_best_weights_stored_after_but_scored_before_the_step(monkeypatc
 
 
 def check_resumes_to_the_same_curve(groups: list[SiteGroup]) -> None:
-    saved: list[AlignState] = []
+    saved: list[TrainState] = []
     _, whole = align(
         fresh_student(), groups, train=6, config=CONFIG, seed=0, save=lambda s: saved.append(copy.deepcopy(s))
     )
