@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import tomli_w
 
 from tcal_compiler.errors import ConfigError
 
+from .budget import BUDGETS, Budget, KeptSets, parse_budget, prefixes
 from .types import Plan, SiteScan
 
-POLICIES = "uniform:N, kl:N, ar:N, greedy:N (or P%), keep=I,J,..., none (convert all), all (convert nothing)"
-SCORED = ("kl", "ar", "greedy")
+SCORED, FORWARD = ("kl", "ar", "greedy"), "forward"
+POLICIES = (
+    "uniform, kl, ar, greedy or forward with :BUDGET, keep=I,J,..., none (convert all), all (convert nothing); "
+    f"BUDGET: {BUDGETS}; forward:0.05nats keeps few sites for a KL of at most so much"
+)
 
 
 def _evenly(count: int, total: int) -> list[int]:
     """`count` of 0..total-1, evenly spaced, the first included."""
     return [i * total // count for i in range(count)]
-
-
-def _count(budget: str, total: int, policy: str) -> int:
-    """Sites to keep, from a number or a percentage."""
-    try:
-        count = round(total * float(budget[:-1]) / 100) if budget.endswith("%") else int(budget)
-        percent_ok = not budget.endswith("%") or 0 <= float(budget[:-1]) <= 100
-    except (ValueError, OverflowError):
-        raise ConfigError(f"--policy {policy}", f"'{budget}' is no number", f"policies: {POLICIES}") from None
-    if not percent_ok or not 0 <= count <= total:
-        raise ConfigError(
-            f"--policy {policy}",
-            f"asks to keep {budget} of {total} sites",
-            f"a number from 0 to {total}, or a percentage from 0% to 100%",
-        )
-    return count
 
 
 def _explicit(text: str, indices: list[int], policy: str) -> list[int]:
@@ -50,37 +40,61 @@ def _explicit(text: str, indices: list[int], policy: str) -> list[int]:
 
 
 def scored_by(policy: str) -> str | None:
-    """The measure that a policy ranks sites by (SCORED); None for one that needs no measurement."""
+    """The measure that a policy ranks sites by (SCORED, or FORWARD); None for one that needs no measurement."""
     name, colon, _ = policy.partition(":")
-    return name if colon and name in SCORED else None
+    return name if colon and name in (*SCORED, FORWARD) else None
 
 
-def choose(scan: SiteScan, policy: str, scores: Mapping[int, float] | None = None) -> Plan:
+def budget_of(scan: SiteScan, policy: str) -> Budget:
+    """The budget of a policy NAME:BUDGET. Raises ConfigError when it is none, or out of range for these sites."""
+    name, _, text = policy.partition(":")
+    budget = parse_budget(scan, policy, text, hint=f"policies: {POLICIES}")
+    if budget.nats is not None and name != FORWARD:
+        what = f"bounds a KL, which {name} does not measure of the sites that it keeps"
+        raise ConfigError(f"--policy {policy}", what, f"{FORWARD}:{text}")
+    return budget
+
+
+def choose(
+    scan: SiteScan,
+    policy: str,
+    scores: Mapping[int, float] | None = None,
+    *,
+    path: KeptSets | None = None,
+) -> Plan:
     """The plan of a policy: POLICIES. Sites that were rejected stay as they are and are not counted.
 
     scores: value of each site for a policy of SCORED, which keeps the sites of largest value (equal ones: the first).
+    path: for FORWARD, sets of kept sites with their KL, one more site at a time; taken only as far as it is needed.
+    The plan's scores are then the KL that is left once a site is kept too.
 
     Raises ConfigError for an unknown policy, a budget out of range, or scores that are needed and not there.
     """
     indices = [s.index for s in scan.sites]
+    found = dict(scores or {})
     if policy == "all":
         keep = indices
     elif policy == "none":
         keep = []
     elif policy.startswith("uniform:"):
-        count = _count(policy.removeprefix("uniform:"), len(indices), policy)
-        keep = [indices[i] for i in _evenly(count, len(indices))]
+        even = [([indices[i] for i in _evenly(n, len(indices))], math.nan) for n in range(len(indices) + 1)]
+        keep = list(budget_of(scan, policy).pick(scan, even)[-1][0])
     elif measure := scored_by(policy):
-        count = _count(policy.removeprefix(f"{measure}:"), len(indices), policy)
-        if scores is None:
+        budget = budget_of(scan, policy)
+        ranked = None if scores is None else prefixes(sorted(indices, key=lambda i: (-scores[i], i)))
+        sets = path if measure == FORWARD else ranked
+        if sets is None:
             raise ConfigError(f"--policy {policy}", "needs every site measured", "tcal plan, which measures them")
-        keep = sorted(indices, key=lambda i: (-scores[i], i))[:count]
+        taken = budget.pick(scan, sets)
+        keep = list(taken[-1][0])
+        if measure == FORWARD:
+            found = {i: kl for (old, _), (now, kl) in pairwise(taken) for i in set(now) - set(old)}
     elif policy.startswith("keep="):
         keep = _explicit(policy.removeprefix("keep="), indices, policy)
     else:
         raise ConfigError(f"--policy {policy}", "unknown policy", f"policies: {POLICIES}")
     kept = tuple(sorted(keep))
-    return Plan(kept, tuple(i for i in indices if i not in set(kept)), policy, dict(scores or {}))
+    return Plan(kept, tuple(i for i in indices if i not in set(kept)), policy, found)
 
 
 def plan_to_toml(plan: Plan, scan: SiteScan) -> str:

@@ -18,7 +18,7 @@ from .config import DEFAULT_POLICY, Config
 from .distillation import distill_stage, student_weights
 from .errors import ConfigError, ParityError, TcalError, UnsupportedModelError
 from .passes.capture import capture_program, require_causal
-from .passes.choose import choose, plan_from_toml, plan_to_toml, scored_by
+from .passes.choose import budget_of, choose, plan_from_toml, plan_to_toml, scored_by
 from .passes.find_attention import find_attention
 from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
@@ -116,9 +116,10 @@ def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | Non
         if config.policy in (None, plan.policy):
             return plan
     policy = config.policy or DEFAULT_POLICY
-    measured = scored_by(policy) is not None
-    plan = choose(scan, policy, dict.fromkeys((s.index for s in scan.sites), 0.0) if measured else None)
-    return None if measured else plan
+    if scored_by(policy) is None:
+        return choose(scan, policy)
+    budget_of(scan, policy)
+    return None
 
 
 class Conversion:
@@ -360,7 +361,9 @@ def convert(
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
-        chosen = chosen or _guarded("score", lambda: scored_plan(run, source, ids, config, place, progress))
+        chosen = chosen or _guarded(
+            "score", lambda: scored_plan(run, source, ids, config, place, progress, reuse=resume)
+        )
         progress.say(
             f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
         )

@@ -15,7 +15,11 @@ RunArg = Annotated[Path, typer.Argument(help="run folder")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="run folder to make or to go on with")]
 Policy = Annotated[
     str | None,
-    typer.Option(help="uniform:N, kl:N, ar:N, greedy:N (or P%), keep=0,4,8, none (convert all), all (convert nothing)"),
+    typer.Option(
+        help="uniform, kl, ar, greedy or forward with a budget: uniform:8 sites, kl:25%, forward:2MB@8192 of states "
+        "and caches behind 8192 tokens, forward:0.05nats of KL at most; keep=0,4,8; none (convert all); all "
+        "(convert nothing)"
+    ),
 ]
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045

@@ -1,4 +1,4 @@
-"""kl:, ar: and greedy: through the command line: measured once, kept in the run folder, resumed after a stop."""
+"""kl:, ar:, greedy: and forward: through the command line: measured once, kept in the run folder, resumed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import BYTES, SMALL, TINY, call, done, refused
 
+from tcal_compiler.runtime import select_sites
 from tcal_compiler.runtime.score_sites import Trials
 
 
@@ -68,3 +69,20 @@ def test_an_edited_plan_of_a_scored_policy_is_followed(tmp_path):
     file.write_text(file.read_text().replace('= "gdn"', '= "softmax"', 1))
     done("tcal", "plan", TINY, "-o", out, *BYTES, *SMALL)
     assert manifest(out)["plan"] | {"convert": None} == {"keep": [0], "policy": "ar:0", "convert": None}
+
+
+def test_forward_selection_is_kept_for_other_budgets(tmp_path, monkeypatch):
+    made, planned = [], select_sites.planned_student
+    monkeypatch.setattr(select_sites, "planned_student", lambda *args: (made.append(args[2].keep), planned(*args))[1])
+    out = tmp_path / "run"
+    assert plan(out, "forward:1").code == 0 and made == [(), (0,), (1,), (2,), (3,)]
+    rows = {tuple(r["keep"]): r["kl"] for r in json.loads((out / "scores/forward.json").read_text())}
+    best = min([(0,), (1,), (2,), (3,)], key=rows.__getitem__)
+    assert manifest(out)["plan"]["keep"] == list(best)
+    assert manifest(out)["stages"]["plan"]["evidence"]["scores"] == {str(best[0]): rows[best]}
+    assert "policy's score" in (out / "report.md").read_text()
+    made.clear()
+    assert plan(out, f"forward:{1.001 * rows[best]:.9f}nats").code == 0 and made == []
+    assert manifest(out)["plan"]["keep"] == list(best)
+    assert plan(out, "forward:0nats").code == 0 and manifest(out)["plan"]["convert"] == []
+    assert [len(keep) for keep in made] == [2, 2, 2, 3, 3]  # all four are the teacher

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..passes.budget import cache_bytes, state_bytes
 from ..runtime.manifest import Manifest
-
-FLOAT_BYTES = 4  # the exported model is float32
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Layer:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that softmax attention keeps for each token: its keys and values."""
-        return self.kv_heads * (self.head_dim + self.value_dim) * FLOAT_BYTES
+        """Bytes that softmax attention keeps for each token."""
+        return cache_bytes(kv_heads=self.kv_heads, key_dim=self.head_dim, value_dim=self.value_dim)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of a Gated DeltaNet state, whatever the length: [heads, head_dim, value_dim]."""
-        return self.heads * self.head_dim * self.value_dim * FLOAT_BYTES
+        """Bytes of a Gated DeltaNet state, whatever the length."""
+        return state_bytes(heads=self.heads, key_dim=self.head_dim, value_dim=self.value_dim)
 
 
 def finite(x: Any) -> bool:

@@ -129,7 +129,7 @@ def errors(axes: Any, run: Facts, most: float) -> None:
 def policy_scores(axes: Any, run: Facts) -> None:
     """What the policy chose by, and what it chose."""
     for kept, label, colour in ((True, "stays softmax", ORANGE), (False, "becomes Gated DeltaNet", BLUE)):
-        chosen = [s.index for s in run.layers if s.kept is kept]
+        chosen = [s.index for s in run.layers if s.kept is kept and s.index in run.policy_scores]
         axes.bar(chosen, [run.policy_scores[i] for i in chosen], color=colour, label=label)
     axes.set(xlabel="layer", ylabel="score")
     axes.xaxis.get_major_locator().set_params(integer=True)

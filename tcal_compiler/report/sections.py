@@ -15,6 +15,7 @@ from .plots import Scales
 REASONS = {
     "uniform": "Layers at even distances, the first one included, stay softmax.",
     "keep=": "The layers that the policy names stay softmax.",
+    "forward": "Layers stay softmax one by one, each the one that leaves the least KL; its score is the KL left then.",
     "none": "No layer stays softmax.",
     "all": "Every layer stays softmax: the student is the teacher.",
 }
@@ -71,7 +72,7 @@ def layers(run: Facts, _: Scales) -> list[Block]:
     for s in run.layers:
         m, e = run.measured.get(s.index, {}), run.held_out.get(s.index, ("", ""))
         row = [str(s.index), s.module, "softmax" if s.kept else "Gated DeltaNet"]
-        row += [number(run.policy_scores[s.index])] if run.policy_scores else []
+        row += [number(run.policy_scores.get(s.index))] if run.policy_scores else []
         row += [spread(m.get("distance"), 1), spread(m.get("entropy"), 2), spread(m.get("half_life"), 1)]
         row += [spread(run.aligned_half_life.get(s.index), 1), number(m["error"]) if m else ""]
         rows.append([*row, *(number(v) if v != "" else "" for v in e)])

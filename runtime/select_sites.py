@@ -1,0 +1,118 @@
+"""Forward selection: which sites to keep softmax, measured as sets. What the policy forward chooses from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tcal_compiler.errors import RunFolderError, StageError
+from tcal_compiler.passes.types import Capture, Plan, SiteScan
+
+from .durable import write_atomic
+from .logits import SplitModel, split_model
+from .score_sites import planned_student, sum_losses
+from .student import Student
+from .taps import Progress
+
+Sets = dict[tuple[int, ...], float]
+
+
+class SetScores:
+    """Mean KL(teacher || student) in nats per token of the initialised students of sets of kept sites.
+
+    Each set is measured once: `known` and the file `cache` hold those that were measured before.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        scan: SiteScan,
+        ids: Tensor,
+        *,
+        initial: Callable[[], Student],
+        batch: int,
+        cache: Path,
+        known: Sets | None = None,
+    ) -> None:
+        """ids [N, T]: what is measured on. initial: every site converted and initialised; called when first needed."""
+        self.capture, self.scan, self.ids, self.batch, self.cache = capture, scan, ids, batch, cache
+        self.measured: Sets = (known or {}) | _read(cache)
+        self._make_initial = initial
+
+    @cached_property
+    def _initial(self) -> Student:
+        return self._make_initial()
+
+    @cached_property
+    @torch.no_grad()
+    def _teacher(self) -> tuple[SplitModel, list[tuple[Tensor, ...]], list[Tensor]]:
+        """The teacher, its arguments and its hidden states of each batch."""
+        device = next(self.capture.gm.parameters()).device
+        teacher = split_model(self.capture.gm)
+        parts = [self.capture.inputs(p.to(device)) for p in self.ids.split(self.batch)]
+        return teacher, parts, [teacher.hidden(p) for p in parts]
+
+    @torch.no_grad()
+    def kl(self, keep: tuple[int, ...]) -> float:
+        """Of the student that keeps these sites, in ascending order. Raises StageError when it is not finite."""
+        sites = tuple(s.index for s in self.scan.sites)
+        if keep == sites:
+            return 0.0  # the teacher itself
+        if keep not in self.measured:
+            plan = Plan(keep, tuple(i for i in sites if i not in keep), "forward")
+            student = planned_student(self._initial, self.scan, plan)
+            total = sum_losses(split_model(student.gm), *self._teacher)
+            kl = total.kl.item() / total.count
+            if not math.isfinite(kl):
+                what = f"KL {kl:.4g} of the student that keeps {list(keep)} is not finite"
+                raise StageError("score", what, "another --init, or keep=I,J,...")
+            self.measured[keep] = kl
+            write_atomic(self.cache, json.dumps(self.rows()).encode())
+        return self.measured[keep]
+
+    def rows(self) -> list[dict[str, object]]:
+        """Every measured set as JSON data."""
+        return [{"keep": list(keep), "kl": kl} for keep, kl in self.measured.items()]
+
+
+def sets_from_rows(rows: list[dict[str, object]]) -> Sets:
+    """SetScores.rows back. Raises KeyError, TypeError or ValueError for anything else."""
+    return {tuple(int(i) for i in row["keep"]): float(row["kl"]) for row in rows}  # type: ignore[attr-defined, arg-type]
+
+
+def _read(cache: Path) -> Sets:
+    if not cache.is_file():
+        return {}
+    try:
+        return sets_from_rows(json.loads(cache.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as e:
+        raise RunFolderError(str(cache), f"cannot be read: {e}", "delete it: the sets are then measured again") from e
+
+
+def forward_path(
+    scores: SetScores, progress: Callable[[str], Progress] | None = None
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Sets of kept sites with their KL: none, then one more at a time, each time the one that leaves the least KL.
+
+    Every set is measured when it is asked for: with n sites the k-th costs n - k + 1 trial models.
+    """
+    keep: tuple[int, ...] = ()
+    yield keep, scores.kl(keep)
+    rest = [s.index for s in scores.scan.sites]
+    while rest:
+        bar = progress(f"forward selection, site {len(keep) + 1} to keep") if progress else None
+        found = []
+        for number, index in enumerate(rest, start=1):
+            found.append((scores.kl(tuple(sorted((*keep, index)))), index))
+            if bar:
+                bar(number, len(rest))
+        kl, best = min(found)
+        rest.remove(best)
+        keep = tuple(sorted((*keep, best)))
+        yield keep, kl

@@ -1,0 +1,97 @@
+"""Forward selection against students that are made and measured by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_models import VOCAB, TinyModel, capture_of
+
+from tcal_compiler.errors import RunFolderError, StageError
+from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.types import Plan
+from tcal_compiler.runtime import select_sites as module
+from tcal_compiler.runtime.calibrate import initialise
+from tcal_compiler.runtime.evaluate import evaluate
+from tcal_compiler.runtime.score_sites import initial_student
+from tcal_compiler.runtime.select_sites import SetScores, forward_path, sets_from_rows
+from tcal_compiler.runtime.student import make_student
+from tcal_compiler.runtime.taps import collect_taps
+
+TRAIN, SCORED = example_ids(6, 24, VOCAB, seed=1), example_ids(3, 24, VOCAB, seed=2)
+CAPTURE = capture_of(TinyModel("is_causal", layers=3, sharp=3.0))
+SCAN = find_attention(CAPTURE)
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory):
+    options = {"init": "closed-form", "seed": 0, "batch": 4, "progress": lambda _: lambda *_: None}
+    return initial_student(CAPTURE, SCAN, TRAIN, cache=tmp_path_factory.mktemp("a") / "initial.safetensors", **options)
+
+
+def by_hand(keep: tuple[int, ...]) -> float:
+    """KL of a student of this plan that was initialised on its own, from full logits."""
+    plan = Plan(keep, tuple(i for i in range(3) if i not in keep), "")
+    student = make_student(CAPTURE, SCAN, plan)
+    if plan.convert:
+        initialise(student, collect_taps(student, CAPTURE.gm, TRAIN, batch=4), init="closed-form", seed=0, batch=4)
+    teacher = lambda ids: CAPTURE.gm(*CAPTURE.inputs(ids))  # noqa: E731
+    return evaluate(SCORED, teacher=teacher, students={"s": student.logits})["s"].kl
+
+
+@pytest.fixture(scope="module")
+def exact() -> dict[tuple[int, ...], float]:
+    return {keep: by_hand(keep) for keep in [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]}
+
+
+def scores(initial, cache, **options) -> SetScores:
+    return SetScores(CAPTURE, SCAN, SCORED, initial=lambda: initial, batch=2, cache=cache, **options)
+
+
+def test_each_step_keeps_the_site_that_leaves_the_least_kl(initial, exact, tmp_path):
+    expected, keep = [()], ()
+    while len(keep) < 3:
+        keep = min((tuple(sorted({*keep, i})) for i in range(3) if i not in keep), key=exact.__getitem__)
+        expected.append(keep)
+    found = list(forward_path(scores(initial, tmp_path / "sets")))
+    assert [k for k, _ in found] == expected and exact[0, 1, 2] == 0.0
+    for keep, kl in found:
+        assert kl == pytest.approx(exact[keep], rel=1e-4, abs=1e-9)
+    for bound in (exact[expected[1]] * 1.01, exact[expected[2]] * 1.01, 1e-9):
+        plan = choose(SCAN, f"forward:{bound:.9f}nats", path=forward_path(scores(initial, tmp_path / "sets")))
+        assert exact[plan.keep] <= bound
+        assert all(exact[keep] > bound for keep in expected if len(keep) < len(plan.keep))
+
+
+def test_sets_are_measured_once_and_no_more_than_needed(initial, tmp_path, monkeypatch):
+    made, planned = [], module.planned_student
+    monkeypatch.setattr(module, "planned_student", lambda i, s, plan: (made.append(plan.keep), planned(i, s, plan))[1])
+    cache = tmp_path / "sets"
+    plan = choose(SCAN, "forward:1", path=forward_path(scores(initial, cache)))
+    assert made == [(), (0,), (1,), (2,)] and len(plan.keep) == 1
+    cache.write_text(json.dumps(json.loads(cache.read_text())[:2]))  # stopped after the second
+    again = scores(initial, cache)
+    assert choose(SCAN, "forward:1", path=forward_path(again)) == plan and made[4:] == [(1,), (2,)]
+    known = sets_from_rows(again.rows())
+    other = SetScores(
+        CAPTURE, SCAN, SCORED, initial=lambda: pytest.fail("made"), batch=2, cache=tmp_path / "b", known=known
+    )
+    assert choose(SCAN, "forward:1", path=forward_path(other)) == plan and len(made) == 6
+
+
+def test_damaged_caches_and_scores_that_are_not_finite(initial, tmp_path):
+    for text in ("[", '[{"keep": [0]}]', '[{"keep": 3, "kl": 1}]', "3", '[{"keep": ["x"], "kl": 1}]'):
+        (tmp_path / "bad").write_text(text)
+        with pytest.raises(RunFolderError, match="cannot be read"):
+            scores(initial, tmp_path / "bad")
+    weight = initial.gm.get_parameter("tcal_mixers.1.norm")
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.inf)
+        with pytest.raises(StageError, match=r"KL nan of the student that keeps \[0\] is not finite"):
+            scores(initial, tmp_path / "c").kl((0,))
+        weight.copy_(before)
