@@ -40,8 +40,9 @@ def cell(text: str) -> str:
 
 
 def plain_type(annotation: Any) -> type:
-    """X of X and of Optional[X]."""
-    return next(t for t in typing.get_args(annotation) or (annotation,) if t is not type(None))
+    """X of X, of Optional[X] and of Optional[list[X]]."""
+    found = next(t for t in typing.get_args(annotation) or (annotation,) if t is not type(None))
+    return typing.get_args(found)[0] if typing.get_origin(found) is list else found
 
 
 def parameters(command: Callable[..., None]) -> list[list[str]]:

@@ -14,8 +14,10 @@ class StrictModel(BaseModel):
 class CalibConfig(StrictModel):
     """Calibration text. A sequence is `length` consecutive tokens of the tokenised text."""
 
-    text: str | None = Field(
-        None, description="path of a .txt, .jsonl or .jsonl.zst file; default: the text that ships"
+    text: str | list[str] | None = Field(
+        None,
+        description="path of a .txt, .jsonl, .jsonl.zst or .parquet file, or a list of them, with :WEIGHT behind each "
+        "where their shares are not the same; default: the text that ships",
     )
     sequences: int = Field(64, ge=1, description="number of sequences for statistics and training")
     length: int = Field(512, ge=8, description="tokens in a sequence")

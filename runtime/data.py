@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -17,25 +18,36 @@ from tcal_compiler.errors import DataError
 
 from .tokenizer import TokenizerLike
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 _WINDOW = 200  # characters of a hashed window, white space normalised
 _SAMPLE = 256  # hashes kept of a text
 _ANCHOR_EVERY = 8  # one word in so many starts a window
 _MOST_TEXT = 32_000_000  # characters looked at for hashes
+_ROWS = 256  # of a parquet file at a time
 _PIECE = 1 << 12  # compressed bytes taken at a time: at most some 130 MB of text
 _OVERLAP = 0.5  # share of equal windows from which a text counts as calibrated on
 
 
 def read_text(path: str | Path) -> list[str]:
-    """Documents of a text file: the whole of a .txt, or the "text" of each line of a .jsonl or .jsonl.zst.
+    """Documents of a text file: the whole of a .txt, or the "text" of each line of a .jsonl or .jsonl.zst, or of each
+    row of a .parquet.
 
     Raises:
-        DataError: missing, of another suffix, not UTF-8, a malformed line (with its number), or without any text.
+        DataError: missing, of another suffix, not UTF-8, a malformed line or row (with its number), or without text.
     """
     path = Path(path)
     if not path.name.endswith(SUFFIXES):
         raise DataError(str(path), f"has none of the suffixes {', '.join(SUFFIXES)}", "rename or convert the file")
     raw = _read_bytes(path)
+    docs = list(_parquet_rows(raw, path)) if path.name.endswith(".parquet") else _decode(raw, path)
+    docs = [d for d in docs if d.strip()]
+    if not docs:
+        raise DataError(str(path), f"holds no text ({len(raw)} bytes)", "a file with text")
+    return docs
+
+
+def _decode(raw: bytes, path: Path) -> list[str]:
+    """Documents of a .txt, .jsonl or .jsonl.zst file."""
     if path.name.endswith(".zst"):
         raw = _decompress(raw, path)
     try:
@@ -44,11 +56,7 @@ def read_text(path: str | Path) -> list[str]:
         line = raw.count(b"\n", 0, e.start) + 1
         what = f"is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start}, line {line}"
         raise DataError(str(path), what, "iconv -t utf-8") from e
-    docs = [text] if path.name.endswith(".txt") else list(_json_lines(text, path))
-    docs = [d for d in docs if d.strip()]
-    if not docs:
-        raise DataError(str(path), f"holds no text ({len(raw)} bytes)", "a file with text")
-    return docs
+    return [text] if path.name.endswith(".txt") else list(_json_lines(text, path))
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -88,6 +96,36 @@ def _decompress(raw: bytes, path: Path) -> bytes:
     return b"".join(parts)
 
 
+def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
+    """The column "text", a batch of rows at a time, up to a quarter of the free memory."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as e:
+        raise DataError(str(path), "reading .parquet needs the pyarrow package", "pip install pyarrow") from e
+    limit, number = psutil.virtual_memory().available // 4, 0
+    try:
+        file = parquet.ParquetFile(io.BytesIO(raw))
+        kinds = {f.name: f.type for f in file.schema_arrow}
+        if "text" not in kinds:
+            what = f'has no column "text"; columns: {", ".join(list(kinds)[:6])}'
+            raise DataError(str(path), what, "rename the column that holds the text")
+        for batch in file.iter_batches(batch_size=_ROWS, columns=["text"]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                if not isinstance(value, str):
+                    what = f'has no string under "text"; the column is {kinds["text"]}'
+                    raise DataError(f"{path}, row {number}", what, "a column of strings without nulls")
+                limit -= len(value)
+                if limit < 0:
+                    what = f"is {len(raw)} bytes that become more than a quarter of the free memory"
+                    raise DataError(str(path), what, "a part of the text")
+                yield value
+    except (pyarrow.ArrowException, OSError, ValueError) as e:
+        what = f"is no parquet file or is damaged: {str(e).splitlines()[0] if str(e) else e!r}"
+        raise DataError(str(path), what, "copy the file again") from e
+
+
 def _json_lines(text: str, path: Path) -> Iterable[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -108,16 +146,22 @@ def _json_lines(text: str, path: Path) -> Iterable[str]:
         yield value
 
 
-def encode_documents(docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None) -> Tensor:
+def encode_documents(
+    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, *, most: int | None = None
+) -> Tensor:
     """Token ids int64 [N] of all documents, joined by eos where there is one.
+
+    most: documents behind the one that brings so many tokens are left out.
 
     Raises:
         DataError: the documents hold no token.
     """
-    return _encode(docs, tokenizer, eos)[0]
+    return _encode(docs, tokenizer, eos, most)[0]
 
 
-def _encode(docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None) -> tuple[Tensor, Tensor]:
+def _encode(
+    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, most: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Token ids [N], and the number of each one's document [N]; an eos belongs to the document that it ends."""
     ids: list[int] = []
     ends: list[int] = []
@@ -127,6 +171,8 @@ def _encode(docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None) -> t
         if i:
             ends.append(len(ids))
         ids.extend(tokenizer.encode(doc))
+        if most is not None and len(ids) >= most:
+            break
     if not ids:
         raise DataError("text", f"{len(docs)} documents hold no token", "another text or tokenizer")
     document = torch.bucketize(torch.arange(len(ids)), torch.tensor(ends, dtype=torch.int64), right=True)
@@ -220,7 +266,7 @@ def check_not_calibrated(
         calibrated_hashes: paragraph_hashes of each, by name; finds copies that were renamed, cut, converted or packed.
 
     Raises:
-        DataError: the same bytes, or at least half of the sampled windows are the same.
+        DataError: the same bytes, or at least half of the sampled windows are the same, in one text or in all together.
     """
     hint = "a text that was not calibrated on"
     digest = text_sha256(path)
@@ -228,6 +274,7 @@ def check_not_calibrated(
         if digest == other:
             raise DataError(str(path), f"is the file that was calibrated on ({name}, sha256 {digest[:12]})", hint)
     mine = set(paragraph_hashes(path)) if calibrated_hashes else set()
+    share, names, found = 0.0, list[str](), set[str]()
     for name, hashes in (calibrated_hashes or {}).items():
         theirs = set(hashes)
         # Above the largest hash of a full sketch, absence says nothing.
@@ -236,3 +283,8 @@ def check_not_calibrated(
         if known and same >= _OVERLAP * len(known):
             what = f"{same} of {len(known)} sampled passages were calibrated on ({name})"
             raise DataError(str(path), what, hint)
+        if fresh := len((known & theirs) - found):
+            share, names, found = share + fresh / len(known), [*names, name], found | theirs
+    if share >= _OVERLAP:
+        what = f"about {100 * share:.0f}% of its sampled passages were calibrated on ({', '.join(names)} together)"
+        raise DataError(str(path), what, hint)

@@ -27,7 +27,6 @@ from .progress import Progress
 from .recorded import reading
 from .report import PLOTS_HINT, can_plot, render_report
 from .resume import resume_stage
-from .runtime import data
 from .runtime.align import align
 from .runtime.calibrate import half_lives, initialise
 from .runtime.capture_teacher import capture_teacher
@@ -37,6 +36,7 @@ from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
 from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
+from .runtime.sources import CalibrationText
 from .runtime.student import Student, make_student
 from .runtime.taps import SiteGroup, collect_taps
 from .runtime.teacher import Teacher, load_teacher, load_tokenizer
@@ -68,14 +68,6 @@ def open_source(
     found = load_tokenizer(teacher) if need_tokenizer else None
     capture = capture_teacher(teacher)
     return Source(teacher, found, capture, find_attention(capture))
-
-
-def calibration_ids(config: Config, tokenizer: TokenizerLike) -> tuple[Tensor, Path]:
-    """Sequences [sequences + holdout, length]: first those that are trained on, then the held-out slice."""
-    path = Path(config.calib.text) if config.calib.text else CALIBRATION_TEXT
-    tokens = data.encode_documents(data.read_text(path), tokenizer, tokenizer.eos_token_id)
-    count = config.calib.sequences + config.calib.holdout
-    return data.pack(tokens, sequences=count, length=config.calib.length, what=str(path)), path
 
 
 def check_device(name: str) -> torch.device:
@@ -130,7 +122,7 @@ class Conversion:
         source: Source,
         plan: Plan,
         ids: Tensor,
-        text: Path,
+        text: CalibrationText,
         config: Config,
         run: RunFolder,
         progress: Progress,
@@ -193,7 +185,7 @@ class Conversion:
             "length": calib.length,
         }
         tokens = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()  # of another tokenizer: another calibration
-        inputs = {"plan": self.run.stage_hash("plan"), "text": data.text_sha256(self.text), "tokens": tokens}
+        inputs = {"plan": self.run.stage_hash("plan"), "text": self.text.identity(), "tokens": tokens}
         with self.run.stage("calibrate", config=settings, inputs=inputs) as stage:
             if stage.done:
                 return
@@ -205,8 +197,8 @@ class Conversion:
             save_weights(self.student, stage.dir / "initial.safetensors", only=changed_names(self.student))
             stage.evidence = {
                 "sites": [asdict(r) for r in reports],
-                "text": {self.text.name: data.text_sha256(self.text)},
-                "hashes": {self.text.name: data.paragraph_hashes(self.text)},
+                "text": self.text.sha256(),
+                "hashes": self.text.hashes(),
                 "tokens": calib.sequences * calib.length,
                 "device": str(self.device),
             }
@@ -341,7 +333,7 @@ def convert(
     config, progress, out = config or Config(), progress or Progress(quiet=True), Path(out)
     if until not in STAGES:
         raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
-    place = check_device(device)
+    place, text = check_device(device), CalibrationText.of(config.calib.text, default=CALIBRATION_TEXT)
     check_output(out)
     progress.say(f"loading {teacher}")
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
@@ -349,7 +341,8 @@ def convert(
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)
     check_length(config.calib.length, source, "calib.length")
-    ids, text = calibration_ids(config, source.tokenizer)
+    count = config.calib.sequences + config.calib.holdout  # the held-out slice comes last
+    ids = text.sequences(source.tokenizer, count=count, length=config.calib.length)
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
     with RunFolder.create_or_open(

@@ -100,7 +100,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
             "config": config,
             "plan": plan,
             "init": init,
-            "calib.text": calib,
+            "calib.text": calib[0] if calib and len(calib) == 1 else calib or None,
             "calib.sequences": calib_sequences,
             "calib.length": calib_length,
             "align.steps": align_steps,

@@ -24,7 +24,10 @@ Policy = Annotated[
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045
 Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
-Calib = Annotated[Optional[str], typer.Option(help="calibration text: .txt, .jsonl or .jsonl.zst")]  # noqa: UP045
+Calib = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="calibration text: .txt, .jsonl, .jsonl.zst or .parquet; again for more, as in a.jsonl:0.7"),
+]
 Sequences = Annotated[Optional[int], typer.Option("--calib-sequences", help="sequences to calibrate on")]  # noqa: UP045
 Length = Annotated[Optional[int], typer.Option("--calib-length", help="tokens in a sequence")]  # noqa: UP045
 Steps = Annotated[Optional[int], typer.Option("--align-steps", help="alignment steps; 0 for the initialisation alone")]  # noqa: UP045

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .passes.types import Check
 from .resume import resume_stage
-from .runtime import data
 from .runtime.distill import distill
 from .runtime.run_folder import RunFolder
 from .runtime.weights import load_weights, save_weights
@@ -32,8 +31,7 @@ def distillation_rows(work: Conversion) -> tuple[Tensor, Tensor, int]:
     """The calibration text as rows, the held-out slice last; predictions that count; number of rows to train on."""
     calib, tokenizer = work.config.calib, work.source.tokenizer
     assert tokenizer is not None
-    docs = data.read_text(work.text)
-    ids, counts = data.encode_rows(docs, tokenizer, tokenizer.eos_token_id, length=calib.length)
+    ids, counts = work.text.rows(tokenizer, length=calib.length)
     held = torch.zeros(len(ids), dtype=torch.bool)
     held[calib.sequences : calib.sequences + calib.holdout] = True
     order = torch.cat(((~held).nonzero(), held.nonzero())).squeeze(1)
@@ -48,7 +46,7 @@ def distill_stage(work: Conversion) -> None:
     active = bool(config.steps and work.chosen.convert)
     if active:
         settings = {"distill": config.model_dump(), "seed": work.config.seed, "holdout": calib.holdout}
-        inputs["text"] = data.text_sha256(work.text)
+        inputs["text"] = work.text.identity()
     with work.run.stage("distill", config=settings, inputs=inputs) as stage:
         if stage.done:
             return

@@ -1,0 +1,139 @@
+"""Calibration text from one or several weighted files, in an order that depends on nothing but files and weights.
+
+Every row of tokens is of one file. The next row is taken from the file that is furthest behind its share, so that every
+stretch of rows, the held-out slice too, holds the files in proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tcal_compiler.errors import ConfigError
+
+from . import data
+from .tokenizer import TokenizerLike
+
+WHERE = "calib.text"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text file and its share of the rows, relative to the other files' weights."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def parse_source(given: str) -> TextSource:
+    """PATH or PATH:WEIGHT. Raises ConfigError for a weight that is no positive number."""
+    head, colon, tail = given.rpartition(":")
+    if not colon or not head.endswith(data.SUFFIXES):
+        return TextSource(Path(given))
+    try:
+        weight = float(tail)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ConfigError(WHERE, f"{given}: the weight {tail!r} is no positive number", f"{head}:0.5")
+    return TextSource(Path(head), weight)
+
+
+def mix(weights: Sequence[float]) -> Iterator[int]:
+    """Which file each row is of, without end: of the first n rows file i has n w_i / sum w, rounded up or down.
+
+    The next row goes to the file whose share of it ends first among those that may have another row already (ties: the
+    first file), as in Balinski and Young's quota method.
+    """
+    total, taken, number = math.fsum(weights), [0] * len(weights), 0
+    while True:
+        number += 1
+        due = [i for i, w in enumerate(weights) if taken[i] < number * w / total]
+        chosen = min(due, key=lambda i: ((taken[i] + 1) / weights[i], i))
+        taken[chosen] += 1
+        yield chosen
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The files that a student is calibrated and distilled on, and that nothing may be measured on."""
+
+    sources: tuple[TextSource, ...]
+
+    @classmethod
+    def of(cls, given: str | list[str] | None, *, default: Path) -> CalibrationText:
+        """From calib.text: PATH or PATH:WEIGHT, one or several; default when nothing is given.
+
+        Raises ConfigError for an empty list, a weight that is no positive number, or a file that stands twice.
+        """
+        texts = [given] if isinstance(given, str) else [str(default)] if given is None else given
+        sources = tuple(map(parse_source, texts))
+        paths = [s.path.absolute() for s in sources]
+        if not sources or len(set(paths)) < len(paths):
+            what = f"{texts} names no file" if not sources else f"{texts} names a file twice"
+            raise ConfigError(WHERE, what, '["a.jsonl:0.7", "b.txt:0.3"], every file once')
+        return cls(sources)
+
+    @property
+    def name(self) -> str:
+        return ", ".join(str(s.path) for s in self.sources)
+
+    def _named(self) -> dict[str, Path]:
+        """The files by their names, those of equal names by their paths."""
+        names = [s.path.name for s in self.sources]
+        return {s.path.name if names.count(s.path.name) == 1 else str(s.path): s.path for s in self.sources}
+
+    def sha256(self) -> dict[str, str]:
+        """text_sha256 of every file, by name."""
+        return {name: data.text_sha256(path) for name, path in self._named().items()}
+
+    def hashes(self) -> dict[str, list[str]]:
+        """paragraph_hashes of every file, by name."""
+        return {name: data.paragraph_hashes(path) for name, path in self._named().items()}
+
+    def identity(self) -> list[list[object]]:
+        """What the rows depend on besides the tokenizer: sha256 and weight of every file, in order."""
+        return [[data.text_sha256(s.path), s.weight] for s in self.sources]
+
+    def sequences(self, tokenizer: TokenizerLike, *, count: int, length: int) -> Tensor:
+        """The first `count` rows [count, length]. Raises DataError when a file is too short for its share of them."""
+        order = self._order(count)
+        ids = torch.empty(count, length, dtype=torch.int64)
+        for i, source in enumerate(self.sources):
+            mine = order == i
+            share = int(mine.sum())
+            if share:
+                docs = data.read_text(source.path)
+                tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=share * length)
+                ids[mine] = data.pack(tokens, sequences=share, length=length, what=str(source.path))
+        return ids
+
+    def rows(self, tokenizer: TokenizerLike, *, length: int) -> tuple[Tensor, Tensor]:
+        """All rows, as data.encode_rows gives them, up to where the file that is next has no more.
+
+        The first rows are those of `sequences`. One file is taken whole.
+        """
+        parts = [
+            data.encode_rows(data.read_text(s.path), tokenizer, tokenizer.eos_token_id, length=length)
+            for s in self.sources
+        ]
+        left = [len(ids) for ids, _ in parts]
+        starts = [sum(left[:i]) for i in range(len(left))]
+        pick: list[int] = []
+        taken = [0] * len(parts)
+        for i in mix([s.weight for s in self.sources]):
+            if taken[i] == left[i]:
+                break
+            pick.append(starts[i] + taken[i])
+            taken[i] += 1
+        index = torch.tensor(pick)
+        return torch.cat([ids for ids, _ in parts])[index], torch.cat([counts for _, counts in parts])[index]
+
+    def _order(self, count: int) -> Tensor:
+        turns = mix([s.weight for s in self.sources])
+        return torch.tensor([next(turns) for _ in range(count)])
