@@ -11,6 +11,7 @@ from rule_cases import NAMES, SCALE, exactly, make_args, op, reference, with_gra
 from support import assert_within_budget
 from torch import Tensor
 
+from tcal_compiler.kernels import self_check
 from tcal_compiler.kernels.gated_delta_rule import dispatch
 
 triton = pytest.importorskip("triton")
@@ -96,12 +97,12 @@ def test_extremes_stay_finite():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", list(dispatch.ALLOWED), ids=str)
+@pytest.mark.parametrize("dtype", list(self_check.ALLOWED), ids=str)
 def test_self_check_passes(dtype):
     for dims in ((64, 64), (128, 128), (96, 48)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert dispatch._proved(0, dtype, *dims)
+            assert self_check.proved("gated_delta_rule", dispatch.self_check, 0, dtype, *dims)
 
 
 @pytest.mark.gpu
@@ -133,15 +134,17 @@ def test_self_check_sees_a_wrong_gradient(monkeypatch):
     assert errors["dg"] > 0.1 and all(e < 1e-5 for name, e in errors.items() if name != "dg")
 
 
+def nothing_to_check(*_: object) -> dict[str, float]:
+    return {}
+
+
 def test_without_triton_nothing_fails(monkeypatch):
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    dispatch._proved.cache_clear()
+    monkeypatch.setattr(self_check.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not dispatch._proved(0, torch.float32, 64, 64)
+        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not dispatch._proved(0, torch.float32, 64, 64)  # once
-    dispatch._proved.cache_clear()
+        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)  # once
 
 
 def test_cpu_tensors_never_take_triton():
