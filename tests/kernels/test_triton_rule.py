@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import pytest
 import torch
+from interpreter import interpreted, interpreter_or_skip
 from rule_cases import NAMES, SCALE, exactly, make_args, op, reference, with_gradients
 from support import assert_within_budget
 from torch import Tensor
@@ -15,7 +15,6 @@ from tcal_compiler.kernels import self_check
 from tcal_compiler.kernels.gated_delta_rule import dispatch
 
 triton = pytest.importorskip("triton")
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled")
 
 TINY = [  # shape, dtype, decay
     ((1, 3, 2, 1, 8, 8), torch.float32, 0.3),
@@ -55,12 +54,8 @@ def results(rule_args: list[Tensor], *, device: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("shape", "dtype", "decay"), TINY, ids=str)
 def test_in_the_interpreter(shape, dtype, decay):
     args = make_args(shape, dtype, decay=decay)
-    try:
+    with interpreter_or_skip():
         actual = results(args, device="cpu")
-    except Exception as e:  # Triton 3.6's interpreter cannot count a loop under numpy 2.4
-        if "0-dimensional" not in repr(e):
-            raise
-        pytest.skip(f"this Triton's interpreter does not run here: {e!r}")
     exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
     for name, x in actual.items():
         if dtype == torch.float32:
