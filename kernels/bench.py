@@ -25,6 +25,7 @@ from torch import Tensor
 from tcal_compiler.kernels.gated_delta_rule import dispatch, gated_delta_rule
 from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked
 from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
+from tcal_compiler.kernels.self_check import ALLOWED
 
 SHAPES = {
     "cuda": (
@@ -135,7 +136,7 @@ def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
     grad, scale = torch.randn_like(inputs[2]), shape[3] ** -0.5
     found = errors(inputs, [grad, torch.randn_like(inputs[5])], scale)
     result: dict[str, Any] = {"shape": shape, "errors": found}
-    allowed = dispatch.ALLOWED[dtype]
+    allowed = ALLOWED[dtype]
     if not max(found.values()) <= allowed:
         return result | {"wrong": f"more than {allowed:.0e}: not timed"}
     least = bounds(*shape, inputs[0].element_size())

@@ -126,8 +126,7 @@ class SiteCalibrator:
         """Sums of the context on the rule's output, with the mixer's present decay and write gate."""
         total: OutputSums | None = None
         for x, (q, k, v), _ in self._rows():
-            _, context = attention_statistics(q, k, v, site=self.site)
-            sums = output_sums(context, self.mixer.core(q, k, v, x))
+            sums = output_sums(q, k, v, self.mixer.core(q, k, v, x), site=self.site)
             total = sums if total is None else total.merge(sums)
         assert total is not None
         return total

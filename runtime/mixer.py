@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
-from tcal_compiler.kernels.gates import decay_gate, gated_rms_norm, l2_normalize
+from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm
+from tcal_compiler.kernels.gates import decay_gate, l2_normalize
 from tcal_compiler.passes.types import AttentionSite
 
 GATE_NAMES = (

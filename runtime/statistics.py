@@ -1,6 +1,6 @@
-"""Statistics of the teacher's attention, streamed: mergeable float64 sums, never a T x T map that is kept.
+"""Statistics of the teacher's attention: mergeable float64 sums over tokens, without a T x T map.
 
-B sequences, T tokens, H query heads, D value dim. Query rows are taken a block at a time, so memory is O(block T).
+B sequences, T tokens, H query heads, D value dim.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.gated_delta_rule.reference import expand_heads
+from tcal_compiler.kernels import attention_stats
 from tcal_compiler.passes.types import AttentionSite
-
-OCTAVES = 20  # row mass at distance 0, 1, 2-3, 4-7, ...: bin i > 0 starts at 2^(i-1)
-BLOCK = 128
 
 
 @dataclass(frozen=True)
 class SiteStats:
     """Sums over tokens of one site; merge two by adding.
 
-    sums: distance [H] sum_t sum_s a_ts max(t - s, 1/2) tokens; entropy [H] nats; mass [H, OCTAVES] by distance.
+    sums: distance [H] sum_t sum_s a_ts max(t - s, 1/2) tokens; entropy [H] nats; mass [H, OCTAVES] by
+    distance 0, 1, 2-3, 4-7, ...
     """
 
     tokens: int
@@ -47,50 +45,15 @@ class SiteStats:
         return self.sums["mass"] / self.tokens
 
 
-def attention_rows(q: Tensor, k: Tensor, *, site: AttentionSite, start: int, stop: int) -> Tensor:
-    """Attention rows of query tokens start..stop: [B, H, stop - start, stop], causal and windowed.
-
-    q [B, H, T, Dk] and k [B, H, T, Dk] with heads already expanded.
-    """
-    scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2) * site.scale
-    distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(stop, device=q.device)[None]
-    hidden = distance < 0
-    if site.window is not None:
-        hidden |= distance >= site.window
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1)
-
-
 @torch.no_grad()
-def attention_statistics(
-    q: Tensor, k: Tensor, v: Tensor, *, site: AttentionSite, block: int = BLOCK
-) -> tuple[SiteStats, Tensor]:
+def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, site: AttentionSite) -> tuple[SiteStats, Tensor]:
     """Statistics of one batch and the teacher's context.
 
     q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv]. Returns the sums (float64) and ctx [B, T, H, Dv] = softmax(..) v.
     """
-    heads, length = q.shape[1], q.shape[2]
-    k = expand_heads(k.transpose(1, 2), heads).transpose(1, 2)
-    v = expand_heads(v.transpose(1, 2), heads).transpose(1, 2)
-    device = q.device
-    sums = {
-        "distance": torch.zeros(heads, dtype=torch.float64, device=device),
-        "entropy": torch.zeros(heads, dtype=torch.float64, device=device),
-        "mass": torch.zeros(heads, OCTAVES, dtype=torch.float64, device=device),
-    }
-    context = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        rows = attention_rows(q, k, site=site, start=start, stop=stop)
-        context.append(rows @ v[:, :, :stop])
-        steps = (torch.arange(start, stop, device=device)[:, None] - torch.arange(stop, device=device)[None]).clamp_min(
-            0
-        )
-        sums["distance"] += (rows * steps.clamp_min(0.5).to(rows.dtype)).sum((0, 2, 3), dtype=torch.float64)
-        sums["entropy"] -= torch.xlogy(rows, rows).sum((0, 2, 3), dtype=torch.float64)
-        octave = torch.where(steps > 0, steps.clamp_min(1).log2().floor().long() + 1, 0).clamp_max(OCTAVES - 1)
-        by_pair = rows.sum(0, dtype=torch.float64).flatten(1)
-        sums["mass"].index_add_(1, octave.flatten(), by_pair)
-    return SiteStats(q.shape[0] * length, sums), torch.cat(context, 2).transpose(1, 2)
+    found = attention_stats.attention_statistics(q, k, v, scale=site.scale, window=site.window)
+    context, distance, entropy, mass = found
+    return SiteStats(q.shape[0] * q.shape[2], {"distance": distance, "entropy": entropy, "mass": mass}), context
 
 
 @dataclass(frozen=True)
@@ -113,20 +76,10 @@ class OutputSums:
 
 
 @torch.no_grad()
-def output_sums(context: Tensor, o: Tensor, eps: float = 1e-5) -> OutputSums:
-    """context, o [B, T, H, D] -> sums in float64 over B and T."""
-    c, o = context.double(), o.double()
-    rms = (o.square().mean(-1, keepdim=True) + eps).sqrt()
-    n = o / rms
-    over = (0, 1)
-    return OutputSums(
-        o.shape[0] * o.shape[1],
-        (c * o).sum((0, 1, 3)),
-        o.square().sum((0, 1, 3)),
-        (c * n).sum(over),
-        n.square().sum(over),
-        rms.squeeze(-1).sum(over),
-    )
+def output_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, site: AttentionSite) -> OutputSums:
+    """Sums over B and T of the teacher's context on o [B, T, H, D]; q, k, v as for `attention_statistics`."""
+    sums = attention_stats.attention_output_sums(q, k, v, o, scale=site.scale, window=site.window)
+    return OutputSums(q.shape[0] * q.shape[2], *sums)
 
 
 @dataclass(frozen=True)

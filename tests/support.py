@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.attention_stats.reference import sums_of_outputs
+from tcal_compiler.runtime.statistics import OutputSums
+
 
 def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
@@ -20,3 +23,8 @@ def assert_within_budget(name: str, *, actual: Tensor, exact: Tensor, naive: Ten
     actual, exact, naive, eps = actual.cpu(), exact.cpu(), naive.cpu(), torch.finfo(actual.dtype).eps
     error, budget = _rms(actual - exact), max(factor * _rms(naive - exact), 4 * eps * _rms(exact))
     assert error <= budget, f"{name}: rms error {error:.2e} over budget {budget:.2e}"
+
+
+def sums_of(context: Tensor, o: Tensor) -> OutputSums:
+    """The sums for a context [B, T, H, D] that no attention gave."""
+    return OutputSums(o.shape[0] * o.shape[1], *sums_of_outputs(context, o))

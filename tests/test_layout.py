@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +112,13 @@ def test_packages_are_linked_and_trivial(folder):
     assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
     link = ROOT / "tcal_compiler" / folder
     assert link.is_symlink() and link.readlink() == Path("..") / folder
+
+
+def test_every_package_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = [p.parent.relative_to(ROOT).parts for p in source_files(*LAYERS) if p.name == "__init__.py"]
+    names = [".".join(parts if parts[0] == "tcal_compiler" else ("tcal_compiler", *parts)) for parts in found]
+    assert sorted(names) == sorted(listed)
 
 
 def test_no_file_names_a_place_on_one_machine():

@@ -7,30 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.shapes import Shapes
+
 from .reference import cached_attention_reference
 
-
-def _check(q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, past_lengths: Tensor) -> None:
-    ok = all(t.dim() == 4 for t in (q, k, v, past_key, past_value)) and past_lengths.dim() == 1
-    if ok:
-        batch, heads, tokens, key_dim = q.shape
-        kv_heads, value_dim, slots = k.shape[1], v.shape[3], past_key.shape[2]
-        ok = (
-            tuple(k.shape) == (batch, kv_heads, tokens, key_dim)
-            and tuple(v.shape) == (batch, kv_heads, tokens, value_dim)
-            and tuple(past_key.shape) == (batch, kv_heads, slots, key_dim)
-            and tuple(past_value.shape) == (batch, kv_heads, slots, value_dim)
-            and past_lengths.shape[0] == batch
-            and kv_heads > 0
-            and heads % kv_heads == 0
-        )
-    if not ok:
-        named = dict(q=q, k=k, v=v, past_key=past_key, past_value=past_value, past_lengths=past_lengths)
-        raise ValueError(
-            "cached_attention: want q [B,H,T,Dk], k [B,K,T,Dk], v [B,K,T,Dv], past_key [B,K,S,Dk], "
-            "past_value [B,K,S,Dv], past_lengths [B] with H a multiple of K; "
-            f"got { ({n: tuple(t.shape) for n, t in named.items()}) }"
-        )
+SHAPES = Shapes(
+    "cached_attention",
+    "q [B,H,T,Dk], k [B,K,T,Dk], v [B,K,T,Dv], past_key [B,K,S,Dk], past_value [B,K,S,Dv], past_lengths [B]",
+    groups=("H", "K"),
+)
 
 
 @torch.library.custom_op("tcal::cached_attention", mutates_args=())
@@ -48,7 +33,7 @@ def _forward(
     sin: Tensor | None,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, past_key, past_value, past_lengths)
+    SHAPES.check(q, k, v, past_key, past_value, past_lengths)
     out = cached_attention_reference(
         q,
         k,

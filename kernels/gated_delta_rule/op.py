@@ -11,37 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.shapes import Shapes
+
 from . import dispatch
 
-
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> None:
-    """Shapes only; runs on the real tensors."""
-    ok = q.dim() == k.dim() == v.dim() == state.dim() == 4 and g.dim() == beta.dim() == 3
-    if ok:
-        batch, tokens, heads, key_dim = q.shape
-        kv_heads, value_dim = v.shape[2], v.shape[3]
-        ok = (
-            tuple(k.shape) == (batch, tokens, kv_heads, key_dim)
-            and tuple(v.shape[:2]) == (batch, tokens)
-            and tuple(g.shape) == tuple(beta.shape) == (batch, tokens, heads)
-            and tuple(state.shape) == (batch, heads, key_dim, value_dim)
-            and kv_heads > 0
-            and heads % kv_heads == 0
-            and tokens > 0
-        )
-    if not ok:
-        shapes = {n: tuple(t.shape) for n, t in dict(q=q, k=k, v=v, g=g, beta=beta, initial_state=state).items()}
-        raise ValueError(
-            "gated_delta_rule: want q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g and beta [B,T,H], "
-            f"initial_state [B,H,Dk,Dv] with T > 0 and H a multiple of K; got {shapes}"
-        )
+SHAPES = Shapes(
+    "gated_delta_rule",
+    "q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g [B,T,H], beta [B,T,H], initial_state [B,H,Dk,Dv]",
+    positive=("T",),
+    groups=("H", "K"),
+)
 
 
 @torch.library.custom_op("tcal::gated_delta_rule", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, g, beta, initial_state)
+    SHAPES.check(q, k, v, g, beta, initial_state)
     with torch.autocast(q.device.type, enabled=False):
         out, state = dispatch.forward(q, k, v, g, beta, initial_state, scale=scale)
     return out.contiguous(), state.contiguous()

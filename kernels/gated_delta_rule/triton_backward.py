@@ -16,22 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
+
 from .triton_forward import Walked, walk
 from .triton_tiles import (
     CHUNK,
     Setting,
     as_kernels_take,
     decay_sums,
-    dot,
     exp32,
-    load_columns,
-    load_gate,
-    load_rows,
     pair_decay,
     pair_decay_transposed,
     setting_for,
-    store_gate,
-    store_rows,
 )
 
 

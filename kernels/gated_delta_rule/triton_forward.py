@@ -17,20 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_tiles import (
-    CHUNK,
-    Setting,
-    as_kernels_take,
-    decay_sums,
-    dot,
-    exp32,
-    load_columns,
-    load_gate,
-    load_rows,
-    pair_decay,
-    setting_for,
-    store_rows,
-)
+from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_rows
+
+from .triton_tiles import CHUNK, Setting, as_kernels_take, decay_sums, exp32, pair_decay, setting_for
 
 MOST_STEPS = 16  # tokens that the one-launch kernel takes
 

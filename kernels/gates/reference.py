@@ -27,14 +27,3 @@ def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension: a zero vector stays zero. At least float32."""
     x = x.to(_accumulator(x))
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
-
-
-def gated_rms_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """o / rms(o) * weight * silu(gate), rms over the last dimension. Source: arXiv:2412.06464.
-
-    o, gate [..., H, D]; weight [H, D]. Returns [..., H, D], at least float32.
-    """
-    acc = _accumulator(o)
-    o = o.to(acc)
-    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps)
-    return normed * weight.to(acc) * F.silu(gate.to(acc))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from support import assert_within_budget
 
-from tcal_compiler.kernels.gates import decay_gate, gated_rms_norm, l2_normalize
+from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm
+from tcal_compiler.kernels.gates import decay_gate, l2_normalize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import pytest
 import torch
+from interpreter import interpreted, interpreter_or_skip
 from rule_cases import NAMES, SCALE, exactly, make_args, op, reference, with_gradients
 from support import assert_within_budget
 from torch import Tensor
 
+from tcal_compiler.kernels import self_check
 from tcal_compiler.kernels.gated_delta_rule import dispatch
 
 triton = pytest.importorskip("triton")
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled")
 
 TINY = [  # shape, dtype, decay
     ((1, 3, 2, 1, 8, 8), torch.float32, 0.3),
@@ -54,12 +54,8 @@ def results(rule_args: list[Tensor], *, device: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("shape", "dtype", "decay"), TINY, ids=str)
 def test_in_the_interpreter(shape, dtype, decay):
     args = make_args(shape, dtype, decay=decay)
-    try:
+    with interpreter_or_skip():
         actual = results(args, device="cpu")
-    except Exception as e:  # Triton 3.6's interpreter cannot count a loop under numpy 2.4
-        if "0-dimensional" not in repr(e):
-            raise
-        pytest.skip(f"this Triton's interpreter does not run here: {e!r}")
     exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
     for name, x in actual.items():
         if dtype == torch.float32:
@@ -96,12 +92,12 @@ def test_extremes_stay_finite():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", list(dispatch.ALLOWED), ids=str)
+@pytest.mark.parametrize("dtype", list(self_check.ALLOWED), ids=str)
 def test_self_check_passes(dtype):
     for dims in ((64, 64), (128, 128), (96, 48)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert dispatch._proved(0, dtype, *dims)
+            assert self_check.proved("gated_delta_rule", dispatch.self_check, 0, dtype, *dims)
 
 
 @pytest.mark.gpu
@@ -133,15 +129,17 @@ def test_self_check_sees_a_wrong_gradient(monkeypatch):
     assert errors["dg"] > 0.1 and all(e < 1e-5 for name, e in errors.items() if name != "dg")
 
 
+def nothing_to_check(*_: object) -> dict[str, float]:
+    return {}
+
+
 def test_without_triton_nothing_fails(monkeypatch):
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    dispatch._proved.cache_clear()
+    monkeypatch.setattr(self_check.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not dispatch._proved(0, torch.float32, 64, 64)
+        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not dispatch._proved(0, torch.float32, 64, 64)  # once
-    dispatch._proved.cache_clear()
+        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)  # once
 
 
 def test_cpu_tensors_never_take_triton():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support import sums_of
 from tiny_models import DIM as D
 from tiny_models import HEADS as H
 from tiny_models import KV_HEADS as K
@@ -29,7 +30,7 @@ from tcal_compiler.runtime.initialize import (
     zero_gate_,
 )
 from tcal_compiler.runtime.mixer import GdnMixer
-from tcal_compiler.runtime.statistics import SiteStats, normal_sums, output_sums
+from tcal_compiler.runtime.statistics import SiteStats, normal_sums
 from tcal_compiler.runtime.taps import collect_taps
 
 
@@ -111,10 +112,10 @@ def test_closed_form_recovers_a_teacher_that_is_a_gdn():
         teacher.g_proj.bias.copy_(inverse_silu(torch.rand(H * D, generator=gen) * 3 - 0.2))
         context = teacher(q, k, v, x).transpose(1, 2)
         set_memory_(mixer, stats([2.0, 5.0, 9.0, 30.0], [1.0, 2.0, 3.0, 5.0]))
-        closed_form_output_(mixer, output_sums(context, mixer.core(q, k, v, x)))
+        closed_form_output_(mixer, sums_of(context, mixer.core(q, k, v, x)))
         error = (mixer(q, k, v, x).transpose(1, 2) - context).norm() / context.norm()
         assert error < 1e-3
-        taylor_output_(mixer, output_sums(context, mixer.core(q, k, v, x)))
+        taylor_output_(mixer, sums_of(context, mixer.core(q, k, v, x)))
         assert (mixer(q, k, v, x).transpose(1, 2) - context).norm() / context.norm() > 10 * error
 
 

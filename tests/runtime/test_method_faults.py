@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from support import sums_of
 from tiny_models import DIM, GROUP, HEADS, KV_HEADS, VOCAB, WIDTH, capture_of, llama, lone_site, scanned, student_of
 from torch import Tensor, nn
 
+from tcal_compiler.kernels.attention_stats import OCTAVES, streaming
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule_reference
 from tcal_compiler.kernels.gates import decay_gate, l2_normalize
 from tcal_compiler.passes.capture import example_ids
@@ -22,10 +24,10 @@ from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import argument, by_name
 from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.passes.types import Capture, SiteScan
-from tcal_compiler.runtime import initialize, statistics
+from tcal_compiler.runtime import initialize
 from tcal_compiler.runtime import mixer as mixer_module
 from tcal_compiler.runtime.mixer import GdnMixer
-from tcal_compiler.runtime.statistics import SiteStats, attention_statistics, output_sums
+from tcal_compiler.runtime.statistics import SiteStats, attention_statistics
 from tcal_compiler.runtime.student import Student, make_student
 
 B, T = 2, 30
@@ -82,7 +84,7 @@ def rows_repeated(x: Tensor, num_heads: int) -> Tensor:
 def test_fault_1_rows_repeated_inside_heads(monkeypatch, where):
     check_whole_heads()
     if where == "statistics":
-        monkeypatch.setattr(statistics, "expand_heads", rows_repeated)
+        monkeypatch.setattr(streaming, "expand_heads", rows_repeated)
     else:
         rule = mixer_module.gated_delta_rule
         monkeypatch.setattr(
@@ -169,7 +171,7 @@ STATS = SiteStats(
     {
         "distance": torch.tensor([2.0, 9.0, 40.0, 300.0]).double(),
         "entropy": torch.tensor([1.0, 2.0, 3.0, 5.0]).double(),
-        "mass": torch.zeros(HEADS, statistics.OCTAVES).double(),
+        "mass": torch.zeros(HEADS, OCTAVES).double(),
     },
 )
 
@@ -216,7 +218,7 @@ def check_output_scale(set_output) -> None:
         initialize.set_memory_(mixer, STATS)
         core = mixer.core(q, k, v, x)
         context = factor * (core + 0.3 * core.square().mean().sqrt() * torch.randn(core.shape))
-        set_output(mixer, output_sums(context, core))
+        set_output(mixer, sums_of(context, core))
         ratio = (mixer(q, k, v, x).square().mean() / context.square().mean()).sqrt().item()
         assert 0.3 < ratio < 3, ratio
 

@@ -1,4 +1,4 @@
-"""Streamed statistics against full attention maps in float64."""
+"""Statistics of a site against attention rows one by one, and their sums. The ops: tests/kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from tiny_models import DIM as D
 from tiny_models import HEADS as H
 from tiny_models import KV_HEADS as K
 from tiny_models import lone_site as site
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tcal_compiler.kernels.attention_stats import OCTAVES
 from tcal_compiler.runtime.statistics import (
-    OCTAVES,
     attention_statistics,
     half_life_rate,
     normal_sums,
@@ -50,25 +49,15 @@ def full_map(q, k, v, *, window: int | None, scale: float) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_streaming_equals_the_full_map(window, scale):
+def test_statistics_are_those_of_each_row(window, scale):
     data = draw(length=40)
-    stats, context = attention_statistics(*data, site=site(window, scale), block=16)
+    stats, context = attention_statistics(*data, site=site(window, scale))
     exact = full_map(*data, window=window, scale=scale)
     for name in ("distance", "entropy", "mass"):
         torch.testing.assert_close(getattr(stats, name), exact[name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(context.double(), exact["context"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.mass.sum(1), torch.ones(H, dtype=torch.float64))
     assert stats.tokens == 2 * 40
-
-
-def test_block_size_is_invisible():
-    data = [x.double() for x in draw()]
-    whole, context = attention_statistics(*data, site=site(), block=T)
-    for block in (1, 7, 64, 1000):
-        stats, other = attention_statistics(*data, site=site(), block=block)
-        torch.testing.assert_close(other, context, rtol=0, atol=1e-12)
-        for name, value in whole.sums.items():
-            torch.testing.assert_close(stats.sums[name], value, rtol=1e-12, atol=1e-10)
 
 
 def test_statistics_of_parts_merge_to_those_of_the_whole():
@@ -79,7 +68,8 @@ def test_statistics_of_parts_merge_to_those_of_the_whole():
     assert merged.tokens == whole.tokens
     for name, value in whole.sums.items():
         torch.testing.assert_close(merged.sums[name], value, rtol=1e-12, atol=1e-10)
-    sums = [output_sums(c, c.flip(-1)) for c in (context, context[:2], context[2:])]
+    rows = (slice(0, 5), slice(0, 2), slice(2, 5))
+    sums = [output_sums(*(x[r] for x in data), context[r].flip(-1), site=site()) for r in rows]
     joined = sums[1].merge(sums[2])
     for name in ("tokens", "co", "oo", "cn", "nn", "rms"):
         torch.testing.assert_close(getattr(joined, name), getattr(sums[0], name), rtol=1e-12, atol=1e-12)
@@ -88,33 +78,6 @@ def test_statistics_of_parts_merge_to_those_of_the_whole():
     for name in ("zz", "zr"):
         both = getattr(normal[1].merge(normal[2]), name)
         torch.testing.assert_close(both, getattr(normal[0], name), rtol=1e-12, atol=1e-12)
-
-
-class Sizes(TorchDispatchMode):
-    """The largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() == t.numel() * t.element_size():
-                self.largest = max(self.largest, t.numel())
-        return out
-
-
-def test_no_full_map_is_ever_made():
-    block, largest = 16, {}
-    for length in (256, 512):
-        data = draw(batch=1, length=length)
-        with Sizes() as sizes:
-            attention_statistics(*data, site=site(), block=block)
-        largest[length] = sizes.largest
-        assert sizes.largest <= H * block * length  # rows of one block; a map of one head has length^2
-        assert sizes.largest < length * length
-    assert largest[512] == 2 * largest[256]  # linear in the length
 
 
 def test_a_head_that_looks_at_itself_has_no_distance_and_no_entropy():

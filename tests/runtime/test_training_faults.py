@@ -9,18 +9,18 @@ import copy
 
 import pytest
 import torch
-from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, lone_site, student_of
+from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, student_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcal_compiler.errors import DataError, TcalError
+from tcal_compiler.kernels.attention_stats import streaming
 from tcal_compiler.kernels.gates import decay_gate
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.runtime import align as align_module
-from tcal_compiler.runtime import initialize, statistics
+from tcal_compiler.runtime import initialize
 from tcal_compiler.runtime.align import GroupTrainer, align
 from tcal_compiler.runtime.config import AlignConfig
-from tcal_compiler.runtime.statistics import attention_statistics
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import SiteGroup, collect_taps
 from tcal_compiler.runtime.training import TrainState
@@ -51,18 +51,18 @@ def check_no_full_map() -> None:
     length = 400
     q, k, v = (torch.randn(1, h, length, DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
     with _Largest() as spy:
-        attention_statistics(q, k, v, site=lone_site(), block=16)
+        streaming.attention_statistics_streaming(q, k, v, scale=0.9, window=None, block=16)
     assert spy.numel <= HEADS * 16 * length
 
 
 def test_fault_6_full_attention_maps(monkeypatch):
     check_no_full_map()
-    rows = statistics.attention_rows
+    rows = streaming.attention_rows
 
-    def whole_map(q, k, *, site, start, stop):
-        return rows(q, k, site=site, start=0, stop=q.shape[2])[:, :, start:stop, :stop]
+    def whole_map(q, k, *, start, stop, **kind):
+        return rows(q, k, start=0, stop=q.shape[2], **kind)[:, :, start:stop, :stop]
 
-    monkeypatch.setattr(statistics, "attention_rows", whole_map)
+    monkeypatch.setattr(streaming, "attention_rows", whole_map)
     fails(check_no_full_map)
 
 
