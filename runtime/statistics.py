@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.cached_attention.reference import attention_weights, score_mask
 from tcal_compiler.kernels.gated_delta_rule.reference import expand_heads
 from tcal_compiler.passes.types import AttentionSite
 
@@ -48,16 +49,15 @@ class SiteStats:
 
 
 def attention_rows(q: Tensor, k: Tensor, *, site: AttentionSite, start: int, stop: int) -> Tensor:
-    """Attention rows of query tokens start..stop: [B, H, stop - start, stop], causal and windowed.
+    """Attention rows of query tokens start..stop: [B, H, stop - start, stop], as the site masks and shapes them.
 
     q [B, H, T, Dk] and k [B, H, T, Dk] with heads already expanded.
     """
-    scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2) * site.scale
     distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(stop, device=q.device)[None]
-    hidden = distance < 0
-    if site.window is not None:
-        hidden |= distance >= site.window
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    slopes, sinks = (torch.tensor(x, dtype=q.dtype, device=q.device) if x else None for x in (site.slopes, site.sinks))
+    mask = score_mask(distance, window=site.window or 0, slopes=slopes, dtype=q.dtype)
+    rows, keys = q[:, :, start:stop], k[:, :, :stop]
+    return attention_weights(rows, keys, mask, scale=site.scale, softcap=site.softcap, sinks=sinks)
 
 
 @torch.no_grad()
@@ -82,6 +82,8 @@ def attention_statistics(
         stop = min(start + block, length)
         rows = attention_rows(q, k, site=site, start=start, stop=stop)
         context.append(rows @ v[:, :, :stop])
+        if site.sinks:  # where a token looks, if it does not look at the sink
+            rows = rows / rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         steps = (torch.arange(start, stop, device=device)[:, None] - torch.arange(stop, device=device)[None]).clamp_min(
             0
         )
