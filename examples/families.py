@@ -91,8 +91,9 @@ class Row:
 
 
 def attention_modules(model: nn.Module) -> int:
-    """Attention modules, counted by class: another way than the graph's."""
-    return sum(bool(re.search(r"Attention$", type(m).__name__)) for m in model.modules())
+    """Attention modules that hold no other one, counted by class: another way than the graph's."""
+    found = [m for m in model.modules() if re.search(r"Attention$", type(m).__name__)]
+    return sum(not any(inner is not m and inner in found for inner in m.modules()) for m in found)
 
 
 def logits_and_gradients(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:

@@ -124,6 +124,22 @@ def _group_query_attention() -> Any:
     return values.Op(values.Opset("com.microsoft", 1), OP_TYPE, definition)
 
 
+def _packed(op: Any, x: Any) -> Any:
+    """[B, H, T, D] -> [B, T, H * D]."""
+    width = int(x.shape[1]) * int(x.shape[3])
+    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, width]))
+
+
+def _bias(op: Any, slopes: Any, past_lengths: Any, tokens: Any, total: Any) -> Any:
+    """-slope distance [B, H, T, total]."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    new = op.Range(zero, op.Squeeze(tokens), one)
+    own = op.Add(op.Unsqueeze(past_lengths, op.Constant(value_ints=[1])), new)
+    ahead = op.Sub(op.Range(zero, op.Squeeze(total), one), op.Unsqueeze(own, op.Constant(value_ints=[2])))
+    ahead = op.Unsqueeze(ahead, op.Constant(value_ints=[1]))
+    return op.Mul(op.Reshape(slopes, op.Constant(value_ints=[1, -1, 1, 1])), op.CastLike(ahead, slopes))
+
+
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """custom_translation_table of torch.onnx.export for the op."""
     import onnx
@@ -132,20 +148,6 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     op: Any = onnxscript.opset21  # its stubs do not know constants
     attention = _group_query_attention()
     int32 = onnx.TensorProto.INT32
-
-    def packed(x: Any) -> Any:
-        """[B, H, T, D] -> [B, T, H * D]."""
-        width = int(x.shape[1]) * int(x.shape[3])
-        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, width]))
-
-    def bias(slopes: Any, past_lengths: Any, tokens: Any, total: Any) -> Any:
-        """-slope distance [B, H, T, total]."""
-        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-        new = op.Range(zero, op.Squeeze(tokens), one)
-        own = op.Add(op.Unsqueeze(past_lengths, op.Constant(value_ints=[1])), new)
-        ahead = op.Sub(op.Range(zero, op.Squeeze(total), one), op.Unsqueeze(own, op.Constant(value_ints=[2])))
-        ahead = op.Unsqueeze(ahead, op.Constant(value_ints=[1]))
-        return op.Mul(op.Reshape(slopes, op.Constant(value_ints=[1, -1, 1, 1])), op.CastLike(ahead, slopes))
 
     def rule(
         q: Any,
@@ -173,16 +175,16 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
             options |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
         if softcap:
             options["softcap"] = softcap
-        added = None if slopes is None else bias(slopes, past_lengths, tokens, total)
+        added = None if slopes is None else _bias(op, slopes, past_lengths, tokens, total)
         given = [cos, sin, None, added, sinks]
         while given and given[-1] is None:
             given.pop()
         if window:
             options["local_window_size"] = window
         out, key, value = attention(
-            packed(q),
-            packed(k),
-            packed(v),
+            _packed(op, q),
+            _packed(op, k),
+            _packed(op, v),
             past_key,
             past_value,
             op.Cast(last, to=int32),

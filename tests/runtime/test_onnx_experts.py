@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import onnxruntime
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tcal_compiler.errors import TeacherError
+from tcal_compiler.runtime import program_file
 from tcal_compiler.runtime.onnx_experts import translation_table
 
 EXPERTS, WIDTH, INNER = 3, 4, 5
@@ -45,3 +48,13 @@ def test_every_row_meets_its_expert(session: onnxruntime.InferenceSession, count
     expert = [e for e, n in enumerate(counts) for _ in range(n)]
     exact = torch.stack([row @ Experts().weight[e] for row, e in zip(x, expert, strict=True)])
     torch.testing.assert_close(torch.from_numpy(found), exact.detach())
+
+
+def test_a_saved_program_brings_its_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked, real = [], importlib.import_module
+    monkeypatch.setattr(program_file.importlib, "import_module", lambda name: asked.append(name) or real(name))
+    args = (torch.randn(6, WIDTH), torch.tensor([2, 4, 6], dtype=torch.int32))
+    torch.export.save(torch.export.export(Experts(), args), tmp_path / "experts.pt2")
+    with pytest.raises(TeacherError, match="int64"):  # no language model
+        program_file.load_program(tmp_path / "experts.pt2", allow_pickle=False)
+    assert "transformers.integrations.moe" in asked
