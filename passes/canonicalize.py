@@ -65,6 +65,20 @@ class PlainCopies:
 
 
 @dataclass(frozen=True)
+class FreeViews:
+    """aten.view, which asks for strides that a replaced attention core need not have, becomes aten.reshape."""
+
+    def run(self, gm: GraphModule) -> PassResult:
+        views = list(iter_targets(gm, aten.view.default)) if not _mutates(gm) else []
+        for n in views:
+            n.target = aten.reshape.default
+        return PassResult(len(views))
+
+    def ensures(self, gm: GraphModule) -> None:
+        assert _mutates(gm) or not list(iter_targets(gm, aten.view.default))
+
+
+@dataclass(frozen=True)
 class RemoveNoOps:
     """Drops assertions, aliases, casts to the same dtype, full slices and dropout that is off."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tcal_compiler.errors import UnsupportedModelError
 
 from .base import run_passes
-from .canonicalize import PlainCopies, RemoveNoOps
+from .canonicalize import FreeViews, PlainCopies, RemoveNoOps
 from .graph import from_program, is_effect, is_mutation, output_node, placeholders, value
 from .types import Capture, Check
 
@@ -70,7 +70,7 @@ def capture_program(
         logits = logits[0]
     gm.graph.eliminate_dead_code(is_impure_node=is_effect)
     gm.recompile()
-    run_passes(gm, [PlainCopies(), RemoveNoOps()])
+    run_passes(gm, [PlainCopies(), FreeViews(), RemoveNoOps()])
     vocab = value(logits).shape[-1]  # type: ignore[arg-type]
     if not isinstance(vocab, int):
         raise UnsupportedModelError("teacher", f"its last output dimension is not a constant vocabulary: {vocab}")

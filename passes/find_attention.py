@@ -28,6 +28,7 @@ from .graph import (
     value,
 )
 from .masks import Evaluator, MaskFacts, probe_mask
+from .softmax_attention import ANCHORS, sinks_of
 from .to_sdpa import sdpa_name, to_sdpa
 from .types import AttentionSite, Capture, Rejection, SiteScan
 from .written_attention import SOFTMAX, Unfit, pairs_without_softmax, reaches_softmax_over_tokens, token_graph
@@ -226,6 +227,10 @@ def _site(t: _Tokens, anchor: Node, index: int, *, written: bool) -> AttentionSi
     scale = argument(anchor, "scale")
     if isinstance(scale, Node):
         raise Unfit("its scale is computed from the length")
+    sinks = sinks_of(t.capture, anchor)
+    if facts.slopes and sinks is not None:
+        raise Unfit("attention sinks beside a position bias on the scores")
+    slopes = facts.slopes * (int(heads) // len(facts.slopes)) if any(facts.slopes) else ()
     x = _common_source(t, q, k, v)
     y = _output_projection(t, anchor)
     _check_region(t, x, y)
@@ -248,6 +253,9 @@ def _site(t: _Tokens, anchor: Node, index: int, *, written: bool) -> AttentionSi
         rope=any(i in t.position for m in backward_slice(q, x, t.data) for i in inputs(m)),
         proof=facts.detail,
         written=anchor.name.removesuffix(sdpa_name("")) if written else "",
+        softcap=float(argument(anchor, "softcap", 0.0)),
+        slopes=slopes,
+        sinks=tuple(sinks.tolist()) if sinks is not None else (),
     )
 
 
@@ -267,7 +275,7 @@ def find_attention(capture: Capture) -> SiteScan:
         if n.op != "call_function" or n not in t.data:
             continue
         reason = ""
-        if n.target is aten.scaled_dot_product_attention.default:
+        if n.target in ANCHORS:
             try:
                 sites.append(_site(t, n, index, written=n.name not in teacher))
             except Unfit as e:

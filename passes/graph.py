@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -68,9 +69,11 @@ def output_node(gm: GraphModule) -> Node:
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
-    """An argument of an aten node by its name in the schema."""
-    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if a.name == name:
+    """An argument of a node by its name in the op's schema, or in the function's signature."""
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema else inspect.signature(node.target).parameters  # type: ignore[arg-type]
+    for i, known in enumerate(names):
+        if known == name:
             if i < len(node.args):
                 return node.args[i]
             return node.kwargs.get(name, default)

@@ -32,8 +32,10 @@ from .graph import (
     value,
     widen_to_float64,
 )
+from .masks import probe_mask
 from .pack import Packing, pack_tokens, unpack_logits
 from .positions import promote_positions, token_free
+from .softmax_attention import ANCHORS, sinks_of
 from .to_sdpa import to_sdpa
 from .types import AttentionSite, Capture, Check
 
@@ -100,10 +102,13 @@ class StatefulGraph:
         return tuple(torch.zeros(s, dtype=dtype) for s in shapes)
 
 
-def make_stateful(capture: Capture, *, verify: bool = True, max_length: int = 8192) -> StatefulGraph:
+def make_stateful(
+    capture: Capture, *, verify: bool = True, max_length: int = 8192, check_length: int = 24
+) -> StatefulGraph:
     """The stateful form of a student's (or a teacher's) graph. Parameters are shared with the capture.
 
     verify: compare it in float64, cut into chunks, with the whole-sequence graph (needs a float64 copy of the weights).
+    check_length: tokens of that comparison; windows of up to 600 tokens make it longer.
     max_length: rows of the rotary tables, where a kept core's positions are rotary: the longest sequence.
 
     Raises UnsupportedModelError when a core cannot carry a state, when positions cannot be followed, or when chunks
@@ -120,7 +125,7 @@ def make_stateful(capture: Capture, *, verify: bool = True, max_length: int = 81
         return stateful
     wide = replace(plain, gm=widen_to_float64(plain.gm))
     whole = wide.gm if plain.gm is capture.gm else widen_to_float64(capture.gm)
-    checks = check_chunks(_add_state(wide, sites, max_length), whole, capture)
+    checks = check_chunks(_add_state(wide, sites, max_length), whole, capture, check_length)
     if bad := [c for c in checks if not c.passed]:
         what = f"{bad[0].name}: {bad[0].measured:.3g} (allowed {bad[0].allowed:.3g}), in float64"
         raise UnsupportedModelError("student", what, "only attention cores may read across time")
@@ -142,12 +147,12 @@ def run_chunks(
     return torch.cat(logits, 1), state
 
 
-def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture) -> tuple[Check, ...]:
+def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture, length: int = 24) -> tuple[Check, ...]:
     """Chunked against whole-sequence logits, both graphs in float64, relative to the largest logit."""
     longest = max((layer.window or 0 for layer in stateful.layers), default=0)
-    tokens = min(longest + 3, 600) if longest else 24
+    tokens = min(longest + 3, 600) if longest else 0
     gen = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, capture.vocab_size, (2, max(tokens, 24)), generator=gen)
+    ids = torch.randint(0, capture.vocab_size, (2, max(tokens, length)), generator=gen)
     with torch.no_grad():
         exact = whole(*capture.inputs(ids))
     checks = []
@@ -160,8 +165,7 @@ def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture) 
 
 def _cores(gm: GraphModule) -> list[Node]:
     data = taint(gm.graph.nodes, placeholders(gm)[:1])
-    kinds = (aten.scaled_dot_product_attention.default, RULE)
-    return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in kinds and n in data]
+    return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (*ANCHORS, RULE) and n in data]
 
 
 def _layer(index: int, core: Node, sites: dict[str, AttentionSite]) -> LayerState:
@@ -202,7 +206,8 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
                 rotary = find_rotary(capture, site, rows=max_length)
                 qkv = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
                 kv = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
-                present += _carry_attention(graph, old[core], qkv, kv, site, packing, tables.of(rotary))
+                extra = (*tables.of(rotary), site.softcap, *map(tables.vector, _head_values(capture, core, site)))
+                present += _carry_attention(graph, old[core], qkv, kv, site, packing, extra)
     graph.output((unpack_logits(graph, logits, packing), *present))
     for unused in ins[1:]:
         graph.erase_node(unused)
@@ -226,12 +231,31 @@ def _state_inputs(graph: Graph, after: Node, layers: tuple[LayerState, ...]) -> 
     return mask, past
 
 
+def _head_values(capture: Capture, core: Node, site: AttentionSite) -> tuple[Tensor | None, Tensor | None]:
+    """Slopes and sinks [H] of a kept core, in the precision of this graph."""
+    slopes = None
+    if site.slopes:
+        found = probe_mask(capture, argument(core, "attn_mask")).slopes
+        dtype = next(p.dtype for p in capture.gm.parameters() if p.is_floating_point())
+        slopes = torch.tensor(found * (site.num_heads // len(found)), dtype=dtype)
+    return slopes, sinks_of(capture, core)
+
+
 class _Tables:
-    """Rotary tables as buffers of the new graph, equal ones once."""
+    """Rotary tables, and values of heads, as buffers of the new graph; equal tables once."""
 
     def __init__(self, graph: Graph, root: nn.Module) -> None:
         self.graph, self.root = graph, root
         self.known: list[Rotary] = []
+        self.names: list[str] = []
+
+    def vector(self, values: Tensor | None) -> Node | None:
+        """Values [H] as a node; call it where that is to be inserted."""
+        if values is None:
+            return None
+        self.names.append(f"head_values.{len(self.names)}")
+        set_tensor(self.root, self.names[-1], values.detach().clone())
+        return self.graph.create_node("get_attr", self.names[-1])
 
     def of(self, rotary: Rotary | None) -> tuple[Node | None, Node | None, bool]:
         """Nodes of cos and sin, and whether channels are interleaved; call it where they are to be inserted."""
@@ -248,7 +272,7 @@ class _Tables:
         return cos, sin, rotary.interleaved
 
     def holds(self, target: str) -> bool:
-        return target.startswith("rotary.") and target.split(".")[1].isdigit()
+        return target in self.names or (target.startswith("rotary.") and target.split(".")[1].isdigit())
 
 
 def _core_inputs(
@@ -270,10 +294,10 @@ def _carry_attention(
     past: tuple[Node, ...],
     site: AttentionSite,
     packing: Packing,
-    tables: tuple[Node | None, Node | None, bool],
+    extra: tuple[Any, ...],
 ) -> list[Node]:
     """Attention over the cache and the new tokens, in place of `core`; returns the new caches."""
-    args = (*qkv, *past, packing.past_lengths, packing.total, site.scale, site.window or 0, *tables)
+    args = (*qkv, *past, packing.past_lengths, packing.total, site.scale, site.window or 0, *extra)
     new = graph.call_function(ATTENTION, args)
     context, *caches = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
     context.meta = dict(core.meta)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +19,16 @@ MAX_PROBE = 8192  # longest length at which a mask is evaluated: its L x L value
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """kind: causal, none, bias (values other than 0 and -inf) or other. window: visible tokens, None for all."""
+    """kind: causal, none, bias (values other than 0 and -inf) or other. window: visible tokens, None for all.
+
+    slopes: per head or one for all, what a score loses with each token of distance, where values are added that are
+    -slope distance but for what a whole row has in common.
+    """
 
     kind: str
     window: int | None
     detail: str
+    slopes: tuple[float, ...] = ()
 
 
 class Evaluator:
@@ -62,8 +68,37 @@ def classify_mask(mask: Tensor) -> MaskFacts:
     else:
         visible = rows > -1e4  # additive masks hide with the dtype's minimum or -inf
         finite = rows[visible].float()
+    slopes: tuple[float, ...] = ()
     if finite.numel() and finite.abs().max() > 0:
-        return MaskFacts("bias", None, f"adds values up to {finite.abs().max().item():.3g} to the scores")
+        slopes = _slopes(mask, mask > -1e4)
+        if not slopes:
+            added = f"adds values up to {finite.abs().max().item():.3g} to the scores"
+            return MaskFacts("bias", None, f"{added}, which are no multiple of the distance")
+    facts = _classify_visible(visible)
+    return replace(facts, slopes=slopes, detail=facts.detail + (", with alibi slopes" if any(slopes) else ""))
+
+
+def _slopes(mask: Tensor, visible: Tensor) -> tuple[float, ...]:
+    """MaskFacts.slopes of an additive mask [.., 1 or H, L, L], to 1e-6 of its largest value; () where it has none."""
+    length = mask.shape[-1]
+    values, seen = (x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None] for x in (mask.double(), visible))
+    last = seen[0, 0, -1].nonzero().flatten()
+    if not torch.equal(seen, seen[:1, :1].expand_as(seen)) or len(last) < 2 or not seen[0, 0].diagonal().all():
+        return ()
+    if not torch.equal(values.where(seen, 0), values[:1].where(seen, 0).expand_as(values)):
+        return ()
+    near, far = int(last[-1]), int(last[0])
+    slopes = (values[0, :, -1, near] - values[0, :, -1, far]) / (near - far)
+    rest = values[0] - slopes[:, None, None] * torch.arange(length, device=mask.device)
+    rest = (rest - rest.diagonal(dim1=1, dim2=2)[..., None])[seen[0].expand_as(rest)]
+    if not rest.abs().max() <= 1e-6 * values[seen.expand_as(values)].abs().max():
+        return ()
+    return tuple(slopes.tolist())
+
+
+def _classify_visible(visible: Tensor) -> MaskFacts:
+    """visible [N, L, L] bool."""
+    length = visible.shape[-1]
     if not torch.equal(visible, visible[:1].expand_as(visible)):
         return MaskFacts("other", None, "differs between heads or sequences")
     seen = visible[0]
@@ -115,6 +150,9 @@ def probe_mask(capture: Capture, mask: Node) -> MaskFacts:
         if facts.kind != "causal":
             return facts
     assert facts is not None
+    if any(facts.slopes):  # in few bits slopes times positions are a line at first only
+        with suppress(RuntimeError):  # a table of fixed size ends before
+            facts = classify_mask(Evaluator(capture, 300)(mask))
     if over := [c for c in consts if MAX_PROBE < c < 2**20]:
-        return MaskFacts(facts.kind, facts.window, f"{facts.detail}; constants {over} are longer than the probe")
+        return replace(facts, detail=f"{facts.detail}; constants {over} are longer than the probe")
     return facts

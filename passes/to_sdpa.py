@@ -1,5 +1,7 @@
 """Written-out softmax attention becomes scaled_dot_product_attention, each core proved equal on random q, k and v.
 
+Scores that are soft-capped or have sinks beside them become softmax_attention, which has words for those.
+
 The capture itself keeps the teacher's spelling, and so its bits; only what is analysed, converted or made stateful is
 brought to this form.
 """
@@ -16,8 +18,9 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .base import PassResult, run_passes
-from .graph import argument, aten, inputs, is_effect, module_path, placeholders, value
+from .graph import argument, aten, is_effect, module_path, placeholders, value
 from .masks import Evaluator
+from .softmax_attention import softmax_attention
 from .types import Capture, Rejection
 from .written_attention import (
     MERGED,
@@ -108,8 +111,8 @@ class _Rewrite:
         self.made = []
         try:
             with self.graph.inserting_before(core.output):
-                scale = self.scale(core)
-                q, k, v, last = self.sdpa(core, self.mask(core), scale)
+                scale, softcap = self.scale(core)
+                q, k, v, last = self.sdpa(core, self.mask(core), scale, softcap)
             self.prove(core, (q, k, v), last)
         except (Unfit, RuntimeError, IndexError, KeyError, TypeError, ValueError) as e:
             for n in reversed(self.made):
@@ -134,8 +137,8 @@ class _Rewrite:
             n.meta["val"] = target(*values[0], **values[1])
         return n
 
-    def sdpa(self, core: WrittenCore, mask: Node, scale: float) -> tuple[Node, Node, Node, Node]:
-        """Layouts around scaled_dot_product_attention; returns the sources of q, k, v and the product's new value."""
+    def sdpa(self, core: WrittenCore, mask: Node, scale: float, softcap: float) -> tuple[Node, Node, Node, Node]:
+        """Layouts around the attention node; returns the sources of q, k, v and the product's new value."""
         out, first, second = core.output, core.first, core.second
         q0, q_axes = _unpermuted(first.left, first.left_axes)
         k0, k_axes = _unpermuted(first.right, first.right_axes)
@@ -148,8 +151,14 @@ class _Rewrite:
         options: dict[str, Any] = {"scale": scale} | ({"enable_gqa": True} if heads != kv_heads else {})
         if value(mask).dtype not in (torch.bool, value(q).dtype):
             mask = self.call(out, f"{out.name}_mask", aten.to.dtype, mask, value(q).dtype)
-        target = aten.scaled_dot_product_attention.default
-        y = self.call(out, sdpa_name(out.name), target, q, k, v, mask, 0.0, False, **options)
+        if softcap or core.sinks is not None:
+            sinks = core.sinks
+            for dim in (3, 2, 0) if sinks is not None else ():
+                sinks = self.call(out, f"{out.name}_sinks", aten.select.int, sinks, dim, 0)
+            y = self.call(out, sdpa_name(out.name), softmax_attention, q, k, v, mask, scale, softcap, sinks)
+        else:
+            target = aten.scaled_dot_product_attention.default
+            y = self.call(out, sdpa_name(out.name), target, q, k, v, mask, 0.0, False, **options)
         return q0, k0, v0, self.restored(core, y, _head_order(second))
 
     def standard(self, core: WrittenCore, n: Node, axes: str, order: str, last: str, part: str) -> Node:
@@ -202,12 +211,13 @@ class _Rewrite:
             image = self.shared(out, aten.add.Tensor, image, bias)
         env = {core.scores: image}
         for n in core.between:
-            if n.target in SHAPING and n.target not in _SAME_SHAPE:
-                env[n] = self.ranked(out, env[n.args[0]], value(n).ndim)  # type: ignore[index]
+            before = env.get(n.args[0]) if n.target in SHAPING - _SAME_SHAPE else None  # type: ignore[arg-type]
+            if before is not None and self.t.dims(before) != self.t.dims(n.args[0]):  # type: ignore[arg-type]
+                env[n] = self.ranked(out, before, value(n).ndim)
             else:
                 args, kwargs = torch.fx.node.map_arg((n.args, n.kwargs), lambda i: env.get(i, i))
                 env[n] = self.shared(out, n.target, *args, **kwargs)
-        return self.ranked(out, env[core.softmax.args[0]], 4)  # type: ignore[index]
+        return self.ranked(out, env[core.end], 4)
 
     def ranked(self, like: Node, image: Node, rank: int) -> Node:
         """The image with so many dimensions; those before the tokens are 1."""
@@ -240,19 +250,19 @@ class _Rewrite:
         made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         return made.to(value(n).device, value(n).dtype)
 
-    def scale(self, core: WrittenCore) -> float:
-        """Factor of q k^T, read off the scores' way to the softmax in float64 where the graph allows.
+    def step(self, core: WrittenCore, score: float) -> float:
+        """What a score adds, read off the scores' way to the softmax in float64 where the graph allows.
 
-        Scores are 0, then 0 and 1 in turn along the keys; what counts is the step from key to key, because a softmax
-        does not see what is added to a whole row.
+        Scores are 0, then 0 and `score` in turn along the keys; what counts is the step from key to key, because a
+        softmax does not see what is added to a whole row.
         """
-        zeros, end = torch.zeros_like(self.sample(core.scores, 0)), inputs(core.softmax)[0]
+        zeros = torch.zeros_like(self.sample(core.scores, 0))
         turns = torch.arange(LENGTH, device=zeros.device) % 2
         steps = zeros.new_zeros(0, dtype=torch.float64)
         for dtype in (torch.float64, zeros.dtype):
             try:
-                both = ({core.scores: (zeros + x).to(dtype)} for x in (0, turns))
-                low, high = (Evaluator(self.capture, LENGTH, known, batch=BATCH)(end) for known in both)
+                both = ({core.scores: (zeros + x).to(dtype)} for x in (0, score * turns))
+                low, high = (Evaluator(self.capture, LENGTH, known, batch=BATCH)(core.end) for known in both)
                 seen = (low > -1e4)[..., 1:] & (low > -1e4)[..., :-1]
                 steps = ((high - low).double().diff(dim=-1) * turns.diff())[seen]
                 break
@@ -261,13 +271,18 @@ class _Rewrite:
                     raise
         if steps.numel() == 0 or (steps - steps[0]).abs().max() > 1e-5 * steps[0].abs():
             raise Unfit("its scores are not scaled by one factor")
+        return steps[0].item()
+
+    def scale(self, core: WrittenCore) -> tuple[float, float]:
+        """Factor of q k^T, and c where the scores are c tanh(scale q k^T / c), else 0."""
         alpha = argument(core.scores, "alpha", 1) if core.scores.target is aten.baddbmm.default else 1
-        found = steps[0].item() * alpha
+        cap = self.step(core, 1e9) if any(n.target is aten.tanh.default for n in core.between) else 0.0
+        found = alpha * (cap / 1e-3 * math.atanh(self.step(core, 1e-3) / cap) if cap else self.step(core, 1.0))
         if found <= 0:
             raise Unfit(f"its scores are scaled by {found:.3g}, want a positive factor")
         dim = value(core.first.left).shape[core.first.left_axes.index("d")]
         usual = [u for u in (1.0, 1 / math.sqrt(int(dim))) if abs(found - u) < 1e-6 * u]  # float32 rounds it
-        return usual[0] if usual else found
+        return usual[0] if usual else found, cap
 
     def prove(self, core: WrittenCore, sources: tuple[Node, Node, Node], last: Node) -> None:
         """Both forms on the same random q, k, v: Unfit when they differ by more than rounding."""

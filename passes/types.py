@@ -57,6 +57,8 @@ class AttentionSite:
         x: the hidden state [B, T, C] that q, k and v are all computed from.
         y: the output projection's node [B, T, C].
         scale: factor of q k^T. window: number of visible tokens including oneself, None for all.
+        softcap: c where scores are c tanh(scale q k^T / c), else 0. slopes: per head, what a score loses with each
+            token of distance (alibi), or (). sinks: per head, the logit of an attention sink, or ().
         rope: q and k depend on the position. proof: how causality was established.
         written: where the teacher writes attention out, the node of its last product; else "".
     """
@@ -79,6 +81,16 @@ class AttentionSite:
     rope: bool
     proof: str
     written: str = ""
+    softcap: float = 0.0
+    slopes: tuple[float, ...] = ()
+    sinks: tuple[float, ...] = ()
+
+    @property
+    def scores(self) -> str:
+        """In words, what is done to the scores beside scale, mask and softmax."""
+        parts = [f"soft cap {self.softcap:.6g}"] * bool(self.softcap)
+        parts += ["alibi"] * bool(self.slopes) + ["sinks"] * bool(self.sinks)
+        return ", ".join(parts) or "plain"
 
     def summary(self) -> dict[str, Any]:
         """The facts that a user sees, as plain JSON values."""
@@ -91,6 +103,7 @@ class AttentionSite:
             "value_dim": self.value_dim,
             "scale": self.scale,
             "window": self.window,
+            "scores": self.scores,
             "rope": self.rope,
             "causal": self.proof,
         }

@@ -15,7 +15,7 @@ from typing import Any
 from torch import SymInt
 from torch.fx import Node
 
-from .graph import LAYOUT, LINEAR, argument, aten, backward_slice, inputs, placeholders, taint, value
+from .graph import LAYOUT, LINEAR, argument, aten, backward_slice, inputs, is_tensor, placeholders, taint, value
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default, aten.mm.default}
@@ -47,7 +47,11 @@ class Product:
 
 @dataclass(frozen=True)
 class WrittenCore:
-    """softmax: its node. first, second: the products before and behind it. between: what the scores pass through."""
+    """softmax: its node. first, second: the products before and behind it.
+
+    between: what the scores pass through, up to `end`: the softmax's argument, or what sinks are put beside.
+    sinks: logits that are no products of tokens, one column beside the scores, or None.
+    """
 
     softmax: Node
     scores: Node
@@ -55,6 +59,8 @@ class WrittenCore:
     first: Product
     second: Product
     between: tuple[Node, ...]
+    end: Node
+    sinks: Node | None
 
 
 @dataclass(frozen=True)
@@ -123,28 +129,29 @@ def recognise(t: TokenGraph, softmax: Node) -> WrittenCore:
     dims = t.dims(softmax)
     if int(argument(softmax, "dim", -1)) not in (-1, len(dims) - 1):
         raise Unfit("its softmax is not over the last dimension")
-    scores, between = _scores(t, softmax)
-    if not t.has_pairs(softmax):
+    scores, end, sinks = _scores(t, softmax)
+    if not t.has_pairs(end):
         raise Unfit(f"its softmax has the shape {dims}, want [.., {t.length}, {t.length}]: tokens x tokens")
-    output, weights = _weighted_sum(t, softmax)
+    output, weights = _weighted_sum(t, softmax, sinks is not None)
     first = _label(scores, _operands(scores))
     if first.right_axes.count("s") == 0 or first.out_axes[-2:] != "ts":
         raise Unfit(f"its score product has axes {first.left_axes}, {first.right_axes} -> {first.out_axes}")
     second = _label(output, _operands(output), weights=weights)
-    return WrittenCore(softmax, scores, output, first, second, tuple(between))
+    between = sorted(backward_slice(end, scores, set(t.data)) - {scores}, key=lambda n: t.order[n])
+    return WrittenCore(softmax, scores, output, first, second, tuple(between), end, sinks)
 
 
-def _scores(t: TokenGraph, softmax: Node) -> tuple[Node, list[Node]]:
-    """The product of queries and keys, and the nodes from it to the softmax in order."""
+def _scores(t: TokenGraph, softmax: Node) -> tuple[Node, Node, Node | None]:
+    """The product of queries and keys; the scores as they are complete, and the sinks beside them."""
     c: Node = softmax.args[0]  # type: ignore[assignment]
+    end, sinks = c, None
     while not (c.target in PRODUCTS and len(t.tokens(c)) == 2):
         operands = t.tokens(c)
         if c.target in LINEAR and len(operands) == 1:
             raise Unfit("its scores pass through a linear map")
         if c.target is aten.cat.default:
-            raise Unfit("attention sinks: its softmax has columns that are no tokens")
-        if c.target is aten.tanh.default:
-            raise Unfit("soft-capped scores (tanh)")
+            end, sinks = _beside_sinks(t, c, operands)
+            operands = [end]
         if len(operands) == 2:  # scores - max(scores): both come from one
             near, far = sorted(operands, key=lambda n: t.order[n])
             if near not in backward_slice(far, inputs(near)[0] if inputs(near) else near, set(t.data)):
@@ -153,11 +160,19 @@ def _scores(t: TokenGraph, softmax: Node) -> tuple[Node, list[Node]]:
         if not operands:
             raise Unfit("its scores are no product of queries and keys")
         c = operands[0]
-    region = backward_slice(softmax.args[0], c, set(t.data)) - {c}  # type: ignore[arg-type]
-    return c, sorted(region, key=lambda n: t.order[n])
+    return c, end, sinks
 
 
-def _weighted_sum(t: TokenGraph, softmax: Node) -> tuple[Node, Node]:
+def _beside_sinks(t: TokenGraph, cat: Node, scores: list[Node]) -> tuple[Node, Node]:
+    """The scores, and the column of sinks that is put beside them."""
+    columns = [i for i in inputs(cat) if i not in t.data and is_tensor(i)]
+    if len(scores) != 1 or len(columns) != 1 or value(columns[0]).ndim != 4 or value(columns[0]).shape[-1] != 1:
+        shapes = [t.dims(i) for i in inputs(cat)]
+        raise Unfit(f"its softmax is over columns that are no tokens, of shapes {shapes}: want one for each head")
+    return scores[0], columns[0]
+
+
+def _weighted_sum(t: TokenGraph, softmax: Node, sinks: bool) -> tuple[Node, Node]:
     """The product of probabilities and values, and its operand that holds the probabilities."""
     c = softmax
     while True:
@@ -169,7 +184,7 @@ def _weighted_sum(t: TokenGraph, softmax: Node) -> tuple[Node, Node]:
             return user, c
         if user.target is aten.dropout.default:
             raise Unfit(f"dropout {user.args[1]} inside attention; export the model in eval mode")
-        if user.target not in SHAPING:
+        if user.target not in SHAPING and not (sinks and user.target is aten.slice.Tensor):
             raise Unfit(f"its probabilities pass through {user.target} before they meet the values")
         c = user
 

@@ -25,6 +25,7 @@ from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, 
 from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
 from tcal_compiler.passes.types import Check
 
+from . import onnx_experts
 from .config import ExportConfig
 from .tokenizer import TokenizerLike
 
@@ -114,7 +115,9 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
                 None,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=translation_table(profile) | attention_rule.translation_table(),
+                custom_translation_table=translation_table(profile)
+                | attention_rule.translation_table()
+                | onnx_experts.translation_table(program),
                 input_names=list(stateful.input_names),
                 output_names=list(stateful.output_names),
                 dynamic_shapes=_axis_names(stateful),
@@ -151,7 +154,9 @@ def _weights_sha256(stateful: StatefulGraph) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(stateful.gm.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(
+            tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
+        )
     return digest.hexdigest()
 
 

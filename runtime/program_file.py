@@ -174,6 +174,8 @@ def _check_archive(path: Path, *, allow_pickle: bool) -> None:
             content = z.read(name) if name.endswith((".json", ".pt")) else b""
             if b"transformers." in content:
                 importlib.import_module("transformers.modeling_outputs")  # registers its output classes as pytrees
+            if b"torch.ops.transformers." in content:
+                importlib.import_module("transformers.integrations.moe")  # registers the products of its experts
             _check_text(name, content, path)
             pickled = [] if allow_pickle else _pickled_in(name, content)
             if pickled:

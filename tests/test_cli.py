@@ -20,6 +20,7 @@ def test_inspect(tmp_path, monkeypatch):
     found = json.loads(done("tcal", "inspect", TINY, "--json"))
     assert set(found) == {"sites", "refused"} and found["refused"] == [] and len(found["sites"]) == 4
     keys = {"layer", "module", "heads", "kv_heads", "head_dim", "value_dim", "scale", "window", "rope", "causal"}
+    keys |= {"scores"}
     assert all(set(s) == keys and s["heads"] > s["kv_heads"] and s["rope"] for s in found["sites"])
     table = done("tcal", "inspect", TINY)
     assert "4 sites can be converted, 0 are refused." in table and "is_causal" in table

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,11 @@ def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k, v, attn_mask=(-0.1 * far).masked_fill(far < 0, float("-inf")), enable_gqa=True)
 
 
+def quadratic_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    far = distances(q)
+    return sdpa(q, k, v, attn_mask=(-0.1 * far**2).masked_fill(far < 0, float("-inf")), enable_gqa=True)
+
+
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ repeated(k, "expand").transpose(-1, -2) / math.sqrt(DIM)
     return scores.masked_fill(distances(q) < 0, float("-inf")).softmax(-1) @ repeated(v, "expand")
@@ -87,6 +93,7 @@ CORES: dict[str, Callable[..., Tensor]] = {
     "strided": masked(lambda d: (d >= 0) & (d % 2 == 0)),
     "dropout": partial(causal, dropout_p=0.1, enable_gqa=True),
     "alibi": alibi,
+    "quadratic bias": quadratic_bias,
     "written out": written_out,
     "scale by length": lambda q, k, v: causal(q, k, v, scale=1.0 / q.shape[2], enable_gqa=True),
 }
@@ -199,11 +206,11 @@ class Bag(nn.Module):
         return self.head(self.embed(input_ids))
 
 
-def lone_site(window: int | None = None, scale: float = 0.9) -> AttentionSite:
+def lone_site(window: int | None = None, scale: float = 0.9, **scores: Any) -> AttentionSite:
     """A site's facts without a graph around it."""
     names = dict.fromkeys(("layer", "anchor", "q", "k", "v", "x", "y", "proof"), "")
     sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "key_dim": DIM, "value_dim": DIM, "hidden": WIDTH}
-    return AttentionSite(index=0, scale=scale, window=window, rope=True, **names, **sizes)
+    return AttentionSite(index=0, scale=scale, window=window, rope=True, **names, **sizes, **scores)
 
 
 def llama(**changes: object) -> nn.Module:
@@ -260,4 +267,11 @@ def recomputed(capture: Capture, site: AttentionSite) -> tuple[torch.Tensor, tor
     steps = torch.arange(q.shape[2])
     far = steps[:, None] - steps[None]
     hidden = (far < 0) | (far >= (site.window or 10**9))
-    return (q @ k.transpose(-1, -2) * site.scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v, y
+    weights = (q @ k.transpose(-1, -2) * site.scale).double()
+    if site.softcap:
+        weights = site.softcap * (1 - 2 / ((2 * weights / site.softcap).exp() + 1))
+    if site.slopes:
+        weights = weights - torch.tensor(site.slopes, dtype=torch.float64)[:, None, None] * far
+    weights = weights.exp().masked_fill(hidden, 0)
+    sink = torch.tensor(site.sinks, dtype=torch.float64).exp()[:, None, None] if site.sinks else 0.0
+    return (weights / (weights.sum(-1, keepdim=True) + sink)).to(v.dtype) @ v, y

@@ -79,15 +79,32 @@ def _(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, window: int) -> 
     return tuple(q.new_empty(size, dtype=torch.float64) for size in (heads, heads, channels, channels, heads))
 
 
+def _shaped(shape: dict[str, Any]) -> bool:
+    """Whether anything but scale and window makes the scores; softcap 0 and None do not."""
+    return any(isinstance(x, Tensor) or bool(x) for x in shape.values())
+
+
 def attention_statistics(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, **shape: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of `attention_statistics_reference`, in memory O(T). Raises ValueError when shapes do not fit."""
+    """Statistics of `attention_statistics_reference`, in memory O(T). Raises ValueError when shapes do not fit.
+
+    shape: softcap, slopes and sinks of the scores, as in `attention_rows`; with any of them, PyTorch on every device.
+    """
+    if _shaped(shape):
+        STATISTICS.check(q, k, v)
+        return attention_statistics_streaming(q, k, v, scale=scale, window=window, **shape)
     return torch.ops.tcal.attention_statistics(q, k, v, float(scale), window or 0)
 
 
 def attention_output_sums(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scale: float, window: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums of `attention_output_sums_reference`, in memory O(T). Raises ValueError when shapes do not fit."""
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scale: float, window: int | None = None, **shape: Any
+) -> tuple[Tensor, ...]:
+    """Sums of `attention_output_sums_reference`, in memory O(T); shape as in `attention_statistics`.
+
+    Raises ValueError when shapes do not fit.
+    """
+    if _shaped(shape):
+        OUTPUT_SUMS.check(q, k, v, o)
+        return attention_output_sums_streaming(q, k, v, o, scale=scale, window=window, **shape)
     return torch.ops.tcal.attention_output_sums(q, k, v, o, float(scale), window or 0)

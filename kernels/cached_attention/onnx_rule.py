@@ -1,9 +1,9 @@
 """Cached attention in ONNX: com.microsoft GroupQueryAttention, or plain operators where its sizes do not fit.
 
 GroupQueryAttention packs heads into the last dimension (query [B, T, H * D], key and value [B, T, K * D]), rotates q
-and k itself, and writes into the cache that it is given when present and past are bound to the same memory. It finds a
-row's past in seqlens_k, the number of the row's last slot. In ONNX Runtime on the CPU it takes several tokens behind a
-past for a batch of one only.
+and k itself, caps scores, adds a bias to them, counts attention sinks, and writes into the cache that it is given when
+present and past are bound to the same memory. It finds a row's past in seqlens_k, the number of the row's last slot. In
+ONNX Runtime on the CPU it takes several tokens behind a past for a batch of one only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ _INPUTS = (
     "total_sequence_length",
     "cos_cache",
     "sin_cache",
+    "position_ids",
+    "attention_bias",
+    "head_sink",
 )
+_REQUIRED = _INPUTS[:7]
 _COUNTS = ("seqlens_k", "total_sequence_length")
 _ATTRIBUTES = {
     "num_heads": "INT",
@@ -40,6 +44,7 @@ _ATTRIBUTES = {
     "local_window_size": "INT",
     "do_rotary": "INT",
     "rotary_interleaved": "INT",
+    "softcap": "FLOAT",
 }
 
 
@@ -66,6 +71,9 @@ def plain_form(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Any:
     """The op in plain operators, for a cache of exactly the past's slots, which it copies and grows.
 
@@ -76,7 +84,8 @@ def plain_form(
     assert cos is None and sin is None
     slots = new_slots(past_lengths, q.shape[2])
     keys, values = (write(torch.cat((old, new), 2), new, slots) for old, new in ((past_key, k), (past_value, v)))
-    return attend(q, keys, values, slots, scale=scale, window=window), keys, values
+    context = attend(q, keys, values, slots, scale=scale, window=window, softcap=softcap, slopes=slopes, sinks=sinks)
+    return context, keys, values
 
 
 def decompose_plain(program: ExportedProgram) -> ExportedProgram:
@@ -92,24 +101,43 @@ def _group_query_attention() -> Any:
     schema = onnx.defs.OpSchema
     single, optional = schema.FormalParameterOption.Single, schema.FormalParameterOption.Optional
 
-    def formal(name: str, option: Any = single) -> Any:
-        return schema.FormalParameter(name, "M" if name in _COUNTS else "T", "", param_option=option)
+    def formal(name: str) -> Any:
+        kind = "M" if name in _COUNTS else "I" if name == "position_ids" else "T"
+        option = optional if name in _INPUTS and name not in _REQUIRED else single
+        return schema.FormalParameter(name, kind, "", param_option=option)
 
     definition = schema(
         OP_TYPE,
         "com.microsoft",
         1,
-        inputs=[formal(n, optional if "cache" in n else single) for n in _INPUTS],
+        inputs=[formal(n) for n in _INPUTS],
         outputs=[formal(n) for n in ("output", "present_key", "present_value")],
         type_constraints=[
             ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
             ("M", ["tensor(int32)"], ""),
+            ("I", ["tensor(int64)"], ""),
         ],
         attributes=[
             schema.Attribute(n, getattr(schema.AttrType, kind), "", required=False) for n, kind in _ATTRIBUTES.items()
         ],
     )
     return values.Op(values.Opset("com.microsoft", 1), OP_TYPE, definition)
+
+
+def _packed(op: Any, x: Any) -> Any:
+    """[B, H, T, D] -> [B, T, H * D]."""
+    width = int(x.shape[1]) * int(x.shape[3])
+    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, width]))
+
+
+def _bias(op: Any, slopes: Any, past_lengths: Any, tokens: Any, total: Any) -> Any:
+    """-slope distance [B, H, T, total]."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    new = op.Range(zero, op.Squeeze(tokens), one)
+    own = op.Add(op.Unsqueeze(past_lengths, op.Constant(value_ints=[1])), new)
+    ahead = op.Sub(op.Range(zero, op.Squeeze(total), one), op.Unsqueeze(own, op.Constant(value_ints=[2])))
+    ahead = op.Unsqueeze(ahead, op.Constant(value_ints=[1]))
+    return op.Mul(op.Reshape(slopes, op.Constant(value_ints=[1, -1, 1, 1])), op.CastLike(ahead, slopes))
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
@@ -120,11 +148,6 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     op: Any = onnxscript.opset21  # its stubs do not know constants
     attention = _group_query_attention()
     int32 = onnx.TensorProto.INT32
-
-    def packed(x: Any) -> Any:
-        """[B, H, T, D] -> [B, T, H * D]."""
-        width = int(x.shape[1]) * int(x.shape[3])
-        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, width]))
 
     def rule(
         q: Any,
@@ -139,24 +162,34 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         cos: Any,
         sin: Any,
         interleaved: bool,
+        softcap: float = 0.0,
+        slopes: Any = None,
+        sinks: Any = None,
     ) -> Any:
         heads, kv_heads, dim = int(q.shape[1]), int(k.shape[1]), int(q.shape[3])
         tokens = op.Shape(q, start=2, end=3)
         last = op.Sub(op.Add(past_lengths, tokens), op.Constant(value_ints=[1]))
         whole = op.Squeeze(op.Cast(total, to=int32))
-        tables = () if cos is None else (cos, sin)
-        options = {"do_rotary": 1, "rotary_interleaved": int(interleaved)} if tables else {}
+        options: dict[str, Any] = {}
+        if cos is not None:
+            options |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
+        if softcap:
+            options["softcap"] = softcap
+        added = None if slopes is None else _bias(op, slopes, past_lengths, tokens, total)
+        given = [cos, sin, None, added, sinks]
+        while given and given[-1] is None:
+            given.pop()
         if window:
             options["local_window_size"] = window
         out, key, value = attention(
-            packed(q),
-            packed(k),
-            packed(v),
+            _packed(op, q),
+            _packed(op, k),
+            _packed(op, v),
             past_key,
             past_value,
             op.Cast(last, to=int32),
             whole,
-            *tables,
+            *given,
             num_heads=heads,
             kv_num_heads=kv_heads,
             scale=scale,

@@ -18,6 +18,14 @@ SHAPES = Shapes(
 )
 
 
+def _check_per_head(q: Tensor, slopes: Tensor | None, sinks: Tensor | None) -> None:
+    for name, x in (("slopes", slopes), ("sinks", sinks)):
+        if x is not None and tuple(x.shape) != (q.shape[1],):
+            raise ValueError(
+                f"cached_attention: want {name} [H] for q [B,H,T,Dk]; got {tuple(x.shape)}, H = {q.shape[1]}"
+            )
+
+
 @torch.library.custom_op("tcal::cached_attention", mutates_args=())
 def _forward(
     q: Tensor,
@@ -32,8 +40,12 @@ def _forward(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     SHAPES.check(q, k, v, past_key, past_value, past_lengths)
+    _check_per_head(q, slopes, sinks)
     out = cached_attention_reference(
         q,
         k,
@@ -47,6 +59,9 @@ def _forward(
         cos=cos,
         sin=sin,
         interleaved=interleaved,
+        softcap=softcap,
+        slopes=slopes,
+        sinks=sinks,
     )
     context, keys, values = (x.contiguous() for x in out)
     return context, keys, values
@@ -66,6 +81,9 @@ def _(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Any:
     slots = torch.sym_max(past_key.shape[2], total)
     caches = (x.new_empty(x.shape[0], x.shape[1], slots, x.shape[3]) for x in (past_key, past_value))
@@ -86,8 +104,11 @@ def cached_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of `cached_attention_reference`, usable under export. Raises ValueError when shapes do not fit."""
     return torch.ops.tcal.cached_attention(
-        q, k, v, past_key, past_value, past_lengths, total, scale, window, cos, sin, interleaved
+        q, k, v, past_key, past_value, past_lengths, total, scale, window, cos, sin, interleaved, softcap, slopes, sinks
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tcal_compiler.kernels.cached_attention import cached_attention, cached_attention_reference
-from tcal_compiler.kernels.cached_attention.onnx_rule import is_fused, plain_form
+from tcal_compiler.kernels.cached_attention.onnx_rule import decompose_plain, is_fused, plain_form, translation_table
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 16, 0.3
 ROWS = [[5, 1, 3], [2, 0, 9]]  # real tokens of each row in each chunk
@@ -30,21 +30,40 @@ def rates(rotated: int) -> Tensor:
     return 50.0 ** -torch.arange(0, 1, 2 / rotated, dtype=torch.float64)
 
 
-def whole(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+SHAPED = {
+    "softcap": 1.5,
+    "slopes": torch.tensor([0.5, 0.1, -0.2, 0.0], dtype=torch.float64),
+    "sinks": torch.tensor([0.0, 3.0, -2.0, 1.0], dtype=torch.float64),
+}
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, window: int, softcap=0.0, slopes=None, sinks=None) -> Tensor:
     """Attention of one row, q [H, T, D], k and v [K, T, D], token by token."""
     out = torch.zeros(HEADS, q.shape[1], v.shape[2], dtype=q.dtype)
     for h in range(HEADS):
         for t in range(q.shape[1]):
             first = max(0, t + 1 - window) if window else 0
             keys, values = (x[h * KV_HEADS // HEADS, first : t + 1] for x in (k, v))
-            out[h, t] = F.softmax(keys @ q[h, t] * SCALE, 0) @ values
+            scores = keys @ q[h, t] * SCALE
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            scores = scores if slopes is None else scores - slopes[h] * (t - torch.arange(first, t + 1))
+            share = 1.0 if sinks is None else torch.sigmoid(scores.logsumexp(0) - sinks[h])
+            out[h, t] = share * F.softmax(scores, 0) @ values
     return out
 
 
-@pytest.mark.parametrize("slots", [0, 40], ids=["grows", "one buffer"])
-@pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("rotated, interleaved", [(0, False), (16, False), (16, True), (8, False)])
-def test_ragged_chunks_are_single_whole_rows(slots: int, window: int, rotated: int, interleaved: bool):
+ROTATIONS = [(0, False), (16, False), (16, True), (8, False)]
+PLAIN = [(slots, window, *r, ()) for slots in (0, 40) for window in (0, 4) for r in ROTATIONS]
+OTHERS = [(0, 0, 0, False, ("softcap",)), (40, 4, 16, False, ("slopes",)), (40, 4, 0, False, ("sinks",))]
+
+
+@pytest.mark.parametrize(
+    "slots, window, rotated, interleaved, shaped", [*PLAIN, *OTHERS, (0, 4, 16, True, tuple(SHAPED))], ids=str
+)
+def test_ragged_chunks_are_single_whole_rows(
+    slots: int, window: int, rotated: int, interleaved: bool, shaped: tuple[str, ...]
+):
+    scores = {name: SHAPED[name] for name in shaped}
     gen = torch.Generator().manual_seed(0)
     lengths = [sum(r) for r in ROWS]
     full = [torch.randn(2, n, 12, DIM, generator=gen, dtype=torch.float64) for n in (HEADS, KV_HEADS, KV_HEADS)]
@@ -62,7 +81,9 @@ def test_ragged_chunks_are_single_whole_rows(slots: int, window: int, rotated: i
         for b, row in enumerate(ROWS):
             for part, x in zip(new, full, strict=True):
                 part[b, :, : row[chunk]] = x[b, :, past[b] : past[b] + row[chunk]]
-        out, *caches = cached_attention(*new, *caches, past, total=total, scale=SCALE, window=window, **tables)
+        out, *caches = cached_attention(
+            *new, *caches, past, total=total, scale=SCALE, window=window, **tables, **scores
+        )
         assert caches[0].shape[2] == max(slots, total)
         for b, row in enumerate(ROWS):
             found[b, :, past[b] : past[b] + row[chunk]] = out[b, :, : row[chunk]]
@@ -71,7 +92,7 @@ def test_ragged_chunks_are_single_whole_rows(slots: int, window: int, rotated: i
         q, k, v = (x[b, :, :length] for x in full)
         if rotated:
             q, k = (torch.stack([complex_rope(h, rotated, interleaved) for h in x]) for x in (q, k))
-        torch.testing.assert_close(found[b, :, :length], whole(q, k, v, window), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[b, :, :length], whole(q, k, v, window, **scores), rtol=0, atol=1e-12)
 
 
 def arguments(tokens: int = 3, value_dim: int = DIM) -> tuple[Tensor, ...]:
@@ -84,6 +105,8 @@ def arguments(tokens: int = 3, value_dim: int = DIM) -> tuple[Tensor, ...]:
 def test_the_op_keeps_pytorch_rules():
     tables = (torch.rand(9, 8), torch.rand(9, 8), False)
     torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, SCALE, 0, *tables))
+    values = (1.5, torch.rand(HEADS), torch.rand(HEADS))
+    torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, SCALE, 0, *tables, *values))
     torch.library.opcheck(
         torch.ops.tcal.cached_attention, (*arguments()[:5], torch.tensor([2, 1]), 5, SCALE, 3, None, None, False)
     )
@@ -99,7 +122,47 @@ def test_the_plain_form_is_the_op_and_leaves_what_is_fused():
     assert plain_form(*arguments(), 8, SCALE, 4, None, None, False) is NotImplemented
 
 
+class TwoChunks(torch.nn.Module):
+    """q [1, 4, 5, D] in chunks of 3 and 2, for cores that ONNX Runtime fuses and for one that it does not."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        outs = []
+        f32 = {name: x if name == "softcap" else x.float() for name, x in SHAPED.items()}
+        for names, dim in ((("softcap",), DIM), (("slopes",), DIM), (("sinks",), DIM), (tuple(f32), 12)):
+            caches = [k.new_zeros(1, KV_HEADS, 0, d) for d in (DIM, dim)]
+            for first, past in ((slice(0, 3), 0), (slice(3, 5), 3)):
+                parts = (q[:, :, first], k[:, :, first], v[:, :, first, :dim])
+                options = {"scale": SCALE, "window": 4} | {name: f32[name] for name in names}
+                total = past + q[:, :, first].shape[2]
+                out, *caches = cached_attention(*parts, *caches, torch.tensor([past]), total=total, **options)
+                outs.append(out)
+        return tuple(outs)
+
+
+def test_onnx_runtime_gives_the_same(tmp_path):
+    import onnx
+    import onnxruntime
+
+    gen = torch.Generator().manual_seed(2)
+    args = tuple(torch.randn(1, n, 5, DIM, generator=gen) for n in (HEADS, KV_HEADS, KV_HEADS))
+    program = decompose_plain(torch.export.export(TwoChunks(), args))
+    path = tmp_path / "model.onnx"
+    exported = torch.onnx.export(
+        program, (), None, dynamo=True, opset_version=21, custom_translation_table=translation_table(), verbose=False
+    )
+    exported.save(path)
+    nodes = [n for n in onnx.load(path).graph.node if n.op_type == "GroupQueryAttention"]
+    assert len(nodes) == 6 and {len(n.input) for n in nodes} == {7, 11, 12}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    found = session.run(None, dict(zip(names, (a.numpy() for a in args), strict=True)))
+    for mine, expected in zip(found, TwoChunks()(*args), strict=True):
+        torch.testing.assert_close(torch.from_numpy(mine), expected, rtol=0, atol=2e-6)
+
+
 def test_shapes_that_do_not_fit():
     q, *rest = arguments()
+    with pytest.raises(ValueError, match=r"want sinks \[H\].*got \(3,\)"):
+        cached_attention(q, *rest, total=8, scale=SCALE, sinks=torch.zeros(3))
     with pytest.raises(ValueError, match="want q"):
         cached_attention(q[:, :3], *rest, total=8, scale=SCALE)

@@ -8,8 +8,8 @@ from tiny_models import VOCAB, TinyModel, program_of
 from torch import Tensor, nn
 
 from tcal_compiler.passes.base import PassResult, op_counts, run_passes
-from tcal_compiler.passes.canonicalize import RemoveNoOps
-from tcal_compiler.passes.graph import from_program
+from tcal_compiler.passes.canonicalize import FreeViews, RemoveNoOps
+from tcal_compiler.passes.graph import copy_module, from_program
 
 
 class Spellings(nn.Module):
@@ -94,3 +94,34 @@ def test_a_model_keeps_its_bits():
     ids = torch.arange(26).view(2, 13) % VOCAB
     result = run_passes(gm, [RemoveNoOps()])["RemoveNoOps"]
     assert result.changed > 0 and torch.equal(gm(ids), model(ids))
+
+
+class ViewsWhatItMade(nn.Module):
+    """The view works because relu keeps the strides of its argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).relu().transpose(0, 1).view(6, 4)
+
+
+def test_a_view_survives_a_replacement_with_other_strides():
+    x = torch.randn(2, 3, 4)
+    gm = graph(ViewsWhatItMade(), x)
+    for passes in ([], [FreeViews()]):
+        run_passes(gm, passes)
+        copy = graph_with_packed_relu(gm)
+        if passes:
+            assert torch.equal(copy(x), x.relu().view(6, 4))
+        else:
+            with pytest.raises(RuntimeError, match="view size is not compatible"):
+                copy(x)
+    assert run_passes(gm, [FreeViews()])["FreeViews"] == PassResult(0)
+
+
+def graph_with_packed_relu(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    copy = copy_module(gm)
+    (relu,) = (n for n in copy.graph.nodes if "relu" in str(n.target))
+    with copy.graph.inserting_after(relu):
+        packed = copy.graph.call_function(torch.ops.aten.contiguous.default, (relu,))
+    relu.replace_all_uses_with(packed, delete_user_cb=lambda user: user is not packed)
+    copy.recompile()
+    return copy

@@ -37,6 +37,7 @@ EXACT = [
     ("additive mask", {}, KV_HEADS),
     ("scale", {}, KV_HEADS),
     ("window", {}, KV_HEADS),
+    ("alibi", {}, KV_HEADS),
     ("expand", {}, KV_HEADS),
     ("written out", {}, KV_HEADS),
     ("interleave", {}, HEADS),
@@ -59,6 +60,7 @@ def test_a_site_says_what_the_core_computes(core, options, kv_heads):
         assert site.window == (5 if core == "window" else None)
         assert site.scale == pytest.approx(0.3 if core == "scale" else 1 / math.sqrt(DIM))
         assert site.rope == options.get("rope", True)
+        assert site.slopes == pytest.approx([0.1] * HEADS if core == "alibi" else [], rel=1e-6)
         assert f"blocks.{i}.attn" in site.layer and site.proof
         mine, theirs = recomputed(capture, site)
         torch.testing.assert_close(mine, theirs)
@@ -83,7 +85,7 @@ NEAR = [
     ("prefix", {}, "not provably causal: the mask at T=48 row 0 sees column"),
     ("strided", {}, "hides past tokens in a pattern that is no window"),
     ("dropout", {}, "dropout 0.1 inside attention"),
-    ("alibi", {}, "a position bias on the scores"),
+    ("quadratic bias", {}, "a position bias on the scores: .* no multiple of the distance"),
     ("bidirectional", {"memory": True}, "cross attention or a constant memory"),
     ("is_causal", {"share": "k"}, "also used outside|also reads"),
     ("is_causal", {"share": "weights"}, "weight.* also used outside"),
@@ -103,7 +105,7 @@ def test_near_misses_stay_and_say_why(core, options, reason):
 
 
 def test_numbers_count_refused_cores_too():
-    _, scan = scanned(("is_causal", "alibi", "mask"))
+    _, scan = scanned(("is_causal", "quadratic bias", "mask"))
     assert [s.index for s in scan.sites] == [0, 2] and len(scan.rejected) == 1
     assert "blocks.1" in scan.rejected[0].layer
 

@@ -31,7 +31,12 @@ CASES = [
     (FAR <= 0, "other", None, "sees column"),
     (CAUSAL & (FAR % 3 == 0), "other", None, "no window"),
     (CAUSAL & (FAR < 4) | (CAUSAL & (STEPS < 1)), "other", None, "no window"),  # an attention sink
-    (additive(CAUSAL) - 0.01 * FAR.clamp_min(0), "bias", None, "adds values"),
+    (additive(CAUSAL) - 0.01 * FAR.clamp_min(0).square(), "bias", None, "adds values"),
+    (additive(CAUSAL) + torch.where(FAR == 3, 0.1, 0.0), "bias", None, "adds values"),
+    (additive(CAUSAL) - 0.01 * FAR.clamp_min(0), "causal", None, "lower triangle at 12 tokens, with alibi slopes"),
+    (additive(CAUSAL & (FAR < 4)) - 0.5 * FAR.clamp_min(0), "causal", 4, "window of 4"),
+    (additive(CAUSAL) + torch.where(FAR > 10, 1e-4, 0.0) - 0.01 * FAR.clamp_min(0), "bias", None, "no multiple"),
+    (additive(FAR >= -1) - 0.01 * FAR, "other", None, "row 0 sees column 1"),  # alibi all the same
     (torch.stack([CAUSAL, CAUSAL & (FAR < 4)]), "other", None, "differs between heads"),
     (additive(CAUSAL).masked_fill(FAR == 2, float("nan")), "other", None, ""),
 ]
@@ -56,6 +61,19 @@ def test_a_window_longer_than_the_first_probe_is_seen():
     capture, node = mask_node("window of 60")
     assert classify_mask(Evaluator(capture, 48)(node)).window is None  # a short probe alone would be fooled
     assert probe_mask(capture, node).window == 60
+
+
+def test_slopes_that_are_rounded_are_seen_further_out():
+    from tiny_models import CORES, distances, sdpa
+
+    def rounded(q, k, v):
+        bias = (0.25 * torch.arange(q.shape[2]).bfloat16()).float().expand(q.shape[2], -1)
+        return sdpa(q, k, v, attn_mask=bias.masked_fill(distances(q) < 0, float("-inf")), enable_gqa=True)
+
+    CORES["rounded alibi"] = rounded
+    capture, node = mask_node("rounded alibi")
+    assert classify_mask(Evaluator(capture, 48)(node)).slopes == (0.25,)
+    assert probe_mask(capture, node).kind == "bias"
 
 
 def test_only_what_a_node_needs_is_evaluated():

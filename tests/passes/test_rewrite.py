@@ -112,6 +112,6 @@ def _unlinked(gm, scan: SiteScan):
 
 
 def test_no_site_is_a_typed_error():
-    capture, scan = scanned("alibi", layers=1)
+    capture, scan = scanned("quadratic bias", layers=1)
     with pytest.raises(UnsupportedModelError, match="position bias"):
         make_student(capture, scan, Plan((), (), "none"))

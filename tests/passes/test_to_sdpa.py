@@ -119,6 +119,45 @@ def upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(p, 0.1, training=False) @ v
 
 
+SLOPES = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
+def beside_sinks(scores: Tensor, first: bool = False) -> Tensor:
+    """Probabilities of scores [B, H, T, T] with a sink beside them in the softmax."""
+    column = SINKS.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[-2], -1)
+    both = torch.cat([column, scores] if first else [scores, column], -1)
+    probs = (both - both.max(-1, keepdim=True).values).softmax(-1)
+    return probs[..., 1:] if first else probs[..., :-1]
+
+
+def sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = both(k, v)
+    return beside_sinks(q @ k.transpose(-1, -2) + additive(q, LEAST), first=True) @ v
+
+
+def capped_window_with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = both(k, v)
+    far = distances(q)
+    capped = 3 * torch.tanh(q @ k.transpose(-1, -2) / math.sqrt(DIM) / 3)
+    return beside_sinks(capped.masked_fill((far < 0) | (far >= 6), float("-inf"))) @ v
+
+
+def alibi_of_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Slopes times the key's position, added inside the product; the mask behind it, for sequences and heads apart."""
+    k, v = both(k, v)
+    batch, length = q.shape[0], q.shape[2]
+    flat = [z.reshape(-1, length, DIM) for z in (q, k, v)]
+    bias = (SLOPES * torch.arange(length)).repeat(batch, 1, 1)
+    scores = torch.baddbmm(bias, flat[0], flat[1].transpose(1, 2), beta=1.0, alpha=0.3)
+    p = (scores.view(batch, HEADS, length, length) + additive(q, LEAST)).softmax(-1)
+    return torch.bmm(p.view(-1, length, length), flat[2]).view(q.shape)
+
+
+def soft_cap(scores: Tensor, q: Tensor) -> Tensor:
+    return 5 * torch.tanh(scores / 5) + additive(q)
+
+
 SPELLED: dict[str, tuple[Callable[..., Tensor], dict]] = {
     "masked_fill": (written(lambda s, q: (s / math.sqrt(DIM)).masked_fill(hidden(q), float("-inf"))), {}),
     "mask before scale": (written(lambda s, q: (s + additive(q)) * 0.25), {"scale": 0.25}),
@@ -131,6 +170,14 @@ SPELLED: dict[str, tuple[Callable[..., Tensor], dict]] = {
     "bmm": (bmm, {"scale": 1.0}),
     "baddbmm": (baddbmm, {"scale": 0.3}),
     "one key head": (single_key_head, {"scale": 1.0, "kv_heads": 1}),
+    "soft cap": (written(soft_cap), {"scale": 1.0, "softcap": 5}),
+    "sinks": (sinks, {"scale": 1.0, "sinks": SINKS.tolist()}),
+    "capped window with sinks": (capped_window_with_sinks, {"softcap": 3, "window": 6, "sinks": SINKS.tolist()}),
+    "written alibi": (
+        written(lambda s, q: s - SLOPES * distances(q) + additive(q)),
+        {"scale": 1.0, "slopes": SLOPES.flatten().tolist()},
+    ),
+    "alibi of keys": (alibi_of_keys, {"scale": 0.3, "slopes": SLOPES.flatten().tolist()}),
 }
 CORES |= {name: core for name, (core, _) in SPELLED.items()}
 
@@ -138,27 +185,39 @@ CORES |= {name: core for name, (core, _) in SPELLED.items()}
 @pytest.mark.parametrize("name", SPELLED)
 def test_a_spelling_is_a_site_that_says_what_it_computes(name: str):
     capture, scan = scanned(name, layers=2, sharp=2.0)
-    facts = {"scale": 1 / math.sqrt(DIM), "window": None, "kv_heads": KV_HEADS} | SPELLED[name][1]
+    plain = {"window": None, "softcap": 0, "slopes": [], "sinks": []}
+    facts = {"scale": 1 / math.sqrt(DIM), "kv_heads": KV_HEADS} | plain | SPELLED[name][1]
     assert len(scan.sites) == 2 and not scan.rejected
     form, refused = to_sdpa(capture)
-    assert not refused and not any("softmax" in op for op in op_counts(form.gm))
+    assert not refused and not any("softmax." in op for op in op_counts(form.gm))
     with torch.no_grad():
         torch.testing.assert_close(form.gm(IDS), capture.gm(IDS), rtol=0, atol=1e-5)
     for site in scan.sites:
         assert site.scale == pytest.approx(facts["scale"], rel=1e-9)
+        assert site.softcap == pytest.approx(facts["softcap"], rel=1e-9)
+        assert list(site.slopes) == pytest.approx(facts["slopes"], rel=1e-6)
+        assert list(site.sinks) == facts["sinks"]
         assert (site.window, site.num_heads, site.num_kv_heads) == (facts["window"], HEADS, facts["kv_heads"])
         torch.testing.assert_close(*recomputed(capture, site))
 
 
-def soft_cap(scores: Tensor, q: Tensor) -> Tensor:
-    return 5 * torch.tanh(scores / 5) + additive(q)
-
-
-def sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def two_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = both(k, v)
     scores = q @ k.transpose(-1, -2) + additive(q)
-    extra = torch.zeros(1, HEADS, 1, 1).expand(q.shape[0], HEADS, q.shape[2], 1)
-    return torch.cat([scores, extra], -1).softmax(-1)[..., :-1] @ v
+    extra = torch.zeros(1, HEADS, 1, 2).expand(q.shape[0], HEADS, q.shape[2], 2)
+    return torch.cat([scores, extra], -1).softmax(-1)[..., :-2] @ v
+
+
+def alibi_and_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = both(k, v)
+    return beside_sinks(q @ k.transpose(-1, -2) - SLOPES * distances(q) + additive(q)) @ v
+
+
+def cooled_after_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = both(k, v)
+    scores = q @ k.transpose(-1, -2) + additive(q)
+    column = SINKS.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    return (torch.cat([scores, column], -1) / 2).softmax(-1)[..., :-1] @ v
 
 
 def used_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,11 +241,12 @@ def training_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout((q @ k.transpose(-1, -2) + additive(q)).softmax(-1), 0.1, training=True) @ v
 
 
-SLOPES = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "soft cap": (written(soft_cap), "soft-capped scores"),
-    "sinks": (sinks, "attention sinks"),
-    "alibi in scores": (written(lambda s, q: s - SLOPES * distances(q) + additive(q)), "a position bias"),
+    "mask under the cap": (written(lambda s, q: 5 * torch.tanh((s + additive(q)) / 5)), "not scaled by one factor"),
+    "two sinks": (two_sinks, r"columns that are no tokens, of shapes .*'2'\]\]: want one"),
+    "alibi and sinks": (alibi_and_sinks, "attention sinks beside a position bias"),
+    "cooled after sinks": (cooled_after_sinks, "on random q, k, v it differs by"),
+    "bias of squares": (written(lambda s, q: s - SLOPES * distances(q) ** 2 + additive(q)), "no multiple of the dist"),
     "bias of the query": (written(lambda s, q: s + q.sum(-1, keepdim=True) * distances(q) + additive(q)), "join two"),
     "cubed": (written(lambda s, q: s**3 + additive(q)), "it is not softmax"),
     "scale per head": (written(lambda s, q: s * SLOPES + additive(q)), "not scaled by one factor"),
@@ -215,7 +275,7 @@ def test_what_has_no_such_form_stays_and_says_why(name: str):
 def test_a_wrong_reading_is_caught_by_the_proof(monkeypatch):
     capture = capture_of(TinyModel("einsum", layers=1))
     right = _Rewrite.scale
-    monkeypatch.setattr(_Rewrite, "scale", lambda self, core: 1.01 * right(self, core))
+    monkeypatch.setattr(_Rewrite, "scale", lambda self, core: (1.01 * right(self, core)[0], 0.0))
     code = capture.gm.code
     form, refused = to_sdpa(capture)
     assert "on random q, k, v it differs by" in refused[0].reason and form.gm.code == code
@@ -232,18 +292,24 @@ def test_nothing_converted_keeps_the_spelling_and_the_bits(name: str):
     assert len(kept) == 1 and not any("scaled_dot" in op for op in op_counts(half.gm))
 
 
-def test_statistics_see_what_the_window_shows():
-    capture, scan = scanned("written window", layers=2, sharp=2.0)
+@pytest.mark.parametrize(
+    "name, octaves", [("written window", 4), ("capped window with sinks", 4), ("written alibi", 5)]
+)
+def test_statistics_see_what_the_teacher_sees(name: str, octaves: int):
+    capture, scan = scanned(name, layers=2, sharp=2.0)
     site = scan.sites[0]
     with torch.no_grad():
         taps = tap_graph(to_sdpa(capture)[0].gm, [site.q, site.k, site.v, site.anchor])
         q, k, v, y = taps(*capture.inputs(IDS))
     stats, context = attention_statistics(q, k, v, site=site)
     torch.testing.assert_close(context.transpose(1, 2), y)
-    assert stats.mass[:, 4:].abs().max() == 0  # octaves from 8 tokens on; the window shows 5
+    assert (
+        stats.mass[:, octaves:].abs().max() == 0 < stats.mass[:, octaves - 1].min()
+    )  # distances of 2^(octaves - 1) on
+    torch.testing.assert_close(stats.mass.sum(1), torch.ones(HEADS, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["written window", "broadcast groups", "baddbmm"])
+@pytest.mark.parametrize("name", ["capped window with sinks", "broadcast groups", "alibi of keys"])
 def test_a_half_converted_student_learns_and_carries_its_state(name: str):
     capture, scan = scanned(name, layers=2, sharp=2.0)
     student = make_student(capture, scan, choose(scan, "keep=1"))

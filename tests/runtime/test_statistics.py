@@ -25,8 +25,8 @@ def draw(batch: int = B, length: int = T, seed: int = 0) -> tuple[torch.Tensor, 
     return tuple(torch.randn(batch, h, length, D, generator=gen) for h in (H, K, K))
 
 
-def full_map(q, k, v, *, window: int | None, scale: float) -> dict[str, torch.Tensor]:
-    """The definition: one T x T map per head, in float64."""
+def full_map(q, k, v, *, window: int | None, scale: float, softcap=0.0, slopes=(0.0,) * H, sinks=None) -> dict:
+    """The definition: one row per head and token, in float64. With sinks, rows are of what falls on tokens."""
     q, k, v = (x.double() for x in (q, k, v))
     length = q.shape[2]
     out = {"distance": torch.zeros(H), "entropy": torch.zeros(H), "mass": torch.zeros(H, OCTAVES)}
@@ -36,8 +36,12 @@ def full_map(q, k, v, *, window: int | None, scale: float) -> dict[str, torch.Te
         kh, vh = k[:, h // (H // K)], v[:, h // (H // K)]
         for t in range(length):
             first = 0 if window is None else max(0, t - window + 1)
-            a = (scale * torch.einsum("bd,bsd->bs", q[:, h, t], kh[:, first : t + 1])).softmax(-1)
-            context[:, t, h] = torch.einsum("bs,bsd->bd", a, vh[:, first : t + 1])
+            scores = scale * torch.einsum("bd,bsd->bs", q[:, h, t], kh[:, first : t + 1])
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            scores = scores - slopes[h] * (t - torch.arange(first, t + 1))
+            a = scores.softmax(-1)
+            share = 1.0 if sinks is None else torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sinks[h])
+            context[:, t, h] = torch.einsum("bs,bsd->bd", share * a, vh[:, first : t + 1])
             out["entropy"][h] -= (a * a.log()).sum()
             for s in range(first, t + 1):
                 weight, far = a[:, s - first].sum(), t - s
@@ -47,12 +51,16 @@ def full_map(q, k, v, *, window: int | None, scale: float) -> dict[str, torch.Te
     return {n: t / tokens for n, t in out.items()} | {"context": context}
 
 
-@pytest.mark.parametrize("window", [None, 1, 7])
-@pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_statistics_are_those_of_each_row(window, scale):
+CAP, ALIBI = {"softcap": 1.5}, {"slopes": (0.5, 0.1, -0.2, 0.0)}
+SINKS = {"sinks": (0.0, 3.0, -2.0, 1.0)}
+SHAPED = [(None, 0.3, {}), (1, 3.0, {}), (7, 3.0, {}), (None, 3.0, CAP), (7, 0.3, ALIBI), (None, 3.0, SINKS)]
+
+
+@pytest.mark.parametrize("window, scale, scores", [*SHAPED, (7, 0.3, CAP | SINKS)], ids=str)
+def test_statistics_are_those_of_each_row(window, scale, scores):
     data = draw(length=40)
-    stats, context = attention_statistics(*data, site=site(window, scale))
-    exact = full_map(*data, window=window, scale=scale)
+    stats, context = attention_statistics(*data, site=site(window, scale, **scores))
+    exact = full_map(*data, window=window, scale=scale, **scores)
     for name in ("distance", "entropy", "mass"):
         torch.testing.assert_close(getattr(stats, name), exact[name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(context.double(), exact["context"], rtol=1e-5, atol=1e-5)
