@@ -33,6 +33,7 @@ DATA_FILE = "model.onnx.data"
 CONFIG_FILE = "genai_config.json"
 FINGERPRINT = "tcal_weights"  # key of the model's metadata: sha256 of the student's weights
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; a protobuf file must stay below 2 GiB
+LEAST_RUNTIME = (1, 25)  # of ONNX Runtime: the first with the LinearAttention kernel
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
@@ -55,6 +56,29 @@ class OnnxArtifact:
         return replace(self, checks=(*self.checks, *checks))
 
 
+def check_supported(config: ExportConfig) -> None:
+    """Raises ExportError when the profile, the opset or what is installed here cannot make and check the model."""
+    import onnx
+
+    low, high = LOWERINGS[config.profile].opsets
+    if not low <= config.opset <= high:
+        what = f"profile {config.profile} goes with opsets {low} to {high}, not {config.opset}"
+        raise ExportError("ONNX export", what, f"--opset {low}")
+    if config.opset > (newest := onnx.defs.onnx_opset_version()):
+        what = f"onnx {onnx.__version__} knows opsets up to {newest}, not {config.opset}"
+        raise ExportError("ONNX export", what, f"--opset {low}, or a newer onnx")
+    check_runtime()
+
+
+def check_runtime() -> None:
+    """Raises ExportError when the ONNX Runtime here is too old to check a model with."""
+    import onnxruntime as ort
+
+    if tuple(int(p) for p in ort.__version__.split(".")[:2]) < LEAST_RUNTIME:
+        what = f"onnxruntime {ort.__version__} cannot check a student"
+        raise ExportError("ONNX export", what, f"onnxruntime {'.'.join(map(str, LEAST_RUNTIME))} or newer")
+
+
 def export_onnx(
     stateful: StatefulGraph,
     folder: Path,
@@ -70,14 +94,11 @@ def export_onnx(
         tokenizer: its files are written beside the model.
 
     Raises:
-        ExportError: an opset that the profile does not go with (before any file is touched), a graph that
-            torch.onnx cannot express, or a folder that cannot be written.
+        ExportError: what `check_supported` refuses (before any file is touched), a graph that torch.onnx cannot
+            express, or a folder that cannot be written.
     """
     info = info or {}
-    low, high = LOWERINGS[config.profile].opsets
-    if not low <= config.opset <= high:
-        what = f"profile {config.profile} goes with opsets {low} to {high}, not {config.opset}"
-        raise ExportError("ONNX export", what)
+    check_supported(config)
     model = build_model(stateful, profile=config.profile, opset=config.opset)
     context = context_length(config, info)
     path = folder / MODEL_FILE
@@ -132,7 +153,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     _add_conv_passthrough(model, stateful)
     make_function = LOWERINGS[profile].function
     if make_function is not None and any(layer.kind == "gdn" for layer in stateful.layers):
-        function = ir.serde.deserialize_function(make_function())
+        function = ir.serde.deserialize_function(make_function(opset))
         model.functions[function.identifier()] = function
     return model
 
