@@ -21,11 +21,13 @@ import torch
 from tcal_compiler.errors import ExportError
 from tcal_compiler.kernels.cached_attention import onnx_rule as attention_rule
 from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, translation_table
+from tcal_compiler.kernels.gates import onnx_rule as gates_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
 from tcal_compiler.passes.types import Check
 
 from .config import ExportConfig
+from .onnx_norms import fuse_norms
 from .tokenizer import TokenizerLike
 
 MODEL_FILE = "model.onnx"
@@ -135,7 +137,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
                 None,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=translation_table(profile) | attention_rule.translation_table(),
+                custom_translation_table=_translation_table(profile),
                 input_names=list(stateful.input_names),
                 output_names=list(stateful.output_names),
                 dynamic_shapes=_axis_names(stateful),
@@ -147,6 +149,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
         raise ExportError("ONNX export", f"torch.onnx cannot express this student: {reason}") from e
     assert exported is not None
     model = exported.model
+    fuse_norms(model)
     _strip(model)
     _name_cache_axes(model)
     model.metadata_props[FINGERPRINT] = _weights_sha256(stateful)
@@ -156,6 +159,10 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
         function = ir.serde.deserialize_function(make_function(opset))
         model.functions[function.identifier()] = function
     return model
+
+
+def _translation_table(profile: str) -> dict[Any, Any]:
+    return translation_table(profile) | attention_rule.translation_table() | gates_rule.translation_table()
 
 
 def _is_fused(layer: LayerState) -> bool:
