@@ -21,12 +21,14 @@ import torch
 from tcal_compiler.errors import ExportError
 from tcal_compiler.kernels.cached_attention import onnx_rule as attention_rule
 from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, translation_table
+from tcal_compiler.kernels.gates import onnx_rule as gates_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
 from tcal_compiler.passes.types import Check
 
 from . import onnx_experts
 from .config import ExportConfig
+from .onnx_norms import fuse_norms
 from .tokenizer import TokenizerLike
 
 MODEL_FILE = "model.onnx"
@@ -34,6 +36,7 @@ DATA_FILE = "model.onnx.data"
 CONFIG_FILE = "genai_config.json"
 FINGERPRINT = "tcal_weights"  # key of the model's metadata: sha256 of the student's weights
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; a protobuf file must stay below 2 GiB
+LEAST_RUNTIME = (1, 25)  # of ONNX Runtime: the first with the LinearAttention kernel
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
@@ -56,6 +59,29 @@ class OnnxArtifact:
         return replace(self, checks=(*self.checks, *checks))
 
 
+def check_supported(config: ExportConfig) -> None:
+    """Raises ExportError when the profile, the opset or what is installed here cannot make and check the model."""
+    import onnx
+
+    low, high = LOWERINGS[config.profile].opsets
+    if not low <= config.opset <= high:
+        what = f"profile {config.profile} goes with opsets {low} to {high}, not {config.opset}"
+        raise ExportError("ONNX export", what, f"--opset {low}")
+    if config.opset > (newest := onnx.defs.onnx_opset_version()):
+        what = f"onnx {onnx.__version__} knows opsets up to {newest}, not {config.opset}"
+        raise ExportError("ONNX export", what, f"--opset {low}, or a newer onnx")
+    check_runtime()
+
+
+def check_runtime() -> None:
+    """Raises ExportError when the ONNX Runtime here is too old to check a model with."""
+    import onnxruntime as ort
+
+    if tuple(int(p) for p in ort.__version__.split(".")[:2]) < LEAST_RUNTIME:
+        what = f"onnxruntime {ort.__version__} cannot check a student"
+        raise ExportError("ONNX export", what, f"onnxruntime {'.'.join(map(str, LEAST_RUNTIME))} or newer")
+
+
 def export_onnx(
     stateful: StatefulGraph,
     folder: Path,
@@ -71,14 +97,11 @@ def export_onnx(
         tokenizer: its files are written beside the model.
 
     Raises:
-        ExportError: an opset that the profile does not go with (before any file is touched), a graph that
-            torch.onnx cannot express, or a folder that cannot be written.
+        ExportError: what `check_supported` refuses (before any file is touched), a graph that torch.onnx cannot
+            express, or a folder that cannot be written.
     """
     info = info or {}
-    low, high = LOWERINGS[config.profile].opsets
-    if not low <= config.opset <= high:
-        what = f"profile {config.profile} goes with opsets {low} to {high}, not {config.opset}"
-        raise ExportError("ONNX export", what)
+    check_supported(config)
     model = build_model(stateful, profile=config.profile, opset=config.opset)
     context = context_length(config, info)
     path = folder / MODEL_FILE
@@ -115,9 +138,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
                 None,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=translation_table(profile)
-                | attention_rule.translation_table()
-                | onnx_experts.translation_table(program),
+                custom_translation_table=_translation_table(profile) | onnx_experts.translation_table(program),
                 input_names=list(stateful.input_names),
                 output_names=list(stateful.output_names),
                 dynamic_shapes=_axis_names(stateful),
@@ -129,15 +150,20 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
         raise ExportError("ONNX export", f"torch.onnx cannot express this student: {reason}") from e
     assert exported is not None
     model = exported.model
+    fuse_norms(model)
     _strip(model)
     _name_cache_axes(model)
     model.metadata_props[FINGERPRINT] = _weights_sha256(stateful)
     _add_conv_passthrough(model, stateful)
     make_function = LOWERINGS[profile].function
     if make_function is not None and any(layer.kind == "gdn" for layer in stateful.layers):
-        function = ir.serde.deserialize_function(make_function())
+        function = ir.serde.deserialize_function(make_function(opset))
         model.functions[function.identifier()] = function
     return model
+
+
+def _translation_table(profile: str) -> dict[Any, Any]:
+    return translation_table(profile) | attention_rule.translation_table() | gates_rule.translation_table()
 
 
 def _is_fused(layer: LayerState) -> bool:

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from tcal_compiler.errors import ConfigError, DataError, ExportError
 
-from .onnx_export import CONFIG_FILE, FINGERPRINT, MODEL_FILE
+from .onnx_export import CONFIG_FILE, FINGERPRINT, LEAST_RUNTIME, MODEL_FILE
 from .sampling import Sampler
 from .session_state import SessionState, find_slots
 
-LEAST_RUNTIME = (1, 25)  # the first with the LinearAttention kernel
 _PREFILL_LOGITS = 1 << 24  # logits computed in one prefill run; bounds its memory
 _LONGEST_CHUNK = 512
 

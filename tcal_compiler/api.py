@@ -31,7 +31,7 @@ from .runtime.align import align
 from .runtime.calibrate import half_lives, initialise
 from .runtime.capture_teacher import capture_teacher
 from .runtime.manifest import TeacherRecord, package_version
-from .runtime.onnx_export import context_length, export_onnx
+from .runtime.onnx_export import check_supported, context_length, export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
 from .runtime.run_files import check_output
@@ -334,6 +334,8 @@ def convert(
     if until not in STAGES:
         raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
     place, text = check_device(device), CalibrationText.of(config.calib.text, default=CALIBRATION_TEXT)
+    if until == "export":
+        check_supported(config.export)
     check_output(out)
     progress.say(f"loading {teacher}")
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)

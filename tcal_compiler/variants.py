@@ -17,7 +17,7 @@ from .progress import Progress
 from .recorded import teacher_info
 from .runtime import data
 from .runtime.manifest import hash_json
-from .runtime.onnx_export import DATA_FILE, MODEL_FILE
+from .runtime.onnx_export import DATA_FILE, MODEL_FILE, check_runtime
 from .runtime.quantize import MOST_KL, WEIGHT_TYPES, Divergence, WeightType, divergence, quantize
 from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession
@@ -66,6 +66,7 @@ def export_variant(
         if problems := run.changed("export"):
             name, what = next(iter(problems.items()))
             raise RunFolderError(str(run.path / name), what, "the same tcal-compile command makes it again")
+        check_runtime()
         settings = {"dtype": dtype, "max_kl": bound, "force": force}
         with run.stage(f"export-{dtype}", config=settings, inputs=_inputs(run)) as stage:
             if stage.done:

@@ -21,7 +21,7 @@ _ATTRIBUTES = ("q_num_heads", "kv_num_heads", "update_rule", "scale")
 
 # Scan over tokens; B batch, H heads. `keep` is exp(decay). Declared attributes that are unused fix the signature.
 _FUNCTION = """
-<domain: "com.microsoft", opset_import: ["" : 21]>
+<domain: "com.microsoft", opset_import: ["" : OPSET]>
 LinearAttention <q_num_heads, kv_num_heads, update_rule, scale>
 (query, key, value, past_state, decay, beta) => (output, present_state)
 {
@@ -71,14 +71,17 @@ class Lowering:
     domain: str
     version: int
     opsets: tuple[int, int]
-    function: Callable[[], onnx.FunctionProto] | None
+    function: Callable[[int], onnx.FunctionProto] | None
 
 
-def linear_attention_function() -> onnx.FunctionProto:
-    """com.microsoft::LinearAttention, gated_delta in float32, as a Scan: inlined where there is no kernel."""
+def linear_attention_function(opset: int) -> onnx.FunctionProto:
+    """com.microsoft::LinearAttention, gated_delta in float32, as a Scan: inlined where there is no kernel.
+
+    opset: of the model that it goes into, which it must share.
+    """
     import onnx.parser
 
-    return onnx.parser.parse_function(_FUNCTION)
+    return onnx.parser.parse_function(_FUNCTION.replace("OPSET", str(opset)))
 
 
 LOWERINGS = {"ort": Lowering("com.microsoft", 1, (21, 24), linear_attention_function)}

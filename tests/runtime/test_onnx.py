@@ -237,6 +237,20 @@ def test_batched_generation_is_single_generation(name: str, request: pytest.Fixt
         assert session.generate_batch(prompts, 24, padding=side) == alone
 
 
+@pytest.mark.parametrize("opset", [22, 24])
+def test_other_opsets_give_the_same_numbers(hybrid: Deployed, tmp_path: Path, opset: int):
+    """By the kernel and by the function, which must import the model's own opset."""
+    artifact = export_onnx(hybrid.stateful, tmp_path / "kernel", config=ExportConfig(opset=opset))
+    model = onnx.load(artifact.path)
+    assert {o.domain: o.version for o in model.opset_import} == {"": opset, "com.microsoft": 1}
+    (tmp_path / "function").mkdir()
+    without_kernel(artifact.path, tmp_path / "function/model.onnx")
+    expected = OnnxSession(hybrid.artifact.path, threads=1).prefill([3, 141, 59])
+    for folder in ("kernel", "function"):
+        logits = OnnxSession(tmp_path / folder / "model.onnx", threads=1).prefill([3, 141, 59])
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
 def test_border_has_the_names_that_runtimes_expect(hybrid: Deployed):
     graph = onnx.load(hybrid.artifact.path).graph
     shapes = {

@@ -1,0 +1,90 @@
+"""What an export depends on: the student alone decides its bytes; what cannot be made is refused before it is begun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+from command_line import SMALL, TINY, call, contents, done, refused
+
+from tcal_compiler import api
+
+AGAIN = """
+import sys
+from pathlib import Path
+from tcal_compiler.passes.capture import capture_program
+from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.runtime.config import ExportConfig
+from tcal_compiler.runtime.onnx_export import context_length, export_onnx
+from tcal_compiler.runtime.program_file import load_program
+from tcal_compiler.runtime.run_folder import RunFolder
+from tcal_compiler.variants import run_tokenizer
+source, target = map(Path, sys.argv[1:])
+with RunFolder.open_existing(source) as run:
+    info, tokenizer = run.manifest.stages["plan"].evidence["info"], run_tokenizer(run)
+program, _ = load_program(source / "student.pt2", allow_pickle=False)
+flat = capture_program(program, teacher=program.module(), implementation="student", shapes=((1, 8),))
+stateful = make_stateful(flat, verify=False, max_length=context_length(ExportConfig(), info))
+export_onnx(stateful, target / "onnx", config=ExportConfig(), info=info, tokenizer=tokenizer)
+"""
+OPTIONS = ("--tokenizer", "bytes", "--policy", "keep=0", "--align-steps", "6", *SMALL)
+
+
+def test_another_process_makes_the_same_bytes(shared_run, tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", AGAIN, str(shared_run), str(tmp_path / "again")],
+        check=True,
+        timeout=300,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        cwd=Path(__file__).parents[1],
+    )
+    assert contents(tmp_path / "again/onnx") == contents(shared_run / "onnx")
+
+
+def test_the_opset_reaches_the_export(tmp_path, monkeypatch):
+    seen = []
+    (tmp_path / "report.md").touch()
+    monkeypatch.setattr(api, "convert", lambda *_, config, **__: seen.append(config.export.opset) or tmp_path)
+    done("tcal", "export", TINY, "-o", tmp_path, "--opset", "24")
+    assert seen == [24]
+
+
+def old_runtime(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(onnxruntime, "__version__", "1.24.4")
+
+
+def old_onnx(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(onnx.defs, "onnx_opset_version", lambda: 23)
+
+
+@pytest.mark.parametrize(
+    "change, options, kind, said",
+    [
+        (None, ("--opset", "27"), "ConfigError", "export.opset = 27"),
+        (None, ("--config", "profile.toml"), "ConfigError", "export.profile = 'vendor'"),
+        (old_runtime, (), "ExportError", "onnxruntime 1.24.4"),
+        (old_onnx, ("--opset", "24"), "ExportError", "knows opsets up to 23, not 24"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_first(finished, tmp_path, monkeypatch, change, options, kind, said):
+    """Before the teacher is loaded, and with the files of an earlier export left alone."""
+    monkeypatch.chdir(tmp_path)
+    Path("profile.toml").write_text('[export]\nprofile = "vendor"\n')
+    before = contents(finished)
+    if change:
+        change(monkeypatch)
+    refused(call("tcal-compile", TINY, "-o", "new", *OPTIONS, *options), kind, said)
+    refused(call("tcal", "export", TINY, "-o", finished, *OPTIONS, *options), kind, said)
+    assert not Path("new").exists() and contents(finished) == before
+
+
+def test_a_variant_needs_the_runtime_too(finished, monkeypatch):
+    before = contents(finished)
+    old_runtime(monkeypatch)
+    refused(call("tcal", "export", finished, "--dtype", "int8", "--quiet"), "ExportError", "onnxruntime 1.24.4")
+    assert contents(finished) == before
