@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from command_line import ASSETS, BYTES, SMALL, TINY, call, done, refused
 
 
+@pytest.mark.slow
 def test_two_texts_with_weights(tmp_path):
     whole = (ASSETS / "text" / "calibration.txt").read_text()
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"

@@ -58,6 +58,7 @@ def test_distil_a_run_folder(aligned):
     assert stages(aligned)["distill"] == record
 
 
+@pytest.mark.slow
 def test_a_stopped_distillation_goes_on_with_the_same_bits(aligned, tmp_path, monkeypatch):
     step, calls = distill_module.Distiller.step, []
 
@@ -89,6 +90,7 @@ def test_a_loss_that_is_not_finite_keeps_the_aligned_student(aligned):
     )
 
 
+@pytest.mark.slow
 def test_the_distilled_student_is_what_is_deployed(finished):
     before = (finished / "student.pt2").read_bytes()
     done("tcal", "distill", finished, "--steps", "3", "--quiet")

@@ -20,7 +20,7 @@ def manifest(out: Path) -> dict:
     return json.loads((out / "tcal.json").read_text())
 
 
-@pytest.mark.parametrize("policy", ["kl", "ar", "greedy"])
+@pytest.mark.parametrize("policy", ["kl", *(pytest.param(p, marks=pytest.mark.slow) for p in ("ar", "greedy"))])
 def test_the_sites_with_the_largest_scores_are_kept(tmp_path, policy):
     out = tmp_path / "run"
     assert plan(out, f"{policy}:50%").code == 0

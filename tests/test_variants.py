@@ -45,6 +45,7 @@ def test_every_variant_is_smaller_near_and_runs(finished):
     assert "int4 student: KL" in (finished / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_guard_refuses_and_force_overrules(finished):
     before = contents(finished)
     command = ("tcal", "export", finished, "--dtype", "int4", "--max-kl", "1e-9", "--quiet")

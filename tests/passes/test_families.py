@@ -47,7 +47,8 @@ FOUND = [
     ("Mistral (sliding window)", "eager", KV_HEADS, [8, 8], "plain"),
     ("Gemma3", "eager", KV_HEADS, [8, None], "plain"),
     ("Falcon", "eager", 1, [None, None], "plain"),
-    ("DeepSeek-V3", "sdpa", HEADS, [None, None], "plain"),  # in-place writes in its router
+    # in-place writes in its router
+    pytest.param("DeepSeek-V3", "sdpa", HEADS, [None, None], "plain", marks=pytest.mark.slow),
     ("GPT-OSS", "eager", KV_HEADS, [8, None], "sinks"),
     ("BLOOM", "eager", HEADS, [None, None], "alibi"),
 ]
@@ -62,6 +63,7 @@ def test_families_whose_attention_is_found(family, implementation, kv_heads, win
     assert_sites_are_right(capture, scan)
 
 
+@pytest.mark.slow
 def test_a_family_goes_all_the_way():
     """Soft-capped scores, one layer with a window that is converted, one that stays."""
     row = families.Row("Gemma2", "eager")
