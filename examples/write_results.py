@@ -16,9 +16,9 @@ from typing import Any
 HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
-`examples/bench_onnx.py` and, from run folders, this script itself wrote. Each section names its command's arguments,
-machine, versions and commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are
-different files, and a scored text that was calibrated on is refused.
+`examples/bench_onnx.py`, `examples/bench_variants.py` and, from run folders, this script itself wrote. Each section
+names its command's arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration
+texts and scored texts are different files, and a scored text that was calibrated on is refused.
 """
 
 
@@ -65,6 +65,32 @@ def decode(name: str, body: dict[str, Any]) -> str:
         for context, r in rows.items():
             cells = [model, context, f"{r['median_ms']:.2f}", f"{r['p10_ms']:.2f} to {r['p90_ms']:.2f}"]
             lines.append("| " + " | ".join([*cells, f"{r['speedup_over_first']:.2f}x", f"{r['state_mb']:.2f}"]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def variants(name: str, body: dict[str, Any]) -> str:
+    before, after = body["bandwidth_gb_s"]
+    lines = [f"## {name}\n", _machine(body["environment"])]
+    lines[-1] += f" One thread reads {before:.1f} GB/s (measured before) and {after:.1f} GB/s (after)."
+    lines += [f"Divergence and perplexity on {body['text']}, against the float32 student of the same run.", ""]
+    lines += ["| student | size, MB | KL, nats per token | perplexity | tokens |", "|---|---|---|---|---|"]
+    for student, r in body["variants"].items():
+        cells = [student, f"{r['size_mb']:.1f}", f"{r['kl']:.3g}", f"{r['perplexity']:.2f}", str(r["tokens"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Medians of {body['steps']} single-token steps; the bound is the time to read what a step moves.",
+        "",
+    ]
+    lines += [
+        "| student | context | median ms | tokens/s | against the first | moved, MB | bound, ms | share of the bound |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for student, rows in body["variant_decode"].items():
+        for context, r in rows.items():
+            cells = [student, context, f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.1f}"]
+            cells += [f"{r['speedup_over_first']:.2f}x", f"{r['moved_mb']:.1f}", f"{r['bound_ms']:.2f}"]
+            lines.append("| " + " | ".join([*cells, f"{r['share_of_bound']:.2f}"]) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -121,7 +147,8 @@ def main() -> None:
     parts = [HEAD]
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
-        kind = decode if "decode" in body else run_folder if "eval" in body else conversion
+        kinds = {"decode": decode, "variant_decode": variants, "eval": run_folder}
+        kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")
 

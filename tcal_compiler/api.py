@@ -363,9 +363,8 @@ def convert(
             f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
         )
         work = Conversion(source, chosen, ids, text, config, run, progress, place)
-        stages: dict[str, Callable[[], None]] = {n: getattr(work, n) for n in STAGES}
         for name in STAGES[: STAGES.index(until) + 1]:
-            _guarded(name, stages[name])
+            _guarded(name, getattr(work, name))
         write_report(run, progress)
     return out
 

@@ -34,6 +34,7 @@ from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession
 from .runtime.statistics import attention_statistics
 from .runtime.student import Student, make_student
+from .runtime.text_stream import TextStream
 from .runtime.weights import load_weights
 from .variants import model_file, run_tokenizer, variant_checks
 
@@ -300,8 +301,6 @@ def generate_text(
         tokenizer = run_tokenizer(run)
         session = OnnxSession(run.path / model_file(dtype))
         ids = tokenizer.encode(prompt)
-    tokens: list[int] = []
-    shown = ""
     stream = session.generate(
         ids,
         max_new_tokens,
@@ -311,13 +310,9 @@ def generate_text(
         top_p=top_p,
         seed=seed,
     )
-    start = tokenizer.decode(ids)
+    text = TextStream(tokenizer, ids)
     for token in stream:
-        tokens.append(token)
-        text = tokenizer.decode([*ids, *tokens]).removeprefix(start)
-        if not text.endswith("�"):
-            yield text[len(shown) :]
-            shown = text
-    final = tokenizer.decode([*ids, *tokens]).removeprefix(start)
-    if len(final) > len(shown):
-        yield final[len(shown) :]
+        if piece := text.push(token):
+            yield piece
+    if rest := text.end():
+        yield rest
