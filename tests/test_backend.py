@@ -115,6 +115,7 @@ def test_the_model_and_the_random_state_stay_as_they_are(tiny, shared_run):
     assert all(torch.equal(v, before[n]) for n, v in tiny.state_dict().items())
 
 
+@pytest.mark.slow
 def test_transformers(llama_run):
     teacher, run = llama_run
     source = open_source(str(run.parent / "model"), need_tokenizer=False)

@@ -130,6 +130,7 @@ score_every = 7
 """
 
 
+@pytest.mark.slow
 def test_a_kill_during_alignment_costs_nothing(tmp_path):
     config = tmp_path / "tcal.toml"
     config.write_text(KILLED)

@@ -35,6 +35,7 @@ export_onnx(stateful, target / "onnx", config=ExportConfig(), info=info, tokeniz
 OPTIONS = ("--tokenizer", "bytes", "--policy", "keep=0", "--align-steps", "6", *SMALL)
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_bytes(shared_run, tmp_path):
     subprocess.run(
         [sys.executable, "-c", AGAIN, str(shared_run), str(tmp_path / "again")],

@@ -39,6 +39,7 @@ def test_the_sites_with_the_largest_scores_are_kept(tmp_path, policy):
     assert manifest(out)["plan"]["keep"] == [max(values, key=values.__getitem__)]
 
 
+@pytest.mark.slow
 def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch):
     model, made = Trials.model, []
 
