@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tcal_compiler.errors import RunFolderError, StageError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122", "os error 27")
 _WRITER_WORDS = ("PytorchStreamWriter failed writing", "unexpected pos")
 _ALMOST_FULL = 1 << 22  # bytes
 

@@ -20,6 +20,7 @@ from . import data
 from .tokenizer import TokenizerLike
 
 WHERE = "calib.text"
+LEAST = 1e-6  # weight
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ def parse_source(given: str) -> TextSource:
         weight = float(tail)
     except ValueError:
         weight = math.nan
-    if not 0 < weight < math.inf:
-        raise ConfigError(WHERE, f"{given}: the weight {tail!r} is no positive number", f"{head}:0.5")
+    if not LEAST <= weight <= 1 / LEAST:
+        what = f"{given}: the weight {tail!r} is no positive number from {LEAST:g} to {1 / LEAST:g}"
+        raise ConfigError(WHERE, what, f"{head}:0.5")
     return TextSource(Path(head), weight)
 
 
@@ -103,15 +105,13 @@ class CalibrationText:
     def sequences(self, tokenizer: TokenizerLike, *, count: int, length: int) -> Tensor:
         """The first `count` rows [count, length]. Raises DataError when a file is too short for its share of them."""
         order = self._order(count)
-        ids = torch.empty(count, length, dtype=torch.int64)
+        parts: list[Tensor] = []
         for i, source in enumerate(self.sources):
-            mine = order == i
-            share = int(mine.sum())
+            docs, share = data.read_text(source.path), int((order == i).sum())
             if share:
-                docs = data.read_text(source.path)
                 tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=share * length)
-                ids[mine] = data.pack(tokens, sequences=share, length=length, what=str(source.path))
-        return ids
+                parts.append(data.pack(tokens, sequences=share, length=length, what=str(source.path)))
+        return torch.cat(parts)[order.argsort(stable=True).argsort()]
 
     def rows(self, tokenizer: TokenizerLike, *, length: int) -> tuple[Tensor, Tensor]:
         """All rows, as data.encode_rows gives them, up to where the file that is next has no more.

@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import DEFAULT_POLICY, Config
 from .distillation import distill_stage, student_weights
 from .errors import ConfigError, ParityError, TcalError, UnsupportedModelError
+from .inputs import check_names
 from .passes.capture import capture_program, require_causal
 from .passes.choose import budget_of, choose, plan_from_toml, plan_to_toml, scored_by
 from .passes.find_attention import find_attention
@@ -333,6 +334,8 @@ def convert(
     config, progress, out = config or Config(), progress or Progress(quiet=True), Path(out)
     if until not in STAGES:
         raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
+    texts = [config.calib.text] if isinstance(config.calib.text, str) else config.calib.text or []
+    check_names(teacher=teacher, tokenizer=tokenizer or "", out=out, **{f"calib.text {t}": t for t in texts})
     place, text = check_device(device), CalibrationText.of(config.calib.text, default=CALIBRATION_TEXT)
     if until == "export":
         check_supported(config.export)

@@ -350,11 +350,7 @@ def doctor(as_json: Json = False) -> None:
     from .doctor import examine
 
     findings = examine()
-    if as_json:
-        print(json.dumps(findings, indent=1))
-    else:
-        for name, value in findings.items():
-            print(f"{name}: {value}")
+    print(json.dumps(findings, indent=1) if as_json else "\n".join(f"{n}: {v}" for n, v in findings.items()))
 
 
 def _run(target: typer.Typer) -> None:
@@ -369,7 +365,9 @@ def _run(target: typer.Typer) -> None:
             raise
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as e:
+        if isinstance(e, SystemExit) and e.code != 130:  # what typer makes of Ctrl-C
+            raise
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -193,3 +193,24 @@ def test_longer_sequences_than_the_context(tmp_path):
     result = compile_("embedded", *long, out=tmp_path / "run")
     refused(result, "ConfigError", "calib.length", "5000 tokens, but the teacher's context holds")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (("--calib", "a\udcff.txt"), "is no file name"),
+        (("-o", "x" * 300), "of 300 characters"),
+        (("--tokenizer", "z" * 5000), "of 5000 characters"),
+        (("--calib-length", str(10**12)), "calib.length"),
+        (("--calib-sequences", str(10**7)), "calib.sequences"),
+    ],
+    ids=["surrogate", "long folder", "long tokenizer", "length", "sequences"],
+)
+def test_names_and_sizes_beyond_any_machine(tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    refused(
+        call("tcal-compile", TINY, *(() if "-o" in words else ("-o", "run")), *words, "--quiet"),
+        "ConfigError",
+        expected,
+    )
+    assert not list(tmp_path.iterdir())

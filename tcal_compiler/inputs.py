@@ -1,0 +1,24 @@
+"""Checks of what a user names, before anything is opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+def check_names(**named: str | Path) -> None:
+    """Raises ConfigError for a name that no file can have here, or that cannot be recorded."""
+    for where, name in named.items():
+        text = str(name)
+        try:
+            text.encode()
+            os.lstat(text)
+        except (UnicodeEncodeError, ValueError) as e:
+            raise ConfigError(ascii(where), f"{text!a} is no file name: {e}", "a name in UTF-8") from e
+        except OSError as e:
+            if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                what = f"{text[:60]!r}, of {len(text)} characters: {e.strerror}"
+                raise ConfigError(where, what, "another path") from e
