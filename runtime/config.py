@@ -24,6 +24,11 @@ class CalibConfig(StrictModel):
     holdout: int = Field(8, ge=1, description="further sequences that only score: never trained on")
     batch: int = Field(8, ge=1, description="sequences in one teacher forward")
 
+    @property
+    def rows(self) -> int:
+        """Sequences of training and, last, those that only score."""
+        return self.sequences + self.holdout
+
 
 class ScoreConfig(StrictModel):
     """What the policies kl, ar and greedy measure."""

@@ -334,8 +334,7 @@ def convert(
     config, progress, out = config or Config(), progress or Progress(quiet=True), Path(out)
     if until not in STAGES:
         raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
-    texts = [config.calib.text] if isinstance(config.calib.text, str) else config.calib.text or []
-    check_names(teacher=teacher, tokenizer=tokenizer or "", out=out, **{f"calib.text {t}": t for t in texts})
+    check_names(config.calib.text, teacher=teacher, tokenizer=tokenizer, out=out)
     place, text = check_device(device), CalibrationText.of(config.calib.text, default=CALIBRATION_TEXT)
     if until == "export":
         check_supported(config.export)
@@ -346,8 +345,7 @@ def convert(
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)
     check_length(config.calib.length, source, "calib.length")
-    count = config.calib.sequences + config.calib.holdout  # the held-out slice comes last
-    ids = text.sequences(source.tokenizer, count=count, length=config.calib.length)
+    ids = text.sequences(source.tokenizer, count=config.calib.rows, length=config.calib.length)
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
     with RunFolder.create_or_open(

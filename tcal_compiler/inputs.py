@@ -9,15 +9,16 @@ from pathlib import Path
 from .errors import ConfigError
 
 
-def check_names(**named: str | Path) -> None:
+def check_names(texts: str | list[str] | None, **named: str | Path | None) -> None:
     """Raises ConfigError for a name that no file can have here, or that cannot be recorded."""
-    for where, name in named.items():
-        text = str(name)
+    listed = [texts] if isinstance(texts, str) else texts or []
+    for where, name in [*named.items(), *(("calib.text", t) for t in listed)]:
+        text = str(name or "")
         try:
             text.encode()
             os.lstat(text)
         except (UnicodeEncodeError, ValueError) as e:
-            raise ConfigError(ascii(where), f"{text!a} is no file name: {e}", "a name in UTF-8") from e
+            raise ConfigError(where, f"{text!a} is no file name: {e}", "a name in UTF-8") from e
         except OSError as e:
             if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 what = f"{text[:60]!r}, of {len(text)} characters: {e.strerror}"

@@ -12,7 +12,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from tcal_compiler.kernels.gates import decay_gate, gated_rms_norm, l2_normalize
+from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm
+from tcal_compiler.kernels.gates import decay_gate, l2_normalize
 from tcal_compiler.kernels.gates.onnx_rule import translation_table
 from tcal_compiler.runtime.onnx_norms import fuse_norms
 

@@ -103,7 +103,7 @@ def test_rows_of_several_files_take_turns(files):
     assert abs(shares - 0.25 * len(rows)) < 1
     assert both.identity() != text(f"{files[0]}:3", f"{files[1]}:2").identity()
     with pytest.raises(DataError, match=r"b\.txt: has .* tokens, but 1001 sequences of 64"):
-        text(f"{files[0]}:1e-9", files[1]).sequences(tokenizer, count=1001, length=64)
+        text(f"{files[0]}:1e-6", files[1]).sequences(tokenizer, count=1001, length=64)
 
 
 def test_no_more_documents_are_encoded_than_are_needed(files, monkeypatch):
