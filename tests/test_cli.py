@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from command_line import ASSETS, BYTES, HELD_OUT, SMALL, TINY, call, contents, done
 
+from tcal_compiler import cli
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -190,3 +192,12 @@ def test_help(words):
 def test_embedded_is_the_default_teacher():
     found = json.loads(done("tcal", "inspect", "--json"))
     assert len(found["sites"]) >= 6 and (ASSETS / "teacher").is_dir()
+
+
+def test_what_typer_makes_of_ctrl_c_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli._run(lambda: sys.exit(130))
+    assert stopped.value.code == 130 and "The same command goes on" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as other:
+        cli._run(lambda: sys.exit(2))
+    assert other.value.code == 2 and not capsys.readouterr().err

@@ -18,8 +18,6 @@ _RULES: dict[str, Any] = dict(positive=("T",), groups=("H", "K"))
 STATISTICS = Shapes("attention_statistics", _QKV, **_RULES)
 OUTPUT_SUMS = Shapes("attention_output_sums", f"{_QKV}, o [B,T,H,Dv]", **_RULES)
 NAMES = ("context", "distance", "entropy", "mass", "<ctx,o>", "<o,o>", "<ctx,n>", "<n,n>", "rms")
-
-
 SEEN_RIGHT = torch.float32, 128  # dtype and largest head dim of the GPU tests that passed; see docs/kernels.md
 
 

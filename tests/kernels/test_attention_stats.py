@@ -176,7 +176,7 @@ def test_on_the_gpu(case, dtype):
 
 @pytest.mark.gpu
 def test_on_the_gpu_a_long_sequence_takes_memory_linear_in_it():
-    inputs = draw((1, 2, 1, 32768, 64, 64, None), torch.bfloat16, "cuda")
+    inputs = draw((1, 2, 1, 32768, 64, 64, None), op.SEEN_RIGHT[0], "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attention_statistics(*inputs[:3], **GIVEN)  # the proof's own memory comes first

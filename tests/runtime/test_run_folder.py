@@ -249,7 +249,7 @@ def test_config_hash_ignores_the_order_of_keys_only():
     assert hash_json({"a": 1}) != hash_json({"a": 1.5}) != hash_json({"a": "1.5"})
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("where", ["body", "replace", "fsync"])
 def test_a_full_disk_is_a_stage_error_and_leaves_nothing_half_written(tmp_path, monkeypatch, code, where):
     def fail(*_: object) -> None:

@@ -55,7 +55,7 @@ def test_paths_and_weights_are_read():
     assert parse_source("a:b/c.parquet:1e-1") == TextSource(Path("a:b/c.parquet"), 0.1)
     assert parse_source("C:\\c.jsonl.zst") == TextSource(Path("C:\\c.jsonl.zst"))
     assert parse_source("odd:1") == TextSource(Path("odd:1"))  # refused by its suffix when it is read
-    for bad in ("0", "-1", "nan", "inf", "", "x"):
+    for bad in ("0", "-1", "nan", "inf", "", "x", "1e308", "1e-9"):
         with pytest.raises(ConfigError, match="is no positive number"):
             parse_source(f"a.txt:{bad}")
     for texts, what in (([], "names no file"), (["a.txt", "./a.txt:2"], "names a file twice")):
@@ -104,6 +104,11 @@ def test_rows_of_several_files_take_turns(files):
     assert both.identity() != text(f"{files[0]}:3", f"{files[1]}:2").identity()
     with pytest.raises(DataError, match=r"b\.txt: has .* tokens, but 1001 sequences of 64"):
         text(f"{files[0]}:1e-6", files[1]).sequences(tokenizer, count=1001, length=64)
+
+
+def test_a_file_without_a_share_is_read_all_the_same(files, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        text(f"{files[0]}:1e6", f"{tmp_path / 'none.txt'}:1e-6").sequences(Eos(), count=1, length=32)
 
 
 def test_no_more_documents_are_encoded_than_are_needed(files, monkeypatch):
