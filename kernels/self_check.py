@@ -3,8 +3,7 @@
 The proof is one small comparison of the caller's head dims and dtype, once per process, operator, device, dtype and
 dims. Compilers for new cards have been wrong before (Triton 3.4 to 3.7.0 on Hopper), and a wrong result raises no error
 by itself. Where the proof fails there is one warning, and the operator runs in plain PyTorch. A kernel that accesses
-illegal memory ends the process's CUDA context instead, so that a proof cannot stand for runs of its tests on a GPU:
-operators whose tests have not all passed there say what they leave out (SEEN_RIGHT).
+illegal memory ends the process's CUDA context instead, so that a proof cannot stand for runs of its tests on a GPU.
 """
 
 from __future__ import annotations
