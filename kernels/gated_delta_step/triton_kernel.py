@@ -1,0 +1,140 @@
+"""Triton kernel of the decode step: one launch, each state read and written once, in registers between.
+
+A program takes BV of the Dv columns of one state [Dk, Dv], and all its rows. With the norm it takes all columns, since
+their squares have one sum; a tile of more than MOST_FUSED numbers does not fit in registers, so that there the norm
+follows in PyTorch. Both readings of a token come from the state before it, so that neither waits for the update:
+
+    w = beta (v - exp(g) S^T k)     o = scale (exp(g) S^T q + (k . q) w)     S <- exp(g) S + k w^T
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm_reference
+from tcal_compiler.kernels.tiles import load_rows, store_rows
+
+from .reference import L2_EPS
+
+MOST_FUSED = 128 * 256  # numbers of a state that one program holds
+MOST_REGISTERS = 128  # of a thread: so a multiprocessor holds two whole states of 128 x 128
+ENOUGH_PROGRAMS = 512
+
+
+@triton.jit
+def _vector(ptr, i, D):
+    return tl.load(ptr + i, mask=i < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _step(
+    q, k, v, g, beta, gate, weight, start, out, final, scale, eps, l2_eps, T, H, K,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, zb, zt, zh,
+    DK: tl.constexpr, DV: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(DV, BV)
+    pid = tl.program_id(0).to(tl.int64)
+    row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
+    b, h = row // H, row % H
+    state = load_rows(start + row * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
+    dk, dv = tl.arange(0, BK), v0 + tl.arange(0, BV)
+    shared = h // (H // K)
+    q_at, k_at = q + b * qb + h * qh, k + b * kb + shared * kh
+    v_at, z_at = v + b * vb + shared * vh, gate + b * zb + h * zh
+    for t in range(T):
+        here = (b * T + t) * H + h
+        query, key, value = _vector(q_at, dk, DK), _vector(k_at, dk, DK), _vector(v_at, dv, DV)
+        keep, rate = tl.exp(tl.load(g + here).to(tl.float32)), tl.load(beta + here).to(tl.float32)
+        q_size, k_size = scale, 1.0
+        if NORMALIZE:
+            q_size = scale / tl.sqrt(tl.sum(query * query, 0) + l2_eps)
+            k_size = 1.0 / tl.sqrt(tl.sum(key * key, 0) + l2_eps)
+        recalled = tl.sum(state * key[:, None], 0) * (keep * k_size)
+        read = tl.sum(state * query[:, None], 0) * (keep * q_size)
+        write = (value - recalled) * (rate * k_size)
+        state = state * keep + key[:, None] * write[None, :]
+        y = read + write * (tl.sum(key * query, 0) * q_size)
+        if NORM:
+            z, w = _vector(z_at, dv, DV), _vector(weight + h * DV, dv, DV)
+            y = y / tl.sqrt(tl.sum(y * y, 0) / DV + eps) * w * z / (1.0 + tl.exp(-z))
+        tl.store(out + here * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)
+        q_at, k_at, v_at, z_at = q_at + qt, k_at + kt, v_at + vt, z_at + zt
+    store_rows(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+
+
+class Tile(NamedTuple):
+    """What the kernel is compiled for: all key columns, the value columns of one program, and its warps."""
+
+    BK: int
+    BV: int
+    num_warps: int
+
+
+def tiles(key_dim: int, value_dim: int, *, whole: bool) -> list[Tile]:
+    """The tiles that a call may take, widest first; whole: all value columns in one program, if they fit.
+
+    32 columns are a cache line of the state, 8 a sector. A warp takes 1024 numbers, or 2048 beyond 8 warps.
+    """
+    key_block, value_block = (max(8, triton.next_power_of_2(n)) for n in (key_dim, value_dim))
+    widths = [n for n in (32, 16, 8) if n <= value_block]
+    if whole and key_block * value_block <= MOST_FUSED:
+        widths = [value_block]
+    sizes = (key_block * n for n in widths)
+    warps = (max(1, min(size // 1024, 8), size // 2048) for size in sizes)
+    return [Tile(key_block, *pair) for pair in zip(widths, warps, strict=True)]
+
+
+def choose_tile(options: list[Tile], rows: int, value_dim: int) -> Tile:
+    """Few states are cut finer, so that every multiprocessor gets some."""
+    return next((t for t in options if rows * triton.cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
+
+
+def gated_delta_step_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    scale: float,
+    normalize: bool = False,
+    eps: float = 1e-5,
+    in_place: bool = False,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Contract of `gated_delta_step_reference`, not float64; in_place: the returned state is `state`, overwritten.
+
+    tile: one of `tiles`, None for the one that suits the number of states.
+    q, k, v and gate may have any strides between tokens and heads. Nothing here waits for the device.
+    """
+    q, k, v, z = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, v if gate is None else gate))
+    g, beta = g.contiguous(), beta.contiguous()
+    w = v if weight is None else weight.contiguous()  # like z, a pointer that nothing reads without the norm
+    batch, tokens, heads, key_dim = q.shape
+    kv_heads, value_dim = v.shape[2:]
+    rows = batch * heads
+    tile = tile or choose_tile(tiles(key_dim, value_dim, whole=gate is not None), rows, value_dim)
+    fused = gate is not None and value_dim <= tile.BV
+    start = state if state.is_contiguous() else state.contiguous()
+    final = start if in_place else torch.empty_like(start)
+    dtype = v.dtype if gate is None or fused else torch.float32
+    out = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=q.device)
+    strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
+    _step[(rows * triton.cdiv(value_dim, tile.BV),)](
+        q, k, v, g, beta, z, w, start, out, final, scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
+        DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, **tile._asdict(), maxnreg=MOST_REGISTERS,
+    )  # fmt: skip
+    if gate is not None and weight is not None and not fused:
+        out = gated_rms_norm_reference(out, gate, weight, eps).to(v.dtype)
+    if not in_place:
+        return out, final
+    return out, state if final is state else state.copy_(final)
