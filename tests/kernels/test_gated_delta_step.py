@@ -64,7 +64,6 @@ def draw(shape: Shape, dtype: torch.dtype, *, normalize: bool, normed: bool) -> 
 
 
 def triton_step(args: list[Tensor], **given: Any) -> tuple[Tensor, Tensor]:
-    pytest.importorskip("triton")
     from tcal_compiler.kernels.gated_delta_step.triton_kernel import gated_delta_step_triton
 
     with interpreter_or_skip():

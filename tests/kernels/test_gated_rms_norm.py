@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from interpreter import interpreted, interpreter_or_skip
@@ -11,7 +9,7 @@ from support import assert_within_budget
 from torch import Tensor
 
 from tcal_compiler.kernels import self_check
-from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference, op
+from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 
 Size = tuple[int, int, int, int]  # S, N, H, D
 DTYPES = list(self_check.ALLOWED)
@@ -63,15 +61,6 @@ def test_in_the_interpreter(size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_the_gpu(size, dtype):
     check_kernels(size, dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_self_check_passes(dtype):
-    for dim in (16, 64, 96, 128, 256):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert self_check.proved("gated_rms_norm", op.self_check, 0, dtype, dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

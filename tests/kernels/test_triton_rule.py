@@ -1,8 +1,6 @@
-"""The Triton kernels: in the interpreter on tiny shapes, on a GPU at more; and the dispatcher's fallbacks."""
+"""The Triton kernels: in the interpreter on tiny shapes, on a GPU at more."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
@@ -10,9 +8,6 @@ from interpreter import interpreted, interpreter_or_skip
 from rule_cases import NAMES, SCALE, exactly, make_args, op, reference, with_gradients
 from support import assert_within_budget
 from torch import Tensor
-
-from tcal_compiler.kernels import self_check
-from tcal_compiler.kernels.gated_delta_rule import dispatch
 
 triton = pytest.importorskip("triton")
 
@@ -92,56 +87,9 @@ def test_extremes_stay_finite():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", list(self_check.ALLOWED), ids=str)
-def test_self_check_passes(dtype):
-    for dims in ((64, 64), (128, 128), (96, 48)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert self_check.proved("gated_delta_rule", dispatch.self_check, 0, dtype, *dims)
-
-
-@pytest.mark.gpu
 def test_op_on_the_gpu_trains_and_compiles():
     args = make_args((2, 70, 4, 2, 32, 32), torch.float32, device="cuda")
     expected = with_gradients(op, exactly(args))
     for rule in (op, torch.compile(op, backend="aot_eager", fullgraph=True)):
         for name, x in with_gradients(rule, args).items():
             torch.testing.assert_close(x.cpu().double(), expected[name], rtol=1e-3, atol=1e-4)
-
-
-@interpreted
-def test_self_check_sees_a_wrong_gradient(monkeypatch):
-    """A miscompiled kernel: dg is wrong. The call must fall back, and say so once."""
-    from tcal_compiler.kernels.gated_delta_rule import triton_backward
-
-    def wrong(*args: Tensor, scale: float) -> tuple[Tensor, ...]:
-        from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
-
-        dq, dk, dv, dg, *rest = gated_delta_rule_chunked_backward(*args, scale=scale)
-        return dq, dk, dv, dg.flip(1), *rest
-
-    def right(*args: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return dispatch.gated_delta_rule_chunked(*args, scale=scale)
-
-    monkeypatch.setattr(triton_backward, "gated_delta_rule_triton_backward", wrong)
-    monkeypatch.setattr("tcal_compiler.kernels.gated_delta_rule.triton_forward.gated_delta_rule_triton", right)
-    errors = dispatch.self_check(torch.device("cpu"), torch.float32, 8, 8)
-    assert errors["dg"] > 0.1 and all(e < 1e-5 for name, e in errors.items() if name != "dg")
-
-
-def nothing_to_check(*_: object) -> dict[str, float]:
-    return {}
-
-
-def test_without_triton_nothing_fails(monkeypatch):
-    monkeypatch.setattr(self_check.importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)  # once
-
-
-def test_cpu_tensors_never_take_triton():
-    args = make_args((1, 5, 2, 1, 8, 8), torch.float32)
-    assert not dispatch._takes_triton(args[0], args[2])

@@ -1,0 +1,133 @@
+"""The proof that every operator's Triton kernels give before they run: it passes on a GPU, and sees wrong kernels."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from interpreter import interpreted, interpreter_or_skip
+from torch import Tensor
+
+from tcal_compiler.kernels import self_check
+from tcal_compiler.kernels.attention_stats import op as statistics
+from tcal_compiler.kernels.attention_stats.streaming import (
+    attention_output_sums_streaming,
+    attention_statistics_streaming,
+)
+from tcal_compiler.kernels.gated_delta_rule import dispatch as rule
+from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
+from tcal_compiler.kernels.gated_delta_step import gated_delta_step_reference
+from tcal_compiler.kernels.gated_delta_step import op as step
+from tcal_compiler.kernels.gated_rms_norm import op as norm
+
+PAIRS = ((64, 64), (128, 128), (96, 48))
+WIDE = (256, 256)
+VARIANTS = ((0, 0), (1, 0), (0, 1), (1, 1))  # of the step: normalize, normed
+PROOFS: list[tuple[str, self_check.Check, tuple[tuple[int, ...], ...]]] = [
+    ("gated_delta_rule", rule.self_check, PAIRS),
+    ("attention_statistics", statistics.self_check, (*PAIRS, WIDE)),
+    ("gated_rms_norm", norm.self_check, ((16,), (64,), (96,), (128,), (256,))),
+    ("gated_delta_step", step.self_check, tuple((*pair, *v) for pair in (*PAIRS, WIDE) for v in VARIANTS)),
+]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(self_check.ALLOWED), ids=str)
+@pytest.mark.parametrize(("op", "check", "dims"), PROOFS, ids=[name for name, *_ in PROOFS])
+def test_passes_on_the_gpu(op, check, dims, dtype):
+    for each in dims:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert self_check.proved(op, check, 0, dtype, *each)
+
+
+def only_wrong(errors: dict[str, float], *names: str) -> None:
+    """These results are far from float64, all others near."""
+    wrong = {name for name, error in errors.items() if not error <= self_check.ALLOWED[torch.float32]}
+    assert wrong == set(names), errors
+
+
+@interpreted
+def test_sees_a_wrong_gradient_of_the_rule(monkeypatch):
+    from tcal_compiler.kernels.gated_delta_rule import triton_backward, triton_forward
+
+    def wrong(*args: Tensor, scale: float) -> tuple[Tensor, ...]:
+        dq, dk, dv, dg, *rest = gated_delta_rule_chunked_backward(*args, scale=scale)
+        return dq, dk, dv, dg.flip(1), *rest
+
+    monkeypatch.setattr(triton_forward, "gated_delta_rule_triton", rule.gated_delta_rule_chunked)
+    monkeypatch.setattr(triton_backward, "gated_delta_rule_triton_backward", wrong)
+    only_wrong(rule.self_check(CPU, torch.float32, 8, 8), "dg")
+
+
+@interpreted
+def test_sees_wrong_distances(monkeypatch):
+    from tcal_compiler.kernels.attention_stats import triton_kernel
+
+    def wrong(*args: Tensor, **given: Any) -> tuple[Tensor, ...]:
+        context, distance, entropy, mass = attention_statistics_streaming(*args, **given)
+        return context, distance.flip(0), entropy, mass
+
+    monkeypatch.setattr(triton_kernel, "attention_statistics_triton", wrong)
+    monkeypatch.setattr(triton_kernel, "attention_output_sums_triton", attention_output_sums_streaming)
+    only_wrong(statistics.self_check(CPU, torch.float32, 8, 8), "distance")
+
+
+@interpreted
+def test_sees_a_wrong_norm(monkeypatch):
+    from tcal_compiler.kernels.gated_rms_norm import triton_kernel
+
+    def right(*args: Any) -> tuple[Tensor, ...]:
+        return norm.gated_rms_norm_backward(*args)
+
+    def wrong(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.gated_rms_norm_reference(o, gate, weight.flip(1)[:, None], eps)
+
+    monkeypatch.setattr(triton_kernel, "gated_rms_norm_triton", wrong)
+    monkeypatch.setattr(triton_kernel, "gated_rms_norm_backward_triton", right)
+    only_wrong(norm.self_check(CPU, torch.float32, 8), "y")
+
+
+@interpreted
+@pytest.mark.parametrize("normed", [False, True])
+def test_sees_a_step_that_is_wrong_in_one_tile(normed, monkeypatch):
+    """The kernel itself, but the widest tile forgets the last column of the state."""
+    from tcal_compiler.kernels.gated_delta_step import triton_kernel
+
+    widest = triton_kernel.tiles(16, 16, whole=normed)[0]
+
+    def wrong(*args: Tensor, tile: Any, in_place: bool, **given: Any) -> tuple[Tensor, Tensor]:
+        y, state = gated_delta_step_reference(*args, **given)
+        if tile == widest and in_place:
+            state[..., -1] = 0
+        return y, state
+
+    with interpreter_or_skip():
+        only_wrong(step.self_check(CPU, torch.float32, 16, 16, True, normed))
+    monkeypatch.setattr(triton_kernel, "gated_delta_step_triton", wrong)
+    after = ("state of 3 tokens", "y of 1 tokens", "state of 1 tokens")
+    errors = step.self_check(CPU, torch.float32, 16, 16, True, normed)
+    only_wrong(errors, *(f"{name} in {widest.BV} columns" for name in after))
+
+
+def nothing_to_check(*_: object) -> dict[str, float]:
+    return {}
+
+
+def test_without_triton_nothing_fails(monkeypatch):
+    monkeypatch.setattr(self_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)  # once
+
+
+def test_cpu_tensors_never_take_triton(monkeypatch):
+    monkeypatch.setattr(step, "SEEN_RIGHT", True)
+    x = torch.zeros(1, 5, 2, 64)
+    assert not rule._takes_triton(x, x) and not statistics._takes_triton(x, x) and not norm._takes_triton(x)
+    assert not step._takes_triton(x, x, x, True, True)
