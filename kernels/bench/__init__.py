@@ -1,0 +1,1 @@
+"""Times the operators: `python -m tcal_compiler.kernels.bench --help`."""

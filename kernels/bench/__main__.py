@@ -1,0 +1,78 @@
+"""Times our operators: correctness first, then medians beside what the hardware allows.
+
+    python -m tcal_compiler.kernels.bench [--ops rule step norm attention] [--shapes ...] [--dtype bfloat16]
+                                          [--repeat 30] [--json FILE]
+
+On a GPU: our kernels, their plain-PyTorch form, fla and flash attention where they can be had, and bounds from bytes
+and operations for an H100 or H200 (other cards: bytes and operations only). On a CPU: the PyTorch forms. Every time is
+a median of one process with its quartiles; nothing is timed when a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+
+from . import attention, norm, rule, step
+from .timing import Benchmark, line
+
+OPS: dict[str, Benchmark] = {
+    "rule": rule.BENCHMARK,
+    "step": step.BENCHMARK,
+    "norm": norm.BENCHMARK,
+    "attention": attention.BENCHMARK,
+}
+
+
+def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tcal_compiler.kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument("--shapes", nargs="+", metavar="B,T,H,D", help="in place of its own, for one op")
+    parser.add_argument(
+        "--dtype", default="bfloat16" if device == "cuda" else "float32", choices=["float32", "bfloat16"]
+    )
+    parser.add_argument("--repeat", type=int, default=30 if device == "cuda" else 9)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(argv)
+    if options.shapes and len(options.ops) != 1:
+        parser.error("--shapes needs --ops with the one op that they are for")
+    if options.repeat < 2:
+        parser.error("--repeat: quartiles need 2 runs at least")
+    options.work = []
+    for op in options.ops:
+        for text in options.shapes or OPS[op].shapes[device].split():
+            shape = tuple(int(n) if n.isdecimal() else 0 for n in text.split(","))
+            if len(shape) != len(OPS[op].sizes.split(",")) or min(shape) < 1:
+                parser.error(f"--shapes: want {OPS[op].sizes}, each 1 at least; got {text!r}")
+            options.work.append((op, shape))
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = parse(argv, device)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    report: dict[str, Any] = {"device": where, "torch": torch.__version__, "dtype": options.dtype, "results": []}
+    print(
+        f"{where} | torch {torch.__version__} | {options.dtype} | milliseconds, medians of {options.repeat}", flush=True
+    )
+    for op, shape in options.work:
+        result = OPS[op].time_shape(shape, getattr(torch, options.dtype), device, options.repeat)
+        report["results"].append(result)
+        print(line(result), flush=True)
+        if options.json:  # after every result: the next shape may end the process
+            with open(options.json, "w") as file:
+                json.dump(report, file, indent=1)
+    return int(any("wrong" in r for r in report["results"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
