@@ -42,7 +42,7 @@ from tcal_compiler.runtime.data import (
 from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.student import Student, make_student
-from tcal_compiler.runtime.taps import SiteGroup, collect_taps
+from tcal_compiler.runtime.taps import LivePairs, SiteGroup, collect_taps
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
 
 
@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--calib", required=True, help="calibration text")
     p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE[:LENGTH]", help="text; repeat")
     p.add_argument("--sequences", type=int, default=64)
+    p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
     p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--eval-length", type=int, default=2048)
@@ -76,6 +77,9 @@ def arguments() -> argparse.Namespace:
         help="peak rate of the teacher's projections; of several, the one with the least error on the held-out "
         "calibration sequences after the first --steps is used",
     )
+    p.add_argument("--distill-batch", type=int, help="sequences in a step of distillation; default: --batch")
+    p.add_argument("--distill-lr-gdn", type=float, help="default as in tcal-compile")
+    p.add_argument("--distill-lr-other", type=float, help="default as in tcal-compile")
     p.add_argument("--weight-decay", type=float, help="of the teacher's projections; default as in tcal-compile")
     p.add_argument("--noise", type=float, help="on the sites' inputs; default as in tcal-compile")
     p.add_argument("--seed", type=int, default=0)
@@ -109,6 +113,7 @@ class Bench:
         self.seconds: dict[str, float] = {}
         self.taps: list[SiteGroup] = []
         self.start: tuple[Student, list[SiteGroup], dict[str, torch.Tensor]] | None = None
+        self.found: dict[tuple[int, float | None], tuple[dict[str, torch.Tensor], float]] = {}
         teacher = self.timed("load", lambda: load_teacher(args.teacher))
         tokenizer = load_tokenizer(teacher)
         self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))
@@ -116,8 +121,10 @@ class Bench:
         self.plan: Plan = choose(self.scan, args.policy)
         move_to(self.capture.gm, self.device)
         eos = tokenizer.eos_token_id
-        tokens = encode_documents(read_text(args.calib), tokenizer, eos)
-        self.ids = pack(tokens, sequences=args.sequences + args.holdout, length=args.length, what=args.calib)
+        rows = args.sequences + args.holdout
+        tokens = encode_documents(read_text(args.calib), tokenizer, eos, most=rows * args.length)
+        self.ids = pack(tokens, sequences=rows, length=args.length, what=args.calib)
+        self.kept = args.init_sequences or args.sequences
         seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
         self.texts = {}
         for item in args.eval:
@@ -149,7 +156,11 @@ class Bench:
             self.taps = self.timed(
                 "teacher over the calibration text",
                 lambda: collect_taps(
-                    student, self.capture.gm, self.ids, batch=self.args.batch, dtype=tap_dtype(self.device)
+                    student,
+                    self.capture.gm,
+                    torch.cat([self.ids[: self.kept], self.ids[self.args.sequences :]]),
+                    batch=self.args.batch,
+                    dtype=tap_dtype(self.device),
                 ),
             )
         ends = [(g, g.sites[0]) for g in self.taps]
@@ -158,7 +169,7 @@ class Bench:
     def initialised(self, init: InitName) -> tuple[Student, list[SiteGroup]]:
         student, a = self.fresh(), self.args
         groups = self.groups(student)
-        train = [replace(g, x=g.x[:, : a.sequences], y=g.y[:, : a.sequences]) for g in groups]
+        train = [replace(g, x=g.x[:, : self.kept], y=g.y[:, : self.kept]) for g in groups]
         student, _ = self.timed(
             f"init {init}", lambda: initialise(student, train, init=init, seed=a.seed, batch=a.batch)
         )
@@ -170,25 +181,35 @@ class Bench:
             student, groups = self.initialised("closed-form")
             self.start = student, groups, {n: p.detach().clone() for n, p in student.gm.named_parameters()}
         student, groups, values = self.start
-        with torch.no_grad():
-            for n, v in values.items():
-                student.gm.get_parameter(n).copy_(v)
+        key = steps, lr_teacher
+        set_weights(student, self.found[key][0] if key in self.found else values)
+        if key in self.found:
+            return student, self.found[key][1]
         given = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher, "weight_decay": self.args.weight_decay}
         given["noise"] = self.args.noise
         config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
+        live = LivePairs(student, groups, self.ids[: self.args.sequences]) if self.args.init_sequences else None
         student, curve = self.timed(
             f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
-            lambda: align(student, groups, train=self.args.sequences, config=config, seed=self.args.seed),
+            lambda: align(student, groups, train=self.kept, config=config, seed=self.args.seed, live=live),
         )
         torch.set_float32_matmul_precision("highest")
         means = [[sum(p[k].values()) / len(p[k]) for k in ("train", "held_out")] for p in curve]
         print("  error on trained, held-out: " + ", ".join(f"{t:.4f} {h:.4f}" for t, h in means), flush=True)
-        return student, min(h for _, h in means)
+        best = min(h for _, h in means)
+        self.found[key] = {n: p.detach().clone() for n, p in student.gm.named_parameters()}, best
+        return student, best
 
     def distilled(self, student: Student, steps: int) -> Student:
         """The student after distillation on the sequences that it was aligned on; every prediction counts."""
-        config = DistillConfig(steps=steps, batch=self.args.batch, score_every=max(1, steps // 4))
+        rates = {"lr_gdn": self.args.distill_lr_gdn, "lr_other": self.args.distill_lr_other}
+        config = DistillConfig(
+            steps=steps,
+            batch=self.args.distill_batch or self.args.batch,
+            score_every=max(1, steps // 4),
+            **{k: v for k, v in rates.items() if v is not None},
+        )
         counts = torch.ones(len(self.ids), self.args.length - 1, dtype=torch.bool)
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(
@@ -221,6 +242,12 @@ class Bench:
                     flush=True,
                 )
         return out
+
+
+def set_weights(student: Student, values: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for n, v in values.items():
+            student.gm.get_parameter(n).copy_(v)
 
 
 def tap_dtype(device: torch.device) -> torch.dtype:

@@ -19,7 +19,7 @@ from tcal_compiler.errors import StageError
 from .config import AlignConfig
 from .optimizer import StackedMuon
 from .student import Student
-from .taps import SiteGroup
+from .taps import LivePairs, SiteGroup, stored_pairs
 from .training import Save, TrainState, batch_indices, learning_rate
 
 NEW = "mixer."  # gates, norms and rates of a mixer
@@ -71,27 +71,25 @@ class GroupTrainer:
             group["peak"] = group["lr"]
         return found
 
-    def losses(self, index: Tensor, noise_seed: int | None = None) -> Tensor:
-        """Per-site mean squared error over the site's mean square [L], for sequences `index`.
+    def losses(self, x: Tensor, y: Tensor, noise_seed: int | None = None) -> Tensor:
+        """Per-site mean squared error over the site's mean square [L], for x, y [L, n, T, C].
 
         noise_seed: of the noise added to x, whose standard deviation is config.noise times the token's rms.
         """
-        index = index.to(self.group.x.device)
-        x = self.group.x[:, index].to(self.device).float()
-        y = self.group.y[:, index].to(self.device).float()
+        x, y = x.to(self.device).float(), y.to(self.device).float()
         if noise_seed is not None and self.config.noise:
             generator = torch.Generator(x.device).manual_seed(noise_seed)
             noise = torch.randn(x.shape, generator=generator, device=x.device)
             x = x + self.config.noise * x.square().mean(-1, keepdim=True).sqrt() * noise
         return (self._forward(x) - y).square().mean((1, 2, 3)) / self.power.clamp_min(1e-30)
 
-    def step(self, step: int, index: Tensor, seed: int) -> Tensor:
+    def step(self, step: int, x: Tensor, y: Tensor, seed: int) -> Tensor:
         """One optimiser step with the gradient of each site clipped on its own; returns the losses before it [L]."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, self.config)
-        losses = self.losses(index, noise_seed=seed * 1_000_003 + step)
+        losses = self.losses(x, y, noise_seed=seed * 1_000_003 + step)
         losses.sum().backward()
         with torch.no_grad():
             grads = [p.grad for p in self.params.values() if p.grad is not None]
@@ -106,9 +104,9 @@ class GroupTrainer:
     @torch.no_grad()
     def score(self) -> Tensor:
         """Held-out error of the present weights [L]; keeps the weights of each site that is better than before."""
-        held = torch.arange(self.train, self.group.x.shape[1])
-        parts = [self.losses(h) * len(h) for h in held.split(self.config.batch)]
-        error = torch.stack(parts).sum(0) / len(held)
+        x, y = self.group.x[:, self.train :], self.group.y[:, self.train :]
+        batches = zip(x.split(self.config.batch, 1), y.split(self.config.batch, 1), strict=True)
+        error = torch.stack([self.losses(a, b) * a.shape[1] for a, b in batches]).sum(0) / x.shape[1]
         better = error < self.best_error  # False for NaN
         self.best_error = torch.where(better, error, self.best_error)
         for n, p in self.params.items():
@@ -186,12 +184,13 @@ def align(
     train: int,
     config: AlignConfig,
     seed: int,
+    live: LivePairs | None = None,
     resume: TrainState | None = None,
     save: Save | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[Student, list[dict[str, object]]]:
-    """Trains on sequences [0, train) of the groups, scores on the rest, writes each site's best weights into the
-    student's graph.
+    """Trains on sequences [0, train) of the groups, or on those of `live` instead, scores on the groups' other
+    sequences, writes each site's best weights into the student's graph.
 
     A site's score is taken after a step on the weights that are then kept; the starting weights take part, so no site
     ends worse than it began. The step's sequences depend on seed and step only: a run resumed from `save`'s state
@@ -200,6 +199,7 @@ def align(
     Raises StageError when a loss is not finite; the state last saved stays usable.
     """
     trainers = [GroupTrainer(student, g, train, config) for g in groups]
+    pairs, sequences = (live, len(live.ids)) if live else (stored_pairs(groups), train)
     state = resume or TrainState(0)
     if resume:
         for i, t in enumerate(trainers):
@@ -212,8 +212,8 @@ def align(
         held = torch.cat([t.score() for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))
     for step in range(state.step, config.steps):
-        index = batch_indices(step, sequences=train, batch=config.batch, seed=seed)
-        losses = torch.cat([t.step(step, index, seed) for t in trainers])
+        values = pairs(batch_indices(step, sequences=sequences, batch=config.batch, seed=seed))
+        losses = torch.cat([t.step(step, x, y, seed) for t, (x, y) in zip(trainers, values, strict=True)])
         done = step + 1
         if config.scores_after(done):
             held = torch.cat([t.score() for t in trainers])

@@ -23,6 +23,23 @@ class CalibConfig(StrictModel):
     length: int = Field(512, ge=8, le=1 << 20, description="tokens in a sequence")
     holdout: int = Field(8, ge=1, description="further sequences that only score: never trained on")
     batch: int = Field(8, ge=1, description="sequences in one teacher forward")
+    init_sequences: int | None = Field(
+        None,
+        ge=1,
+        description="how many of the sequences statistics and initialisation use, whose teacher values are then kept; "
+        "alignment computes those of all sequences anew in each step, so that there can be any number; default: all",
+    )
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> CalibConfig:
+        if self.init_sequences is not None and self.init_sequences > self.sequences:
+            raise ValueError(f"init_sequences is {self.init_sequences}, more than the {self.sequences} sequences")
+        return self
+
+    @property
+    def kept(self) -> int:
+        """Sequences of training whose teacher values are kept."""
+        return self.sequences if self.init_sequences is None else self.init_sequences
 
     @property
     def rows(self) -> int:

@@ -40,6 +40,31 @@ class SiteGroup:
     outside: Callable[[int], tuple[object, ...]]
 
 
+Pairs = list[tuple[Tensor, Tensor]]  # x and y [L, n, T, C] of each group
+
+
+def stored_pairs(groups: list[SiteGroup]) -> Callable[[Tensor], Pairs]:
+    """The groups' values of the sequences that are asked for."""
+    return lambda index: [(g.x[:, index.to(g.x.device)], g.y[:, index.to(g.y.device)]) for g in groups]
+
+
+class LivePairs:
+    """The groups' values of any of the sequences ids [N, T], by a pass of the teacher each time: nothing is stored."""
+
+    def __init__(self, student: Student, groups: list[SiteGroup], ids: Tensor) -> None:
+        self.ids, self.inputs = ids, student.capture.inputs
+        self.sizes = [len(g.sites) for g in groups]
+        self.device = next(student.capture.gm.parameters()).device
+        self.taps = tap_graph(student.capture.gm, [n for g in groups for s in g.sites for n in (s.x, s.y)])
+
+    @torch.no_grad()
+    def __call__(self, index: Tensor) -> Pairs:
+        values = iter(self.taps(*self.inputs(self.ids[index].to(self.device))))
+        sites = iter(list(zip(values, values, strict=True)))
+        parts = [[next(sites) for _ in range(size)] for size in self.sizes]
+        return [(torch.stack([x for x, _ in part]), torch.stack([y for _, y in part])) for part in parts]
+
+
 def _same_outside(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
     return len(a) == len(b) and all(
         torch.equal(p, q) if isinstance(p, Tensor) and isinstance(q, Tensor) else p == q

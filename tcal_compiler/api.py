@@ -39,7 +39,7 @@ from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.sources import CalibrationText
 from .runtime.student import Student, make_student
-from .runtime.taps import SiteGroup, collect_taps
+from .runtime.taps import LivePairs, SiteGroup, collect_taps
 from .runtime.teacher import Teacher, load_teacher, load_tokenizer
 from .runtime.tokenizer import TokenizerLike
 from .runtime.weights import changed_names, load_weights, save_weights
@@ -150,7 +150,7 @@ class Conversion:
         return collect_taps(
             self.student,
             self.source.capture.gm,
-            self.ids,
+            torch.cat([self.ids[: self.config.calib.kept], self.ids[self.train :]]),
             batch=self.config.calib.batch,
             dtype=dtype,
             spill=self.run.path,
@@ -184,13 +184,13 @@ class Conversion:
             "seed": self.config.seed,
             "sequences": calib.sequences,
             "length": calib.length,
-        }
+        } | ({} if calib.init_sequences is None else {"init_sequences": calib.init_sequences})
         tokens = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()  # of another tokenizer: another calibration
         inputs = {"plan": self.run.stage_hash("plan"), "text": self.text.identity(), "tokens": tokens}
         with self.run.stage("calibrate", config=settings, inputs=inputs) as stage:
             if stage.done:
                 return
-            train = [replace(g, x=g.x[:, : self.train], y=g.y[:, : self.train]) for g in self.groups]
+            train = [replace(g, x=g.x[:, : calib.kept], y=g.y[:, : calib.kept]) for g in self.groups]
             bar = self.progress.bar(f"statistics and {self.config.init} init of each site")
             _, reports = initialise(
                 self.student, train, init=self.config.init, seed=self.config.seed, batch=calib.batch, progress=bar
@@ -200,7 +200,7 @@ class Conversion:
                 "sites": [asdict(r) for r in reports],
                 "text": self.text.sha256(),
                 "hashes": self.text.hashes(),
-                "tokens": calib.sequences * calib.length,
+                "tokens": calib.kept * calib.length,
                 "device": str(self.device),
             }
 
@@ -218,10 +218,12 @@ class Conversion:
             stage.evidence = {"device": str(self.device)}
             if self.config.align.steps and self.chosen.convert:
                 resume, save = resume_stage(stage, self.progress)
+                every = self.config.calib.init_sequences is None
                 _, curve = align(
                     self.student,
                     self.groups,
-                    train=self.train,
+                    train=self.config.calib.kept,
+                    live=None if every else LivePairs(self.student, self.groups, self.ids[: self.train]),
                     config=self.config.align,
                     seed=self.config.seed,
                     resume=resume,

@@ -30,3 +30,17 @@ def test_two_texts_with_weights(tmp_path):
     assert json.loads((out / "tcal.json").read_text())["stages"]["calibrate"] == manifest["stages"]["calibrate"]
     done(*words, "--calib", first, "--calib", second)  # other weights: other rows
     assert json.loads((out / "tcal.json").read_text())["stages"]["calibrate"] != manifest["stages"]["calibrate"]
+
+
+def test_more_sequences_than_the_initialisation_uses(tmp_path):
+    file, out = tmp_path / "c.toml", tmp_path / "run"
+    words = ("tcal", "align", TINY, *BYTES, *SMALL, "--policy", "keep=0", "-o", out, "--config", file)
+    file.write_text("calib.init_sequences = 1000\n")
+    refused(call(*words), "ConfigError", "init_sequences is 1000, more than the")
+    assert not out.exists()
+    file.write_text("calib.init_sequences = 2\n")
+    done(*words)
+    stages = json.loads((out / "tcal.json").read_text())["stages"]
+    first, last = (stages["align"]["evidence"]["curve"][i] for i in (0, -1))
+    assert sum(last["held_out"].values()) < sum(first["held_out"].values())
+    assert stages["calibrate"]["evidence"]["tokens"] == 2 * 48

@@ -18,7 +18,7 @@ from tcal_compiler.runtime.align import GroupTrainer, align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.config import AlignConfig
 from tcal_compiler.runtime.student import Student
-from tcal_compiler.runtime.taps import SiteGroup, collect_taps
+from tcal_compiler.runtime.taps import LivePairs, SiteGroup, collect_taps
 from tcal_compiler.runtime.training import Checkpoint, TrainState, batch_indices, learning_rate
 from tcal_compiler.runtime.weights import changed_names
 
@@ -40,6 +40,18 @@ def start(init: str = "naive", core: object = "is_causal") -> tuple[Student, lis
 
 def run(student: Student, groups: list[SiteGroup], config: AlignConfig = CONFIG, **options):
     return align(student, groups, train=TRAIN, config=config, seed=SEED, **options)
+
+
+def recording(live: LivePairs, seen: list[torch.Tensor]) -> LivePairs:
+    class Recording(LivePairs):
+        def __init__(self) -> None:
+            self.__dict__ |= live.__dict__
+
+        def __call__(self, index):
+            seen.append(index)
+            return super().__call__(index)
+
+    return Recording()
 
 
 def weights(student: Student) -> dict[str, torch.Tensor]:
@@ -68,6 +80,46 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
             assert torch.equal(tensor, final[name]), (state.step, name)
 
 
+def test_values_computed_in_each_step_give_what_stored_ones_give(undisturbed):
+    _, final, curve, _, _, _ = undisturbed
+    student, groups = start(core=MIXED)
+    ids = example_ids(TRAIN + 2, 24, VOCAB, seed=1)[:TRAIN]
+    _, again = run(student, groups, live=LivePairs(student, groups, ids))
+    assert again != [] and [p["step"] for p in again] == [p["step"] for p in curve]
+    for a, b in zip(again, curve, strict=True):
+        assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
+        assert a["train"] == pytest.approx(b["train"], rel=1e-4)
+    for name, tensor in weights(student).items():
+        torch.testing.assert_close(tensor, final[name], rtol=1e-3, atol=1e-4)
+
+
+def test_sequences_that_are_not_stored_are_trained_on_and_resume_exactly(tmp_path):
+    def go(**options):
+        student, groups = start(core=MIXED)
+        ids = example_ids(10 * TRAIN, 24, VOCAB, seed=5)
+        seen = []
+        live = LivePairs(student, groups, ids)
+        _, curve = align(
+            student,
+            groups,
+            train=TRAIN,
+            config=CONFIG,
+            seed=SEED,
+            live=recording(live, seen),
+            **options,
+        )
+        return weights(student), curve, seen
+
+    saved: list[TrainState] = []
+    final, curve, seen = go(save=lambda s: saved.append(copy.deepcopy(s)))
+    rows = [i for index in seen for i in index.tolist()]
+    assert len(set(rows)) == len(rows) == CONFIG.steps * CONFIG.batch and max(rows) >= TRAIN
+    Checkpoint(tmp_path / "state").save(saved[5])
+    again, same, _ = go(resume=Checkpoint(tmp_path / "state").load())
+    assert same == curve
+    assert all(torch.equal(t, final[n]) for n, t in again.items())
+
+
 def test_kept_weights_score_what_was_recorded_and_no_site_is_worse(undisturbed):
     _, _, curve, _, groups, student = undisturbed
     assert [p["step"] for p in curve] == [0, 4, 8, 11]
@@ -91,12 +143,12 @@ def test_frozen_weights_keep_their_bits(undisturbed):
 
 def test_noise_depends_on_its_seed_and_never_reaches_a_score(undisturbed):
     _, _, _, _, groups, student = undisturbed
-    trainer, index = GroupTrainer(student, groups[0], TRAIN, CONFIG), torch.tensor([0, 1])
-    clean, one, again, other = (trainer.losses(index, s).tolist() for s in (None, 1, 1, 2))
+    trainer, pair = GroupTrainer(student, groups[0], TRAIN, CONFIG), (groups[0].x[:, :2], groups[0].y[:, :2])
+    clean, one, again, other = (trainer.losses(*pair, s).tolist() for s in (None, 1, 1, 2))
     assert one == again and len({tuple(x) for x in (clean, one, other)}) == 3
     assert one == pytest.approx(clean, rel=0.5)
     quiet = GroupTrainer(student, groups[0], TRAIN, CONFIG.model_copy(update={"noise": 0.0}))
-    assert quiet.losses(index, 1).tolist() == clean and torch.equal(quiet.score(), trainer.score())
+    assert quiet.losses(*pair, 1).tolist() == clean and torch.equal(quiet.score(), trainer.score())
 
 
 def test_groups_differ_by_window_and_cover_every_site(undisturbed):

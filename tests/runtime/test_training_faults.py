@@ -119,18 +119,22 @@ def check_kept_weights_have_the_recorded_score(groups: list[SiteGroup]) -> None:
     assert error == min(p["held_out"]["0"] for p in curve) < curve[0]["held_out"]["0"]
 
 
+def held_out(trainer: GroupTrainer) -> tuple[Tensor, Tensor]:
+    return trainer.group.x[:, 6:], trainer.group.y[:, 6:]
+
+
 @torch.no_grad()
 def _held_out_error(trainer: GroupTrainer) -> float:
-    return trainer.losses(torch.tensor([6, 7])).item()
+    return trainer.losses(*held_out(trainer)).item()
 
 
 class ScoredBeforeTheStep(GroupTrainer):
     stale: Tensor | None = None
 
-    def step(self, step: int, index: Tensor, seed: int) -> Tensor:
+    def step(self, step: int, x: Tensor, y: Tensor, seed: int) -> Tensor:
         with torch.no_grad():
-            self.stale = self.losses(torch.tensor([6, 7]))
-        return super().step(step, index, seed)
+            self.stale = self.losses(*held_out(self))
+        return super().step(step, x, y, seed)
 
     def score(self) -> Tensor:
         if self.stale is None:
@@ -174,9 +178,9 @@ def test_fault_7_no_optimizer_state_in_the_checkpoint(monkeypatch, tapped):
 
 def check_only_matrices_decay(trainer: GroupTrainer) -> None:
     """With gradients of zero a step moves nothing but the teacher's matrices."""
-    trainer.losses = lambda index, **_: sum(p.flatten(1).sum(1) * 0 for p in trainer.params.values())
+    trainer.losses = lambda x, y, **_: sum(p.flatten(1).sum(1) * 0 for p in trainer.params.values())
     before = {n: p.detach().clone() for n, p in trainer.params.items()}
-    trainer.step(0, torch.tensor([0]), 0)
+    trainer.step(0, *held_out(trainer), 0)
     moved = {n for n, p in trainer.params.items() if not torch.equal(p, before[n])}
     assert moved and all(trainer.params[n].dim() == 3 and not n.startswith("mixer.") for n in moved), moved
 
