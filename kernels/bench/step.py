@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tcal_compiler.kernels.gated_delta_rule import dispatch
 from tcal_compiler.kernels.gated_delta_step import gated_delta_step_reference
 from tcal_compiler.kernels.gated_delta_step.op import gated_delta_step_pytorch
 from tcal_compiler.kernels.self_check import exactly, relative_errors
@@ -99,10 +98,8 @@ def time_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str, repeat: 
         if name == "tcal" or device == "cuda":
             add(name, "core", each, in_place=True)
             add(name, "with norms", each, *norm, in_place=True, normalize=True)
-    if device == "cuda":
-        add("gated_delta_rule", "core", dispatch.forward)
-        if importlib.util.find_spec("fla"):
-            add("fla", "core", fla_step)
+    if device == "cuda" and importlib.util.find_spec("fla"):
+        add("fla", "core", fla_step)
     return result | {"times": times}
 
 

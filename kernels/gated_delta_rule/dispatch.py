@@ -40,7 +40,9 @@ def _takes_triton(q: Tensor, v: Tensor) -> bool:
 
 
 def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
-    """rms error over rms of Triton's results against float64: two query heads on one key head, 131 and 3 tokens."""
+    """rms error over rms of Triton's results against float64: 131 tokens, two query heads on one key head; steps."""
+    from tcal_compiler.kernels.gated_delta_step import op as step
+
     from .triton_backward import gated_delta_rule_triton_backward
     from .triton_forward import gated_delta_rule_triton
 
@@ -57,17 +59,14 @@ def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim
     g, beta = -torch.nn.functional.softplus(randn(1, 131, 2) - 2), randn(1, 131, 2).sigmoid()
     inputs = (q, k, v, g, beta, randn(1, 2, key_dim, value_dim))
     seeds = (randn(1, 131, 2, value_dim, as_dtype=dtype), randn(1, 2, key_dim, value_dim))
-    few = (*(x[:, :3] for x in inputs[:5]), inputs[5])
 
     actual = [
         *gated_delta_rule_triton(*inputs, scale=scale),
         *gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale),
-        *gated_delta_rule_triton(*few, scale=scale),
     ]
     exact = [
         *gated_delta_rule_chunked(*exactly(inputs), scale=scale),
         *gated_delta_rule_chunked_backward(*exactly(seeds), *exactly(inputs), scale=scale),
-        *gated_delta_rule_chunked(*exactly(few), scale=scale),
     ]
-    names = (*NAMES, "o of 3 tokens", "state of 3 tokens")
-    return relative_errors(names, actual, exact)
+    steps = step.self_check(device, dtype, key_dim, value_dim, normalize=False, normed=False)
+    return relative_errors(NAMES, actual, exact) | steps

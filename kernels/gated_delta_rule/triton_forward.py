@@ -1,4 +1,4 @@
-"""Triton forward of the gated delta rule: three launches for a sequence, one for up to 16 tokens.
+"""Triton forward of the gated delta rule: three launches; up to 16 tokens are one launch of the decode step.
 
 The names are those of `chunked`. B batch, T tokens, H query heads, K key/value heads; N chunks of C = 64 tokens.
 1. solve, all chunks at once: T = (I + B)^-1 * L.        Reads k, g, beta; writes T [B H, N, C, C].
@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.gated_delta_step import MOST_TOKENS
+from tcal_compiler.kernels.gated_delta_step.triton_kernel import gated_delta_step_triton
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_rows
 
 from .triton_tiles import CHUNK, Setting, as_kernels_take, decay_sums, exp32, pair_decay, setting_for
-
-MOST_STEPS = 16  # tokens that the one-launch kernel takes
 
 
 @triton.jit
@@ -124,30 +124,6 @@ def _outputs(
         store_rows(out + (b * T * H + h) * DV, o * scale, t0, H * DV, T, v0, DV, C, BV)
 
 
-@triton.jit
-def _steps(
-    q, k, v, g, beta, start, out, final, scale, T, H, K, DK, DV, BK: tl.constexpr, BV: tl.constexpr
-):  # fmt: skip
-    """The recurrence itself, state in registers: reads and writes each state once."""
-    parts = tl.cdiv(DV, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
-    b, h = row // H, row % H
-    state = load_rows(start + row * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
-    dk, dv = tl.arange(0, BK), v0 + tl.arange(0, BV)
-    for t in range(T):
-        here, kv = (b * T + t) * H + h, (b * T + t) * K + h // (H // K)
-        key = tl.load(k + kv * DK + dk, mask=dk < DK, other=0.0).to(tl.float32)
-        query = tl.load(q + here * DK + dk, mask=dk < DK, other=0.0).to(tl.float32)
-        value = tl.load(v + kv * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
-        state *= tl.exp(tl.load(g + here))
-        write = (value - tl.sum(state * key[:, None], 0)) * tl.load(beta + here)
-        state += key[:, None] * write[None, :]
-        o = tl.sum(state * query[:, None], 0) * scale
-        tl.store(out + here * DV + dv, o.to(out.dtype.element_ty), mask=dv < DV)
-    store_rows(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-
-
 @dataclass(frozen=True)
 class Walked:
     """What the forward walk leaves in memory."""
@@ -182,19 +158,14 @@ def gated_delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `gated_delta_rule_chunked`; float32, bfloat16 and float16, not float64."""
+    if q.shape[1] <= MOST_TOKENS:
+        return gated_delta_step_triton(q, k, v, g, beta, initial_state, scale=scale)
     v_dtype, state_dtype = v.dtype, initial_state.dtype
     q, k, v, g, beta, state = as_kernels_take((q, k, v, g, beta, initial_state))
     s = setting_for(q, v)
     batch, tokens, heads, key_dim = q.shape
     kv_heads, value_dim = v.shape[2:]
     out = torch.empty(batch, tokens, heads, value_dim, dtype=v_dtype, device=q.device)
-    if tokens <= MOST_STEPS:
-        block = min(16, s.value_block)
-        grid = (batch * heads * triton.cdiv(value_dim, block),)
-        final = torch.empty_like(state)
-        few = (tokens, heads, kv_heads, key_dim, value_dim)
-        _steps[grid](q, k, v, g, beta, state, out, final, scale, *few, s.key_block, block, num_warps=4)
-        return out, final.to(state_dtype)
     w = walk(k, v, g, beta, state, s)
     chunks = w.solve.shape[1]
     sizes = (tokens, chunks, heads, kv_heads, key_dim, value_dim)
