@@ -226,7 +226,7 @@ def gated_delta_rule_triton_backward(
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
     s = setting_for(q, v)
-    w = walk(k, v, g, beta, state, s)
+    w = walk(k, v, g, beta, state, s, inverse=True)
     sizes = (q.shape[1], w.solve.shape[1], q.shape[2], *k.shape[2:], v.shape[3])
     d_fresh, d_rows, d_states = torch.empty_like(w.fresh), torch.empty_like(w.fresh), torch.empty_like(w.states)
     d_start = torch.empty_like(state)

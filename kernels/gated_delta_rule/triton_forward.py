@@ -1,8 +1,8 @@
 """Triton forward of the gated delta rule: three launches; up to 16 tokens are one launch of the decode step.
 
 The names are those of `chunked`. B batch, T tokens, H query heads, K key/value heads; N chunks of C = 64 tokens.
-1. solve, all chunks at once: T = (I + B)^-1 * L.        Reads k, g, beta; writes T [B H, N, C, C].
-2. walk, chunk after chunk, a part of Dv per program: V' [B H, N, C, Dv], S [B H, N, Dk, Dv] before each chunk, the
+1. solve, all chunks at once: T = (I + B)^-1 * L, U = T (beta v), W = T (beta e^c k). Reads k, v, g, beta.
+2. walk (`triton_walk`), chunk after chunk: V' [B H, N, C, Dv], S [B H, N, Dk, Dv] before each chunk, the
    final state. S stays in registers.
 3. outputs, all chunks at once: O = scale ((q exp(c)) S + (q k^T * L) V').
 Sums and the state are float32.
@@ -19,39 +19,62 @@ from torch import Tensor
 
 from tcal_compiler.kernels.gated_delta_step import MOST_TOKENS
 from tcal_compiler.kernels.gated_delta_step.triton_kernel import gated_delta_step_triton
-from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_rows
+from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
 from .triton_tiles import CHUNK, Setting, as_kernels_take, decay_sums, exp32, pair_decay, setting_for
+from .triton_walk import walk_chunks
+
+
+@triton.jit
+def _diagonal_blocks(x, C: tl.constexpr, B: tl.constexpr):
+    """[C / B, B, B] of [C, C]."""
+    n: tl.constexpr = C // B
+    a = tl.arange(0, n)
+    same = a[:, None, None, None] == a[None, None, :, None]
+    return tl.sum(tl.where(same, tl.reshape(x, (n, B, n, B)), 0.0), 2)
+
+
+@triton.jit
+def _joined(x, B: tl.constexpr):
+    """[n / 2, 2 B, 2 B] of [n, B, B]: two blocks on the diagonal of one."""
+    n: tl.constexpr = x.shape[0] // 2
+    a = tl.arange(0, 2)
+    same = (a[:, None] == a[None, :])[None, :, None, :, None]
+    x = tl.reshape(x, (n, 2, B, B))
+    return tl.reshape(tl.where(same, x[:, :, :, None, :], 0.0), (n, 2 * B, 2 * B))
+
+
+@triton.jit
+def _doubled(x, low, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses [n, C, C] on blocks of 2 B from those on blocks of B: X - X L X, L what lies between them."""
+    i = tl.arange(0, C)
+    between = (i[:, None] // (2 * B) == i[None, :] // (2 * B)) & (i[:, None] // B != i[None, :] // B)
+    corner = tl.where(between[None, :, :], low, 0.0)
+    return x - tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
 
 
 @triton.jit
 def _inverse(low, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + low)^-1 for strictly lower [C, C]: blocks of 16 row by row, then blocks double.
-
-    The inverse on 2b is X - X L X, where X inverts the blocks of b and L is what lies between them.
-    """
+    """(I + low)^-1 for strictly lower [C, C], C = 64: blocks double from 1 to C, small ones in batches."""
+    r = tl.arange(0, 16)
+    blocks = _diagonal_blocks(low, C, 16)
+    pairs = (r[:, None] // 2 == r[None, :] // 2)[None, :, :]
+    x = tl.where((r[:, None] == r[None, :])[None, :, :], 1.0, 0.0) - tl.where(pairs, blocks, 0.0)
+    x = _doubled(x, blocks, 16, 2, PRECISION)
+    x = _doubled(x, blocks, 16, 4, PRECISION)
+    x = _doubled(x, blocks, 16, 8, PRECISION)
+    x = _doubled(_joined(x, 16), _diagonal_blocks(low, C, 32), 32, 16, PRECISION)
+    x = tl.reshape(_joined(x, 32), (C, C))
     i = tl.arange(0, C)
-    n: tl.constexpr = C // 16
-    a, r = tl.arange(0, n), tl.arange(0, 16)
-    same = a[:, None, None, None] == a[None, None, :, None]
-    blocks = tl.sum(tl.where(same, tl.reshape(low, (n, 16, n, 16)), 0.0), 2)  # [n, 16, 16]: the diagonal blocks
-    x = tl.where(r[None, :, None] == r[None, None, :], 1.0, 0.0) + tl.zeros((n, 16, 16), tl.float32)
-    for t in tl.static_range(1, 16):
-        row = tl.sum(tl.where(r[None, :, None] == t, blocks, 0.0), 1)  # [n, 16]: row t of low
-        row = tl.sum(x * row[:, :, None], 1)  # that row times the rows found so far; later rows meet zeros
-        x = tl.where(r[None, :, None] == t, x - row[:, None, :], x)
-    x = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), (C, C))
-    for level in tl.static_range(4, 6):
-        near = (i[:, None] >> (level + 1)) == (i[None, :] >> (level + 1))
-        corner = tl.where(near & ((i[:, None] >> level) != (i[None, :] >> level)), low, 0.0)
-        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
-    return x
+    corner = tl.where(i[:, None] // 32 != i[None, :] // 32, low, 0.0)
+    return x - tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
 
 
 @triton.jit
 def _solve(
-    k, g, beta, solve, T, N, H, K, DK,
-    C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    k, v, g, beta, solve, w, u, fade, keep, T, N, H, K, DK, DV,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row, n = pid // N, pid % N
@@ -62,44 +85,23 @@ def _solve(
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
     keys_t = load_columns(kp, t0, K * DK, T, 0, DK, C, BK)
     rate = load_gate(beta + b * T * H + h, t0, H, T, C)
-    c, _ = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
+    c, last = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
+    store_gate(fade + pid * C, exp32(last - c), 0, 1, C, C)
+    tl.store(keep + pid, exp32(last))
     low = dot(keys, keys_t, DOT, PRECISION) * rate[:, None]
     low = tl.where(i[:, None] > i[None, :], low, 0.0)
     x = _inverse(low, C, PRECISION)
     x = x * pair_decay(c, C)
-    store_rows(solve + pid * C * C, x, 0, C, C, 0, C, C, C)
-
-
-@triton.jit
-def _walk(
-    k, v, g, beta, solve, start, fresh, states, final, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    parts = tl.cdiv(DV, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
-    b, h = row // H, row % H
-    kv = b * T * K + h // (H // K)
-    kp, vp = k + kv * DK, v + kv * DV
-    gate = b * T * H + h
-    state = load_rows(start + row * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
-    for n in range(N):
-        t0 = n * C
-        at = row * N + n
-        store_rows(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-        c, last = decay_sums(g + gate, t0, H, T, C, GATE)
-        rate = load_gate(beta + gate, t0, H, T, C)
-        keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
-        values = load_rows(vp, t0, K * DV, T, v0, DV, C, BV).to(tl.float32)
-        read = dot(keys, state, DOT, PRECISION)
-        rows = values * rate[:, None] - read * (rate * exp32(c))[:, None]
-        inverse = load_rows(solve + at * C * C, 0, C, C, 0, C, C, C)
-        new = dot(inverse, rows, tl.float32, PRECISION)
-        store_rows(fresh + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
-        keys_t = load_columns(kp, t0, K * DK, T, 0, DK, C, BK)
-        state = state * exp32(last) + dot(keys_t, new * exp32(last - c)[:, None], DOT, PRECISION)
-    store_rows(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+    if INVERSE:
+        store_rows(solve + pid * C * C, x, 0, C, C, 0, C, C, C)
+    vp = v + (b * T * K + h // (H // K)) * DV
+    for v0 in range(0, DV, BV):
+        values = load_rows(vp, t0, K * DV, T, v0, DV, C, BV).to(tl.float32) * rate[:, None]
+        store_rows(u + pid * C * DV, dot(x, values, tl.float32, PRECISION), 0, DV, C, v0, DV, C, BV)
+    into = rate * exp32(c)
+    for k0 in range(0, DK, BV):
+        some = load_rows(kp, t0, K * DK, T, k0, DK, C, BV).to(tl.float32) * into[:, None]
+        store_rows(w + pid * C * DK, dot(x, some, tl.float32, PRECISION), 0, DK, C, k0, DK, C, BV)
 
 
 @triton.jit
@@ -128,14 +130,14 @@ def _outputs(
 class Walked:
     """What the forward walk leaves in memory."""
 
-    solve: Tensor  # [B H, N, C, C]
+    solve: Tensor  # [B H, N, C, C], or empty
     fresh: Tensor  # [B H, N, C, Dv]
     states: Tensor  # [B H, N, Dk, Dv], before each chunk
     final: Tensor  # [B, H, Dk, Dv]
 
 
-def walk(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, s: Setting) -> Walked:
-    """Launches 1 and 2; tensors contiguous, g, beta float32."""
+def walk(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, s: Setting, *, inverse: bool = False) -> Walked:
+    """Launches 1 and 2; tensors contiguous, g, beta float32. inverse: whether T is written too, for the backward."""
     batch, tokens, heads = g.shape
     kv_heads, key_dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
     rows, chunks = batch * heads, triton.cdiv(tokens, CHUNK)
@@ -143,15 +145,15 @@ def walk(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, s: Settin
     def empty(*size: int, dtype: torch.dtype = s.kept) -> Tensor:
         return torch.empty(rows, chunks, *size, dtype=dtype, device=k.device)
 
-    solve = empty(CHUNK, CHUNK, dtype=torch.float32)
-    fresh, states = empty(CHUNK, value_dim), empty(key_dim, value_dim)
-    final = torch.empty_like(state)
-    sizes = (tokens, chunks, heads, kv_heads, key_dim)
+    solve = empty(CHUNK, CHUNK, dtype=torch.float32) if inverse else empty(0)
+    w, u = empty(CHUNK, key_dim), empty(CHUNK, value_dim)
+    fade, keep = empty(CHUNK, dtype=torch.float32), empty(dtype=torch.float32)
+    sizes = (tokens, chunks, heads, kv_heads, key_dim, value_dim)
     types = dict(DOT=s.dot, GATE=s.gate, PRECISION=s.precision)
-    _solve[(rows * chunks,)](k, g, beta, solve, *sizes, C=CHUNK, BK=s.key_block, num_warps=s.solve_warps, **types)
-    grid = (rows * triton.cdiv(value_dim, s.value_block),)
-    _walk[grid](k, v, g, beta, solve, state, fresh, states, final, *sizes, value_dim, **s.blocks(s.key_block))
-    return Walked(solve, fresh, states, final)
+    blocks = dict(C=CHUNK, BK=s.key_block, BV=min(32, s.value_block), num_warps=s.solve_warps, INVERSE=inverse)
+    _solve[(rows * chunks,)](k, v, g, beta, solve, w, u, fade, keep, *sizes, **blocks, **types)
+    states, final = walk_chunks(k, w, u, fade, keep, state, s)
+    return Walked(solve, u, states, final)
 
 
 def gated_delta_rule_triton(
@@ -167,7 +169,7 @@ def gated_delta_rule_triton(
     kv_heads, value_dim = v.shape[2:]
     out = torch.empty(batch, tokens, heads, value_dim, dtype=v_dtype, device=q.device)
     w = walk(k, v, g, beta, state, s)
-    chunks = w.solve.shape[1]
+    chunks = w.fresh.shape[1]
     sizes = (tokens, chunks, heads, kv_heads, key_dim, value_dim)
     grid = (batch * heads * chunks,)
     _outputs[grid](q, k, g, w.fresh, w.states, out, scale, *sizes, **s.blocks(s.key_block))

@@ -60,6 +60,37 @@ def test_in_the_interpreter(shape, dtype, decay):
             assert error < 1e-2, f"{name}: {error:.1e}"
 
 
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
+    """Five chunks in segments of two, the last one short, are the chunks one after another."""
+    from tcal_compiler.kernels.gated_delta_rule import triton_walk
+
+    args = make_args((1, 300, 2, 1, 24, 40), torch.float32, decay=0.05)
+    monkeypatch.setattr(triton_walk, "cut_for", lambda *_: triton_walk.Cut(segments=3, columns=16, stages=1))
+    with interpreter_or_skip():
+        actual = results(args, device="cpu")
+    exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
+    for name, x in actual.items():
+        assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_long_sequence_is_cut_on_the_gpu(dtype):
+    from tcal_compiler.kernels.gated_delta_rule import triton_walk
+    from tcal_compiler.kernels.gated_delta_rule.triton_tiles import setting_for
+
+    args = make_args((1, 5000, 2, 1, 64, 64), dtype, decay=0.02)
+    cut = triton_walk.cut_for(79, 2, 64, setting_for(args[0].cuda(), args[2].cuda()), torch.device("cuda"))
+    assert cut.segments == 9
+    exact, plain = with_gradients(op, exactly(args)), with_gradients(op, args)
+    for name, x in results(args, device="cuda").items():
+        naive = plain[name] if dtype == torch.float32 else exact[name].to(dtype)
+        factor = 4.0 if dtype == torch.float32 else 2.5
+        assert_within_budget(name, actual=x.to(dtype), exact=exact[name], naive=naive, factor=factor)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", WIDER, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
