@@ -30,11 +30,16 @@ def conversion(name: str, body: dict[str, Any]) -> str:
     ]
     lines[-1] += f" tokens of {a['calib']}, {a['holdout']} more sequences choose the weights;"
     lines[-1] += f" batch {a['batch']}, seed {a['seed']}."
+    if a.get("init_sequences"):
+        lines[-1] += f" The initialisation used {a['init_sequences']} of them."
     if a["steps"]:
         rates = f"{a['lr_new'] or 'default'} for gates, {a['lr_teacher_used'] or 'default'} for the projections"
         if len(a["lr_teacher"]) > 1:
             rates += f", which had the least error on them of {a['lr_teacher']}"
         lines[-1] += f" Alignment: rates {rates}; weight decay {a.get('weight_decay') or 'default'}."
+    if a.get("distill_batch"):
+        rates = f"{a['distill_lr_gdn'] or 'default'} at converted sites, {a['distill_lr_other'] or 'default'} elsewhere"
+        lines[-1] += f" Distillation: {a['distill_batch']} sequences a step, rates {rates}."
     lines += ["Behind each text: the length of its sequences.", _machine(env), ""]
     lines += [
         "| student | text | tokens | perplexity | teacher | ratio | KL, nats per token |",
