@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 import tcal_compiler.kernels.cached_attention  # registers the ops that the graph is made of
 import tcal_compiler.kernels.gated_delta_rule  # noqa: F401
 from tcal_compiler.errors import UnsupportedModelError
+from tcal_compiler.kernels.scores import Scores
 
 from .find_attention import find_attention
 from .find_rotary import Rotary, find_rotary
@@ -206,8 +207,10 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
                 rotary = find_rotary(capture, site, rows=max_length)
                 qkv = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
                 kv = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
-                extra = (*tables.of(rotary), site.softcap, *map(tables.vector, _head_values(capture, core, site)))
-                present += _carry_attention(graph, old[core], qkv, kv, site, packing, extra)
+                slopes, sinks = map(tables.vector, _head_values(capture, core, site))
+                scores: Any = Scores(site.scale, site.window or 0, site.softcap, slopes, sinks)  # type: ignore[arg-type]
+                extra = (*tables.of(rotary), *scores.flat)
+                present += _carry_attention(graph, old[core], qkv, kv, packing, extra)
     graph.output((unpack_logits(graph, logits, packing), *present))
     for unused in ins[1:]:
         graph.erase_node(unused)
@@ -292,12 +295,11 @@ def _carry_attention(
     core: Node,
     qkv: tuple[Node, Node, Node],
     past: tuple[Node, ...],
-    site: AttentionSite,
     packing: Packing,
     extra: tuple[Any, ...],
 ) -> list[Node]:
     """Attention over the cache and the new tokens, in place of `core`; returns the new caches."""
-    args = (*qkv, *past, packing.past_lengths, packing.total, site.scale, site.window or 0, *extra)
+    args = (*qkv, *past, packing.past_lengths, packing.total, *extra)
     new = graph.call_function(ATTENTION, args)
     context, *caches = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
     context.meta = dict(core.meta)
