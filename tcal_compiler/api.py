@@ -254,7 +254,8 @@ class Conversion:
             flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
             self.progress.say("export: state in and out, checked in float64")
             context = context_length(self.config.export, self.source.teacher.info)
-            stateful = make_stateful(flat, max_length=context)
+            bounded = self.config.export.bounded_windows
+            stateful = make_stateful(flat, max_length=context, bounded=bounded)
             self.progress.say("export: ONNX")
             artifact = export_onnx(
                 stateful,

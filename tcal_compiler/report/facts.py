@@ -25,11 +25,12 @@ class Layer:
     kv_heads: int
     head_dim: int
     value_dim: int
+    window: int | None
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that softmax attention keeps for each token."""
-        return cache_bytes(kv_heads=self.kv_heads, key_dim=self.head_dim, value_dim=self.value_dim)
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that softmax attention keeps of so many tokens."""
+        dims = {"key_dim": self.head_dim, "value_dim": self.value_dim}
+        return cache_bytes(tokens, kv_heads=self.kv_heads, window=self.window, **dims)
 
     @property
     def state_bytes(self) -> int:
@@ -66,6 +67,7 @@ class Facts:
                 s["kv_heads"],
                 s["head_dim"],
                 s["value_dim"],
+                s["window"],
             )
             for s in self.evidence("plan")["sites"]
         ]
@@ -113,8 +115,8 @@ class Facts:
 
     def memory(self, tokens: int) -> tuple[int, int]:
         """Bytes of state and caches behind so many tokens of one sequence: the teacher's and the student's."""
-        teacher = sum(layer.cache_bytes * tokens for layer in self.layers)
-        student = sum(s.cache_bytes * tokens if s.kept else s.state_bytes for s in self.layers)
+        teacher = sum(layer.cache_bytes(tokens) for layer in self.layers)
+        student = sum(s.cache_bytes(tokens) if s.kept else s.state_bytes for s in self.layers)
         return teacher, student
 
     @cached_property
