@@ -16,7 +16,7 @@ from ..runtime.manifest import Manifest
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention site as the plan has it. kept: it stays softmax."""
+    """One attention site as the plan has it. kept: it stays softmax. window: tokens whose keys and values are kept."""
 
     index: int
     module: str
@@ -58,6 +58,8 @@ class Facts:
     @cached_property
     def layers(self) -> list[Layer]:
         plan: dict[str, Any] = self.manifest.plan
+        config: Any = self.manifest.config
+        bounded = config["export"].get("bounded_windows", False)  # runs from before there was a choice kept everything
         return [
             Layer(
                 s["layer"],
@@ -67,7 +69,7 @@ class Facts:
                 s["kv_heads"],
                 s["head_dim"],
                 s["value_dim"],
-                s["window"],
+                s["window"] if bounded else None,
             )
             for s in self.evidence("plan")["sites"]
         ]
