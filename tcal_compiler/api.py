@@ -108,7 +108,7 @@ def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | Non
         plan = plan_from_toml(own, scan)
         if config.policy in (None, plan.policy):
             return plan
-    policy = config.policy or DEFAULT_POLICY
+    policy = DEFAULT_POLICY if config.policy is None else config.policy
     if scored_by(policy) is None:
         return choose(scan, policy)
     budget_of(scan, policy)
