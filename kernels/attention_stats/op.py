@@ -32,7 +32,7 @@ def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim
     gen = torch.Generator().manual_seed(0)
     sizes = [(1, 2, 700, key_dim), (1, 1, 700, key_dim), (1, 1, 700, value_dim), (1, 700, 2, value_dim)]
     q, k, v, noise = (torch.randn(size, generator=gen).to(device, dtype) for size in sizes)
-    given = {"scores": Scores(2 * key_dim**-0.5, window=650)}
+    given: dict[str, Any] = {"scores": Scores(2 * key_dim**-0.5, window=650)}
     context, *_ = exact = attention_statistics_streaming(*exactly((q, k, v)), **given)
     o = (context + noise).to(dtype)  # so that <ctx, o> does not vanish
     actual = (*attention_statistics_triton(q, k, v, **given), *attention_output_sums_triton(q, k, v, o, **given))
