@@ -29,11 +29,9 @@ def filled_state(session: OnnxSession, context: int) -> SessionState:
     """A state as after `context` tokens of one sequence."""
     session.reset()
     empty, rng = session.snapshot(), np.random.default_rng(0)
-    values = []
-    for v in empty.values:
-        shape = [context if n == 0 else n for n in v.shape]
-        values.append((0.01 * rng.standard_normal(shape)).astype(v.dtype))
-    return replace(empty, length=context, mask=np.ones((1, context), np.int64), values=tuple(values))
+    pairs = zip(empty.values, session.state_shapes(context), strict=True)
+    values = tuple((0.01 * rng.standard_normal(shape)).astype(v.dtype) for v, shape in pairs)
+    return replace(empty, length=context, mask=np.ones((1, context), np.int64), values=values)
 
 
 def step_times(session: OnnxSession, state: SessionState, count: int) -> list[float]:

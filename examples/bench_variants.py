@@ -55,11 +55,6 @@ def weight_bytes(model: Path) -> int:
     return total
 
 
-def state_traffic(session: OnnxSession) -> int:
-    """Bytes of state that the next step reads or writes: caches once, recurrent states twice."""
-    return sum(s.used(session.length).nbytes * (1 if s.is_cache else 2) for s in session._slots)
-
-
 def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
     """Bytes per second that one thread reads from memory: the best of two vectorised reductions."""
     block: NDArray[np.float32] = np.ones(megabytes << 18, np.float32)
@@ -114,7 +109,7 @@ def decode(folders: dict[str, Path], contexts: list[int], steps: int, turns: int
             median = statistics.median(times[name])
             base = next(n for n in sessions if n.split()[-1] == name.split()[-1])
             session.restore(filled_state(session, context))
-            moved = weights[name] + state_traffic(session)
+            moved = weights[name] + session.step_bytes
             session.reset()
             row = {
                 "median_ms": 1e3 * median,

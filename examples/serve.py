@@ -28,7 +28,7 @@ from tcal_compiler.runtime.run_folder import RunFolder
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.text_stream import TextStream
 from tcal_compiler.runtime.tokenizer import TokenizerLike
-from tcal_compiler.variants import model_file, run_tokenizer
+from tcal_compiler.variants import model_file, require_variant, run_tokenizer
 
 
 class Options(BaseModel):
@@ -81,7 +81,7 @@ class Student:
         with RunFolder.open_existing(run) as opened:
             opened.require("export")
             if dtype is not None:
-                opened.record(f"export-{dtype}")
+                require_variant(opened, dtype)
             self.tokenizer: TokenizerLike = run_tokenizer(opened)
             folder = opened.path / model_file(dtype).parent
             self._session = OnnxSession(folder, threads=threads)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tcal_compiler.errors import ConfigError
+from tcal_compiler.kernels.cached_attention import held_positions
 
 from .types import SiteScan
 
@@ -21,9 +22,13 @@ _PREFIX = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1 << 10, "Mi
 KeptSets = Iterable[tuple[Sequence[int], float]]
 
 
-def cache_bytes(*, kv_heads: int, key_dim: int, value_dim: int) -> int:
-    """Bytes that softmax attention keeps for each token of a sequence: its keys and values, in float32."""
-    return kv_heads * (key_dim + value_dim) * FLOAT_BYTES
+def cache_bytes(tokens: int, *, kv_heads: int, key_dim: int, value_dim: int, window: int | None) -> int:
+    """Bytes that softmax attention keeps of so many tokens of a sequence: keys and values, in float32.
+
+    window: visible tokens, None for all; what the window has left behind is not kept.
+    """
+    kept = tokens if window is None else min(tokens, held_positions(window))
+    return kept * kv_heads * (key_dim + value_dim) * FLOAT_BYTES
 
 
 def state_bytes(*, heads: int, key_dim: int, value_dim: int) -> int:
@@ -33,13 +38,12 @@ def state_bytes(*, heads: int, key_dim: int, value_dim: int) -> int:
 
 def _costs(scan: SiteScan, tokens: int) -> dict[int, tuple[int, int]]:
     """Site -> bytes behind so many tokens as softmax and as Gated DeltaNet."""
-    return {
-        s.index: (
-            tokens * cache_bytes(kv_heads=s.num_kv_heads, key_dim=s.key_dim, value_dim=s.value_dim),
-            state_bytes(heads=s.num_heads, key_dim=s.key_dim, value_dim=s.value_dim),
-        )
-        for s in scan.sites
-    }
+    costs = {}
+    for s in scan.sites:
+        dims = {"key_dim": s.key_dim, "value_dim": s.value_dim}
+        cache = cache_bytes(tokens, kv_heads=s.num_kv_heads, window=s.window, **dims)
+        costs[s.index] = cache, state_bytes(heads=s.num_heads, **dims)
+    return costs
 
 
 def memory(scan: SiteScan, keep: Iterable[int], tokens: int) -> int:

@@ -35,7 +35,8 @@ def _explicit(text: str, indices: list[int], policy: str) -> list[int]:
     if unknown := sorted(set(keep) - set(indices)):
         raise ConfigError(f"--policy {policy}", f"no convertible site has number {unknown}", f"sites are {indices}")
     if len(set(keep)) != len(keep):
-        raise ConfigError(f"--policy {policy}", f"names a site twice: {keep}")
+        once = ",".join(map(str, dict.fromkeys(keep)))
+        raise ConfigError(f"--policy {policy}", f"names a site twice: {keep}", f"keep={once}")
     return keep
 
 
@@ -92,7 +93,8 @@ def choose(
     elif policy.startswith("keep="):
         keep = _explicit(policy.removeprefix("keep="), indices, policy)
     else:
-        raise ConfigError(f"--policy {policy}", "unknown policy", f"policies: {POLICIES}")
+        where = f"--policy {policy if policy.strip() else repr(policy)}"
+        raise ConfigError(where, "unknown policy", f"policies: {POLICIES}")
     kept = tuple(sorted(keep))
     return Plan(kept, tuple(i for i in indices if i not in set(kept)), policy, found)
 

@@ -2,7 +2,8 @@
 
 Every softmax core gets a key and a value cache, every gated delta rule its recurrent state. Inside the graph, padding
 is moved behind the real tokens of its chunk, and moved back in the logits: so the slot of a token in the caches is its
-position, whatever padding came before, and a cache can be one buffer that is written in place.
+position, whatever padding came before, and a cache can be one buffer that is written in place. Sites with a sliding
+window have a state of a fixed size instead: the keys and values that their window still reaches.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-import tcal_compiler.kernels.cached_attention  # registers the ops that the graph is made of
-import tcal_compiler.kernels.gated_delta_rule  # noqa: F401
+import tcal_compiler.kernels.gated_delta_rule  # noqa: F401  registers an op that the graph is made of
 from tcal_compiler.errors import UnsupportedModelError
+from tcal_compiler.kernels.cached_attention import held_positions, windowed_attention
+from tcal_compiler.kernels.scores import Scores
 
 from .find_attention import find_attention
 from .find_rotary import Rotary, find_rotary
@@ -33,7 +35,7 @@ from .graph import (
     widen_to_float64,
 )
 from .masks import probe_mask
-from .pack import Packing, pack_tokens, unpack_logits
+from .pack import pack_tokens, unpack_logits
 from .positions import promote_positions, token_free
 from .softmax_attention import ANCHORS, sinks_of
 from .to_sdpa import to_sdpa
@@ -48,7 +50,8 @@ class LayerState:
     """What one attention core carries from token to token.
 
     softmax: key [B, K, P, Dk] and value [B, K, P, Dv]. gdn: recurrent_state [B, H, Dk, Dv].
-    window: visible tokens including oneself, None for all.
+    window: visible tokens including oneself, None for all. held: where not None, key and value have that many slots,
+    for the last tokens alone.
     """
 
     index: int
@@ -58,6 +61,12 @@ class LayerState:
     key_dim: int
     value_dim: int
     window: int | None = None
+    held: int | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether the state grows with the tokens."""
+        return self.kind == "softmax" and self.held is None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -66,7 +75,8 @@ class LayerState:
     def shape(self, part: str, *, batch: int, past: int = 0) -> tuple[int, int, int, int]:
         if part == "recurrent_state":
             return batch, self.num_heads, self.key_dim, self.value_dim
-        return batch, self.num_kv_heads, past, self.key_dim if part == "key" else self.value_dim
+        slots = past if self.held is None else self.held
+        return batch, self.num_kv_heads, slots, self.key_dim if part == "key" else self.value_dim
 
 
 @dataclass(frozen=True)
@@ -103,13 +113,14 @@ class StatefulGraph:
 
 
 def make_stateful(
-    capture: Capture, *, verify: bool = True, max_length: int = 8192, check_length: int = 24
+    capture: Capture, *, verify: bool = True, max_length: int = 8192, check_length: int = 24, bounded: bool = True
 ) -> StatefulGraph:
     """The stateful form of a student's (or a teacher's) graph. Parameters are shared with the capture.
 
     verify: compare it in float64, cut into chunks, with the whole-sequence graph (needs a float64 copy of the weights).
     check_length: tokens of that comparison; windows of up to 600 tokens make it longer.
-    max_length: rows of the rotary tables, where a kept core's positions are rotary: the longest sequence.
+    max_length: the longest sequence: rows of the rotary tables, where a kept core's positions are rotary.
+    bounded: whether sites whose window is no longer than max_length forget what it has left behind.
 
     Raises UnsupportedModelError when a core cannot carry a state, when positions cannot be followed, or when chunks
     differ from one pass: then something else than the attention cores reads across time.
@@ -120,12 +131,12 @@ def make_stateful(
         reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
         raise UnsupportedModelError("student", f"{len(scan.rejected)} attention cores cannot carry a state ({reasons})")
     sites = {s.anchor: s for s in scan.sites}
-    stateful = _add_state(plain, sites, max_length)
+    stateful = _add_state(plain, sites, max_length, bounded)
     if not verify:
         return stateful
     wide = replace(plain, gm=widen_to_float64(plain.gm))
     whole = wide.gm if plain.gm is capture.gm else widen_to_float64(capture.gm)
-    checks = check_chunks(_add_state(wide, sites, max_length), whole, capture, check_length)
+    checks = check_chunks(_add_state(wide, sites, max_length, bounded), whole, capture, check_length)
     if bad := [c for c in checks if not c.passed]:
         what = f"{bad[0].name}: {bad[0].measured:.3g} (allowed {bad[0].allowed:.3g}), in float64"
         raise UnsupportedModelError("student", what, "only attention cores may read across time")
@@ -168,23 +179,24 @@ def _cores(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (*ANCHORS, RULE) and n in data]
 
 
-def _layer(index: int, core: Node, sites: dict[str, AttentionSite]) -> LayerState:
+def _layer(index: int, core: Node, sites: dict[str, AttentionSite], longest_window: int) -> LayerState:
     if core.target is RULE:
         if argument(core, "initial_state").target is not aten.new_zeros.default:
             raise UnsupportedModelError(core.name, "its state does not start from zeros: the graph is stateful already")
         _, heads, key_dim, value_dim = value(argument(core, "initial_state")).shape
         return LayerState(index, "gdn", heads, int(value(argument(core, "k")).shape[2]), key_dim, value_dim)
     s = sites[core.name]
-    return LayerState(index, "softmax", s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, s.window)
+    held = held_positions(s.window) if s.window and s.window <= longest_window else None
+    return LayerState(index, "softmax", s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, s.window, held)
 
 
-def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: int) -> StatefulGraph:
+def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: int, bounded: bool) -> StatefulGraph:
     """The surgery, on a copy of the graph."""
     source = capture.gm
     cores = _cores(source)
     if not cores:
         raise UnsupportedModelError("student", "has no attention core and no gated delta rule: no state to carry")
-    layers = tuple(_layer(i, c, sites) for i, c in enumerate(cores))
+    layers = tuple(_layer(i, c, sites, max_length if bounded else 0) for i, c in enumerate(cores))
     graph, root = Graph(), nn.Module()
     old: dict[Node, Node] = {}
     logits: Any = graph.graph_copy(source.graph, old)
@@ -203,11 +215,16 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
                 present.append(_carry_rule(graph, old[core], past[f"{layer.index}.recurrent_state"], packing.valid))
             else:
                 site = sites[core.name]
-                rotary = find_rotary(capture, site, rows=max_length)
+                rotary = find_rotary(capture, site, rows=max_length) if layer.grows else None
                 qkv = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
                 kv = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
-                extra = (*tables.of(rotary), site.softcap, *map(tables.vector, _head_values(capture, core, site)))
-                present += _carry_attention(graph, old[core], qkv, kv, site, packing, extra)
+                slopes, sinks = map(tables.vector, _head_values(capture, core, site))
+                scores: Any = Scores(site.scale, site.window or 0, site.softcap, slopes, sinks)  # type: ignore[arg-type]
+                sizes: tuple[Any, ...] = packing.past_lengths, packing.new_lengths, packing.past_tokens
+                if layer.grows:
+                    sizes = packing.past_lengths, packing.total, *tables.of(rotary)
+                target = ATTENTION if layer.grows else windowed_attention
+                present += _carry_attention(graph, old[core], target, (*qkv, *kv, *sizes, *scores.flat))
     graph.output((unpack_logits(graph, logits, packing), *present))
     for unused in ins[1:]:
         graph.erase_node(unused)
@@ -287,18 +304,9 @@ def _core_inputs(
     return q, k, nodes[site.v]
 
 
-def _carry_attention(
-    graph: Graph,
-    core: Node,
-    qkv: tuple[Node, Node, Node],
-    past: tuple[Node, ...],
-    site: AttentionSite,
-    packing: Packing,
-    extra: tuple[Any, ...],
-) -> list[Node]:
-    """Attention over the cache and the new tokens, in place of `core`; returns the new caches."""
-    args = (*qkv, *past, packing.past_lengths, packing.total, site.scale, site.window or 0, *extra)
-    new = graph.call_function(ATTENTION, args)
+def _carry_attention(graph: Graph, core: Node, target: Any, args: tuple[Any, ...]) -> list[Node]:
+    """Attention over the past and the new tokens, in place of `core`; returns the next keys and values."""
+    new = graph.call_function(target, args)
     context, *caches = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
     context.meta = dict(core.meta)
     core.replace_all_uses_with(context)
@@ -324,7 +332,8 @@ def export_stateful(stateful: StatefulGraph) -> torch.export.ExportedProgram:
     ids = torch.randint(0, stateful.vocab_size, (2, 3), generator=gen)
     args = (ids, torch.ones(2, 8, dtype=torch.int64), *stateful.empty_state(2, past=6, dtype=_state_dtype(stateful)))
     shapes: list[dict[int, Any]] = [{0: batch, 1: sequence}, {0: batch, 1: dim.DYNAMIC}]
-    shapes += [{0: batch, 2: past} if "state" not in n else {0: batch} for n in stateful.state_names]
+    for layer in stateful.layers:
+        shapes += [{0: batch, 2: past} if layer.grows else {0: batch} for _ in layer.parts]
     with torch.no_grad():
         return torch.export.export(stateful.gm, args, dynamic_shapes=(tuple(shapes)), strict=False)
 

@@ -21,13 +21,16 @@ _ALL = 9223372036854775807  # "to the end" of a slice
 class Packing:
     """Nodes of a stateful graph.
 
-    valid [B, T] bool: packed tokens that are real. past_lengths [B]: real tokens fed before. total: P + T.
+    valid [B, T] bool: packed tokens that are real. past_lengths, new_lengths [B]: real tokens fed before, and now.
+    past_tokens: P. total: P + T.
     ids: the graph's input. place [B, T]: where each token went. axes: positions and sizes.
     """
 
     ids: Node
     valid: Node
     past_lengths: Node
+    new_lengths: Node
+    past_tokens: Node
     total: Node
     place: Node
     axes: TokenAxes
@@ -55,6 +58,7 @@ def pack_tokens(graph: Graph, ids: Node, mask: Node, before: Node, symbols: tupl
             call(aten.cumsum.default, call(aten.logical_not.default, new), 1),
         )
         count = call(aten.sum.dim_IntList, new, [1], True)
+        new_lengths = call(aten.squeeze.dim, count, 1)
         place = call(aten.where.self, new, real_until, call(aten.add.Tensor, padding_until, count))
         place = call(aten.sub.Tensor, place, 1)
         step = call(aten.unsqueeze.default, call(aten.arange.default, length, **device), 0)
@@ -66,7 +70,8 @@ def pack_tokens(graph: Graph, ids: Node, mask: Node, before: Node, symbols: tupl
         positions = call(aten.add.Tensor, call(aten.unsqueeze.default, past_lengths, 1), offset)
     inside = {packed, *packed.all_input_nodes, length, batch}
     ids.replace_all_uses_with(packed, delete_user_cb=lambda user: user not in inside)
-    return Packing(ids, valid, past_lengths, total, place, TokenAxes(positions, batch, length, *symbols))
+    axes = TokenAxes(positions, batch, length, *symbols)
+    return Packing(ids, valid, past_lengths, new_lengths, start, total, place, axes)
 
 
 def unpack_logits(graph: Graph, logits: Node, packing: Packing) -> Node:

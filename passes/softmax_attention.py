@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from tcal_compiler.kernels.cached_attention.reference import attention_weights
+from tcal_compiler.kernels.scores import Scores
 
 from .graph import argument, aten
 from .masks import Evaluator
@@ -21,14 +21,15 @@ def softmax_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """attention_weights(..) value, [B, H, T, Dv], with key and value [B, K, S, D] of H / K query heads each.
+    """Scores.weights(..) value, [B, H, T, Dv], with key and value [B, K, S, D] of H / K query heads each.
 
     A node of analysed graphs only: those that are run or exported hold the teacher's spelling, mixers or cached
     attention in its place.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    return attention_weights(query, key, attn_mask, scale=scale, softcap=softcap, sinks=sinks) @ value
+    scores = Scores(scale, softcap=softcap, sinks=sinks)  # window and slopes are in the mask
+    return scores.weights(query, key, attn_mask) @ value
 
 
 ANCHORS = (aten.scaled_dot_product_attention.default, softmax_attention)

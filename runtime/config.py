@@ -130,3 +130,6 @@ class ExportConfig(StrictModel):
     )
     opset: int = Field(21, ge=21, le=24, description="ONNX opset")
     max_length: int = Field(8192, ge=16, description="context length written into genai_config.json")
+    bounded_windows: bool = Field(
+        True, description="sliding-window layers keep their window alone; false: all positions, for onnxruntime-genai"
+    )

@@ -152,7 +152,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     model = exported.model
     fuse_norms(model)
     _strip(model)
-    _name_cache_axes(model)
+    _name_cache_axes(model, stateful)
     model.metadata_props[FINGERPRINT] = _weights_sha256(stateful)
     _add_conv_passthrough(model, stateful)
     make_function = LOWERINGS[profile].function
@@ -172,7 +172,7 @@ def _is_fused(layer: LayerState) -> bool:
 
 def shares_buffers(layers: tuple[LayerState, ...]) -> bool:
     """Whether past and present caches may be one buffer of the longest context, written in place."""
-    caches = [layer for layer in layers if layer.kind == "softmax"]
+    caches = [layer for layer in layers if layer.grows]
     return bool(caches) and all(map(_is_fused, caches))
 
 
@@ -186,12 +186,13 @@ def _weights_sha256(stateful: StatefulGraph) -> str:
     return digest.hexdigest()
 
 
-def _name_cache_axes(model: Any) -> None:
+def _name_cache_axes(model: Any, stateful: StatefulGraph) -> None:
     """Caches come out with as many slots as they went in with, or with one for each token fed, if that is more."""
     import onnx_ir as ir
 
+    caches = {f"present.{layer.index}.{part}" for layer in stateful.layers if layer.grows for part in layer.parts}
     for v in model.graph.outputs:
-        if v.name.endswith((".key", ".value")):
+        if v.name in caches:
             v.shape = ir.Shape((*v.shape[:2], "present_sequence", v.shape[3]))
 
 
@@ -213,11 +214,10 @@ def _add_conv_passthrough(model: Any, stateful: StatefulGraph) -> None:
 
 
 def _axis_names(stateful: StatefulGraph) -> tuple[dict[int, str], ...]:
-    def of_state(name: str) -> dict[int, str]:
-        return {0: "batch"} if name.endswith("state") else {0: "batch", 2: "past_sequence"}
-
-    tokens = ({0: "batch", 1: "sequence"}, {0: "batch", 1: "total_sequence"})
-    return (*tokens, *(of_state(n) for n in stateful.state_names))
+    axes = [{0: "batch", 1: "sequence"}, {0: "batch", 1: "total_sequence"}]
+    for layer in stateful.layers:
+        axes += [{0: "batch"} | ({2: "past_sequence"} if layer.grows else {}) for _ in layer.parts]
+    return tuple(axes)
 
 
 @contextlib.contextmanager
@@ -275,7 +275,7 @@ def _run_checker(path: Path) -> Check:
 
 def genai_config(stateful: StatefulGraph, *, info: dict[str, Any], context_length: int) -> dict[str, Any]:
     """The configuration that onnxruntime-genai reads; sizes are the graph's own."""
-    first = next((layer for layer in stateful.layers if layer.kind == "softmax"), stateful.layers[0])
+    first = min(stateful.layers, key=lambda layer: layer.kind == "gdn")
     eos = info.get("eos_token_id")
     tokens = taint(stateful.gm.graph.nodes, placeholders(stateful.gm)[:1])
     widths = [value(n).shape[-1] for n in iter_targets(stateful.gm, aten.embedding.default) if n.args[1] in tokens]

@@ -65,6 +65,16 @@ class OnnxSession:
         """Bytes of what is remembered of the tokens seen."""
         return sum(s.used(self.length).nbytes for s in self._slots)
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of state that the next token needs at least: keys and values once, recurrent states in and out."""
+        once = (s.is_cache or s.is_window for s in self._slots)
+        return sum(s.used(self.length).nbytes * (1 if o else 2) for s, o in zip(self._slots, once, strict=True))
+
+    def state_shapes(self, length: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of a snapshot's values behind `length` tokens of one row."""
+        return tuple(s.used_shape(1, length) for s in self._slots)
+
     def reset(self, *, batch: int = 1) -> None:
         """Forgets all tokens; the next ones come in this many rows. Raises ExportError when memory cannot hold them."""
         self._batch = batch
@@ -214,11 +224,11 @@ class OnnxSession:
             raise DataError("context", what, "a shorter prompt, fewer new tokens, or export with a larger max_length")
 
     def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[Any]:
-        """Runs all rows at once; the chunks behind the first of a batch row by row where there are caches.
+        """Runs all rows at once; the chunks behind the first of a batch row by row where there is attention.
 
         The fused attention takes several tokens behind a past for one row only.
         """
-        behind, caches = self.length > 0, any(s.is_cache for s in self._slots)
+        behind, caches = self.length > 0, any(s.is_cache or s.is_window for s in self._slots)
         apart = behind and caches and self._batch > 1 and ids.shape[1] > 1
         rows = range(self._batch) if apart else (None,)
         outputs = [self._run_rows(ids, mask, row) for row in rows]

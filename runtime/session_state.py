@@ -27,7 +27,7 @@ class SessionState:
     """A copy of everything a session remembers of its tokens.
 
     length: tokens seen, padding included. mask [B, length]. values: state tensors in the model's order, caches of
-    `length` slots. model: fingerprint of the model that made it.
+    `length` slots, windows of no more than that. model: fingerprint of the model that made it.
     """
 
     length: int
@@ -66,8 +66,9 @@ class Slot:
     """One state tensor of the graph, in memory that ONNX Runtime reads and writes directly.
 
     Three kinds. A recurrent state is a pair of buffers that swap after each run, since no runtime promises that a
-    graph may write an output over its own input. A cache with capacity is one buffer [B, K, capacity, D] that the
-    fused attention does write in place. A cache without is a new tensor after each run, one chunk longer.
+    graph may write an output over its own input; so are keys and values [B, K, R, D] of a window, which fill from the
+    first slot on. A cache with capacity is one buffer [B, K, capacity, D] that the fused attention does write in place.
+    A cache without is a new tensor after each run, one chunk longer.
     """
 
     past: str
@@ -83,6 +84,10 @@ class Slot:
         return None in self.shape
 
     @property
+    def is_window(self) -> bool:
+        return not self.is_cache and self.past.endswith((".key", ".value"))
+
+    @property
     def grows(self) -> bool:
         return self.is_cache and self.capacity is None
 
@@ -95,22 +100,27 @@ class Slot:
         self.value = self.empty(batch, self.capacity or 0)  # untouched pages of it take no memory
         self.spare = None if self.is_cache else self.empty(batch, 0)
 
+    def used_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """The shape of `used`."""
+        sizes = [length if d is None else d for d in self.shape]
+        if self.is_window:
+            sizes[1] = min(sizes[1], length)
+        return batch, *sizes
+
     def fits(self, array: NDArray[Any], batch: int, length: int) -> bool:
-        want = (batch, *(length if d is None else d for d in self.shape))
-        return array.shape == want and array.dtype == self.dtype
+        return array.shape == self.used_shape(batch, length) and array.dtype == self.dtype
 
     def set(self, array: NDArray[Any]) -> None:
         """Takes over a copy of an array as `used` gives it."""
-        if self.capacity is None:
+        if self.grows:
             self.value = np.array(array, order="C")
-            self.spare = None if self.is_cache else np.zeros_like(self.value)
             return
         self.clear(len(array))
         self.value[:, :, : array.shape[2]] = array
 
     def used(self, length: int) -> NDArray[Any]:
         """What is remembered of `length` tokens; not a copy."""
-        return self.value if self.capacity is None else self.value[:, :, :length]
+        return self.value[:, :, :length] if self.capacity is not None or self.is_window else self.value
 
     def bind(self, binding: Any, row: int | None) -> None:
         """Binds past and present for all rows, or for one."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tcal_compiler.kernels import attention_stats
+from tcal_compiler.kernels.scores import Scores
 from tcal_compiler.passes.types import AttentionSite
 
 
@@ -46,13 +46,9 @@ class SiteStats:
         return self.sums["mass"] / self.tokens
 
 
-def _scores(q: Tensor, site: AttentionSite) -> dict[str, Any]:
-    """How the site makes its scores, as the statistics' ops take it."""
-    per_head = {
-        n: torch.tensor(x, dtype=q.dtype, device=q.device) if x else None
-        for n, x in (("slopes", site.slopes), ("sinks", site.sinks))
-    }
-    return {"scale": site.scale, "window": site.window, "softcap": site.softcap, **per_head}
+def _scores(q: Tensor, site: AttentionSite) -> Scores:
+    slopes, sinks = (torch.tensor(x, dtype=q.dtype, device=q.device) if x else None for x in (site.slopes, site.sinks))
+    return Scores(site.scale, site.window or 0, site.softcap, slopes, sinks)
 
 
 @torch.no_grad()
@@ -61,7 +57,7 @@ def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, site: AttentionSite
 
     q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv]. Returns the sums (float64) and ctx [B, T, H, Dv] = softmax(..) v.
     """
-    found = attention_stats.attention_statistics(q, k, v, **_scores(q, site))
+    found = attention_stats.attention_statistics(q, k, v, scores=_scores(q, site))
     context, distance, entropy, mass = found
     return SiteStats(q.shape[0] * q.shape[2], {"distance": distance, "entropy": entropy, "mass": mass}), context
 
@@ -88,7 +84,7 @@ class OutputSums:
 @torch.no_grad()
 def output_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, site: AttentionSite) -> OutputSums:
     """Sums over B and T of the teacher's context on o [B, T, H, D]; q, k, v as for `attention_statistics`."""
-    sums = attention_stats.attention_output_sums(q, k, v, o, **_scores(q, site))
+    sums = attention_stats.attention_output_sums(q, k, v, o, scores=_scores(q, site))
     return OutputSums(q.shape[0] * q.shape[2], *sums)
 
 

@@ -108,7 +108,7 @@ def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | Non
         plan = plan_from_toml(own, scan)
         if config.policy in (None, plan.policy):
             return plan
-    policy = config.policy or DEFAULT_POLICY
+    policy = DEFAULT_POLICY if config.policy is None else config.policy
     if scored_by(policy) is None:
         return choose(scan, policy)
     budget_of(scan, policy)
@@ -254,7 +254,8 @@ class Conversion:
             flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
             self.progress.say("export: state in and out, checked in float64")
             context = context_length(self.config.export, self.source.teacher.info)
-            stateful = make_stateful(flat, max_length=context)
+            bounded = self.config.export.bounded_windows
+            stateful = make_stateful(flat, max_length=context, bounded=bounded)
             self.progress.say("export: ONNX")
             artifact = export_onnx(
                 stateful,

@@ -36,7 +36,7 @@ from .runtime.statistics import attention_statistics
 from .runtime.student import Student, make_student
 from .runtime.text_stream import TextStream
 from .runtime.weights import load_weights
-from .variants import model_file, run_tokenizer, variant_checks
+from .variants import model_file, require_variant, run_tokenizer, variant_checks
 
 
 def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor]]:
@@ -297,7 +297,7 @@ def generate_text(
         except UnicodeEncodeError as e:
             raise DataError("prompt", f"is not UTF-8 at character {e.start}", "a terminal with a UTF-8 locale") from e
         if dtype is not None:
-            run.record(f"export-{dtype}")
+            require_variant(run, dtype)
         tokenizer = run_tokenizer(run)
         session = OnnxSession(run.path / model_file(dtype))
         ids = tokenizer.encode(prompt)

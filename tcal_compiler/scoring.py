@@ -36,7 +36,7 @@ class Scoring:
     ) -> None:
         self.run, self.source, self.ids, self.config = run, source, ids, config
         self.device, self.progress = device, progress
-        self.policy = config.policy or DEFAULT_POLICY
+        self.policy = DEFAULT_POLICY if config.policy is None else config.policy
         tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
         self.inputs = {"teacher": source.capture.fingerprint, "tokens": tokens}
         self.settings: dict[str, Any] = {"sequences": config.score.sequences}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,19 @@ def run_tokenizer(run: RunFolder) -> TokenizerLike:
         return ByteTokenizer()
     folder = (run.path / model_file()).parent
     return read_tokenizer(folder, eos_token_id=info.eos_token_id, bos_token_id=info.bos_token_id)
+
+
+def require_variant(run: RunFolder, dtype: str) -> None:
+    """Raises ConfigError for an unknown dtype, and RunFolderError for a variant that is not there or was changed."""
+    if dtype not in WEIGHT_TYPES:
+        hint = f"{', '.join(WEIGHT_TYPES)}; the float32 student is the one without --dtype"
+        raise ConfigError("--dtype", f"{dtype!r} is unknown", hint)
+    stage, again = f"export-{dtype}", f"tcal export {shlex.quote(str(run.path))} --dtype {dtype}"
+    if stage not in run.manifest.stages:
+        held = ", ".join(["float32", *(d for d in WEIGHT_TYPES if f"export-{d}" in run.manifest.stages)])
+        raise RunFolderError(str(run.path), f"holds no {dtype} student; it holds: {held}", again)
+    for name, problem in run.changed(stage).items():
+        raise RunFolderError(str(run.path / name), problem, again)
 
 
 def export_variant(

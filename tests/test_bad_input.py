@@ -116,6 +116,8 @@ OPTIONS = [
     (("--policy", "uniform:250%"), "from 0% to 100%"),
     (("--policy", "keep=7"), "no convertible site has number [7]"),
     (("--policy", "unifrom:2"), "unknown policy"),
+    (("--policy", ""), "--policy '': unknown policy"),
+    (("--policy", "keep=0,0,2"), "Try: keep=0,2"),
     (("--policy", "uniform:inf%"), "no number"),
     (("--init", "closedform"), "init = 'closedform'"),
     (("--align-steps", "-1"), "align.steps = -1"),

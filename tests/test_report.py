@@ -136,6 +136,19 @@ def test_memory_of_a_teacher_is_its_keys_and_values(shared_run):
     assert run.memory(10)[0] == len(run.layers) * 10 * layer.kv_heads * (layer.head_dim + layer.value_dim) * 4
 
 
+def test_memory_of_a_window_is_what_is_kept(shared_run):
+    def edit(body: dict[str, Any], bounded: bool) -> None:
+        body["stages"]["plan"]["evidence"]["sites"][0]["window"] = 9
+        body["config"]["export"]["bounded_windows"] = bounded
+
+    run = facts(shared_run)
+    runs = (run, *(edited(run, lambda body, b=b: edit(body, b)) for b in (True, False)))
+    whole, windowed, unbounded = (r.memory(100) for r in runs)
+    layer = run.layers[0]
+    token = layer.kv_heads * (layer.head_dim + layer.value_dim) * 4
+    assert layer.kept and unbounded == whole and windowed == (whole[0] - 92 * token, whole[1] - 92 * token)
+
+
 def test_half_lives_as_set_are_those_of_the_initial_weights(shared_run):
     weights, run = load_file(shared_run / "initial.safetensors"), facts(shared_run)
     assert sorted(run.measured) == [1, 2, 3] == sorted(run.aligned_half_life)

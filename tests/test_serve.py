@@ -6,14 +6,17 @@ import json
 import shutil
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import HELD_OUT
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve`")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -24,7 +27,7 @@ from tcal_compiler.runtime.session import OnnxSession  # noqa: E402
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
 )
-WORDS = ["The old man", "A", "and then she", "Zebra 9", "of the sea", "How", "in 1805", "We were", "no", "it is so"]
+TEXT = Path(HELD_OUT).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,14 @@ def post(url: str, path: str, **body: Any) -> tuple[int, bytes]:
         return e.code, e.read()
 
 
-def alone(run: Path, prompt: str, count: int, **options: Any) -> str:
-    session = OnnxSession(run / "onnx", threads=1)
+@pytest.fixture(scope="module")
+def single(shared_run: Path) -> OnnxSession:
+    return OnnxSession(shared_run / "onnx", threads=1)
+
+
+def alone(session: OnnxSession, prompt: str, count: int, **options: Any) -> str:
+    """The answer of a session that has seen nothing else."""
+    session.reset()
     return bytes(session.generate(list(prompt.encode()), count, **options)).decode("utf-8", "replace")
 
 
@@ -62,24 +71,62 @@ def streamed(raw: bytes) -> list[dict[str, Any]]:
     return [json.loads(e)["choices"][0] for e in events]
 
 
-def test_concurrent_requests_do_not_mix(shared_run: Path, url: str):
-    def ask(i: int) -> str:
-        options = {"temperature": 1.0, "seed": i} if i % 2 else {}
-        status, raw = post(url, "completions", prompt=WORDS[i], max_tokens=12 + i, stream=i % 3 == 0, **options)
-        assert status == 200
-        if i % 3:
-            return str(json.loads(raw)["choices"][0]["text"])
-        return "".join(c["text"] for c in streamed(raw))
+@dataclass(frozen=True)
+class Asked:
+    """One of many requests open together: short and long, whole and streamed, greedy and sampled, some chat."""
 
-    with ThreadPoolExecutor(10) as pool:
-        found = list(pool.map(ask, range(10)))
-    expected = [
-        alone(shared_run, w, 12 + i, **({"temperature": 1.0, "seed": i} if i % 2 else {})) for i, w in enumerate(WORDS)
-    ]
-    assert found == expected and len(set(found)) == 10
+    index: int
+
+    @property
+    def prompt(self) -> str:
+        start, length = 97 * self.index, 1 + self.index * 37 % 150
+        return TEXT[start : start + length]
+
+    @property
+    def tokens(self) -> int:
+        return 1 + self.index * 11 % 40
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"temperature": 1.0, "seed": self.index} if self.index % 2 else {}
+
+    def answer(self, url: str) -> str:
+        body: dict[str, Any] = {"max_tokens": self.tokens, "stream": self.index % 3 == 0, **self.options}
+        chat = self.index % 5 == 0
+        body |= {"messages": [{"role": "u", "content": self.prompt}]} if chat else {"prompt": self.prompt}
+        status, raw = post(url, "chat/completions" if chat else "completions", **body)
+        assert status == 200, raw
+        choices = streamed(raw) if body["stream"] else json.loads(raw)["choices"]
+        part = "delta" if body["stream"] else "message"
+        return "".join(c[part].get("content", "") if chat else c["text"] for c in choices)
+
+    def alone(self, session: OnnxSession) -> str:
+        prompt = f"u: {self.prompt}\na: " if self.index % 5 == 0 else self.prompt
+        return alone(session, prompt, self.tokens, **self.options)
 
 
-def test_the_parts_of_an_answer(shared_run: Path, url: str):
+def test_concurrent_requests_do_not_mix(single: OnnxSession, url: str, count: int = 64):
+    """Every answer is the one that its request gets alone, while bad requests are refused among them."""
+    requests, together = [Asked(i) for i in range(count)], threading.Barrier(count)
+    open_at: list[tuple[float, float]] = []
+
+    def ask(request: Asked) -> str:
+        together.wait()
+        if request.index % 8 == 7:
+            assert post(url, "completions", prompt=[999])[0] == 400
+        start = time.perf_counter()
+        answer = request.answer(url)
+        open_at.append((start, time.perf_counter()))
+        return answer
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(ask, requests))
+    assert found == [r.alone(single) for r in requests] and len(set(found)) > count * 0.9
+    most = max(sum(start <= at < end for start, end in open_at) for at, _ in open_at)
+    assert most > count / 2, f"only {most} requests were open together"
+
+
+def test_the_parts_of_an_answer(single: OnnxSession, url: str):
     whole = json.loads(post(url, "completions", prompt="The old man", max_tokens=12)[1])
     assert whole["usage"] == {"prompt_tokens": 11, "completion_tokens": 12, "total_tokens": 23}
     assert whole["object"] == "text_completion" and whole["choices"][0]["finish_reason"] == "length"
@@ -92,7 +139,7 @@ def test_the_parts_of_an_answer(shared_run: Path, url: str):
     assert [p["finish_reason"] for p in parts] == [None] * (len(parts) - 1) + ["stop"]
     words = [{"role": "u", "content": "Who?"}]
     chat = json.loads(post(url, "chat/completions", messages=words, max_tokens=9)[1])["choices"][0]["message"]
-    assert chat == {"role": "assistant", "content": alone(shared_run, "u: Who?\na: ", 9)}
+    assert chat == {"role": "assistant", "content": alone(single, "u: Who?\na: ", 9)}
 
 
 @pytest.mark.parametrize(

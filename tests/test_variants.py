@@ -66,8 +66,19 @@ def test_options_that_do_not_go_together(finished, tmp_path):
     ):
         refused(call("tcal", "export", finished, *words), kind, said)
     refused(call("tcal", "export", TINY, "--dtype", "int8"), "RunFolderError", "not a run folder")
-    lacking = call("tcal", "generate", finished, "x", "--dtype", "int8")
-    assert lacking.code == 1 and "export-int8 is not complete" in lacking.err
+
+
+def test_a_variant_that_is_not_there(finished):
+    command = ("tcal", "generate", finished, "x", "--dtype")
+    hint = f"tcal export {finished} --dtype int8"
+    refused(call(*command, "int8"), "RunFolderError", "no int8 student; it holds: float32\n", hint)
+    refused(call(*command, "fp32"), "ConfigError", "'fp32' is unknown", "fp16, int8, int4", "without --dtype")
+    assert export(finished, "fp16")["passed"]
+    refused(call(*command, "int8"), "RunFolderError", "it holds: float32, fp16\n", hint)
+    with (finished / "onnx-fp16/genai_config.json").open("a") as config:
+        config.write(" ")
+    refused(call(*command, "fp16"), "RunFolderError", "onnx-fp16/genai_config.json", "--dtype fp16")
+    assert export(finished, "fp16")["passed"] and call(*command, "fp16", "--max-new-tokens", "2").code == 0
 
 
 def operators(path: Path) -> tuple[Counter, list[dict]]:

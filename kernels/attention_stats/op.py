@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.scores import Scores
 from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
 from tcal_compiler.kernels.shapes import Shapes
 
@@ -31,7 +32,7 @@ def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim
     gen = torch.Generator().manual_seed(0)
     sizes = [(1, 2, 700, key_dim), (1, 1, 700, key_dim), (1, 1, 700, value_dim), (1, 700, 2, value_dim)]
     q, k, v, noise = (torch.randn(size, generator=gen).to(device, dtype) for size in sizes)
-    given: dict[str, Any] = dict(scale=2 * key_dim**-0.5, window=650)
+    given: dict[str, Any] = {"scores": Scores(2 * key_dim**-0.5, window=650)}
     context, *_ = exact = attention_statistics_streaming(*exactly((q, k, v)), **given)
     o = (context + noise).to(dtype)  # so that <ctx, o> does not vanish
     actual = (*attention_statistics_triton(q, k, v, **given), *attention_output_sums_triton(q, k, v, o, **given))
@@ -46,8 +47,8 @@ def _statistics(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> t
         if _takes_triton(q, v):
             from .triton_kernel import attention_statistics_triton
 
-            return attention_statistics_triton(q, k, v, scale=scale, window=window or None)
-        context, *sums = attention_statistics_streaming(q, k, v, scale=scale, window=window or None)
+            return attention_statistics_triton(q, k, v, scores=Scores(scale, window))
+        context, *sums = attention_statistics_streaming(q, k, v, scores=Scores(scale, window))
     distance, entropy, mass = sums
     return context.contiguous(), distance, entropy, mass
 
@@ -68,8 +69,8 @@ def _output_sums(
         if _takes_triton(q, v):
             from .triton_kernel import attention_output_sums_triton
 
-            return attention_output_sums_triton(q, k, v, o, scale=scale, window=window or None)
-        co, oo, cn, nn, rms = attention_output_sums_streaming(q, k, v, o, scale=scale, window=window or None)
+            return attention_output_sums_triton(q, k, v, o, scores=Scores(scale, window))
+        co, oo, cn, nn, rms = attention_output_sums_streaming(q, k, v, o, scores=Scores(scale, window))
     return co, oo, cn, nn, rms
 
 
@@ -79,32 +80,25 @@ def _(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, window: int) -> 
     return tuple(q.new_empty(size, dtype=torch.float64) for size in (heads, heads, channels, channels, heads))
 
 
-def _shaped(shape: dict[str, Any]) -> bool:
-    """Whether anything but scale and window makes the scores; softcap 0 and None do not."""
-    return any(isinstance(x, Tensor) or bool(x) for x in shape.values())
-
-
-def attention_statistics(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, **shape: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of `attention_statistics_reference`, in memory O(T). Raises ValueError when shapes do not fit.
 
-    shape: softcap, slopes and sinks of the scores, as in `attention_rows`; with any of them, PyTorch on every device.
+    Scores that more than scale and window shape go through PyTorch on every device.
     """
-    if _shaped(shape):
+    if not scores.plain:
         STATISTICS.check(q, k, v)
-        return attention_statistics_streaming(q, k, v, scale=scale, window=window, **shape)
-    return torch.ops.tcal.attention_statistics(q, k, v, float(scale), window or 0)
+        scores.check(STATISTICS.op, q.shape[1])
+        return attention_statistics_streaming(q, k, v, scores=scores)
+    return torch.ops.tcal.attention_statistics(q, k, v, float(scores.scale), scores.window)
 
 
-def attention_output_sums(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scale: float, window: int | None = None, **shape: Any
-) -> tuple[Tensor, ...]:
-    """Sums of `attention_output_sums_reference`, in memory O(T); shape as in `attention_statistics`.
+def attention_output_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scores: Scores) -> tuple[Tensor, ...]:
+    """Sums of `attention_output_sums_reference`, in memory O(T); scores as in `attention_statistics`.
 
     Raises ValueError when shapes do not fit.
     """
-    if _shaped(shape):
+    if not scores.plain:
         OUTPUT_SUMS.check(q, k, v, o)
-        return attention_output_sums_streaming(q, k, v, o, scale=scale, window=window, **shape)
-    return torch.ops.tcal.attention_output_sums(q, k, v, o, float(scale), window or 0)
+        scores.check(OUTPUT_SUMS.op, q.shape[1])
+        return attention_output_sums_streaming(q, k, v, o, scores=scores)
+    return torch.ops.tcal.attention_output_sums(q, k, v, o, float(scores.scale), scores.window)

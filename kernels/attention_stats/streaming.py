@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.cached_attention.reference import attention_weights, score_mask
 from tcal_compiler.kernels.gated_delta_rule.reference import expand_heads
+from tcal_compiler.kernels.scores import Scores
 
 from .reference import OCTAVES, sums_of_outputs
 
@@ -20,38 +19,33 @@ def attention_rows(
     q: Tensor,
     k: Tensor,
     *,
-    scale: float,
-    window: int | None,
+    scores: Scores,
     start: int,
     stop: int,
-    softcap: float = 0.0,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention rows of query tokens start..stop: [B, H, stop - start, stop], causal and windowed.
 
-    q [B, H, T, Dk] and k [B, H, T, Dk] with heads already expanded; softcap, slopes and sinks as in attention_weights.
+    q [B, H, T, Dk] and k [B, H, T, Dk] with heads already expanded.
     """
     distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(stop, device=q.device)[None]
-    mask = score_mask(distance, window=window or 0, slopes=slopes, dtype=q.dtype)
-    return attention_weights(q[:, :, start:stop], k[:, :, :stop], mask, scale=scale, softcap=softcap, sinks=sinks)
+    return scores.weights(q[:, :, start:stop], k[:, :, :stop], scores.mask(distance, q.dtype))
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, *, block: int, **scores: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, *, block: int, scores: Scores) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each block of query tokens: their rows, their context [B, H, block, Dv], and t - s [block, stop]."""
     heads, length = q.shape[1], q.shape[2]
     k, v = (expand_heads(x.transpose(1, 2), heads).transpose(1, 2) for x in (k, v))
     for start in range(0, length, block):
         stop = min(start + block, length)
-        rows = attention_rows(q, k, start=start, stop=stop, **scores)
+        rows = attention_rows(q, k, start=start, stop=stop, scores=scores)
         far = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(stop, device=q.device)[None]
         yield rows, rows @ v[:, :, :stop], far.clamp_min(0)
 
 
 def attention_statistics_streaming(
-    q: Tensor, k: Tensor, v: Tensor, *, block: int = BLOCK, **scores: Any
+    q: Tensor, k: Tensor, v: Tensor, *, scores: Scores, block: int = BLOCK
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contract of `attention_statistics_reference`; rows in q's dtype. scores: scale, window and what shapes scores.
+    """Contract of `attention_statistics_reference`, for all kinds of scores; rows in q's dtype.
 
     With sinks, the context is the teacher's, and the other sums are of rows that are scaled to sum to 1: where a token
     looks, if it does not look at the sink.
@@ -61,9 +55,9 @@ def attention_statistics_streaming(
         torch.zeros(heads, *size, dtype=torch.float64, device=q.device) for size in ((), (), (OCTAVES,))
     )
     context = []
-    for rows, part, far in _blocks(q, k, v, block=block, **scores):
+    for rows, part, far in _blocks(q, k, v, block=block, scores=scores):
         context.append(part)
-        if scores.get("sinks") is not None:
+        if scores.sinks is not None:
             rows = rows / rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         distance += (rows * far.clamp_min(0.5).to(rows.dtype)).sum((0, 2, 3), dtype=torch.float64)
         entropy -= torch.xlogy(rows, rows).sum((0, 2, 3), dtype=torch.float64)
@@ -74,11 +68,11 @@ def attention_statistics_streaming(
 
 
 def attention_output_sums_streaming(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, block: int = BLOCK, **scores: Any
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scores: Scores, block: int = BLOCK
 ) -> tuple[Tensor, ...]:
     """Contract of `attention_output_sums_reference`; rows and context in q's dtype."""
     total: tuple[Tensor, ...] = ()
-    for start, (_, part, _) in enumerate(_blocks(q, k, v, block=block, **scores)):
+    for start, (_, part, _) in enumerate(_blocks(q, k, v, block=block, scores=scores)):
         sums = sums_of_outputs(part.transpose(1, 2), o[:, start * block : (start + 1) * block])
         total = tuple(a + b for a, b in zip(total, sums, strict=True)) if total else sums
     return total

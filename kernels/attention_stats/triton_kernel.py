@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.scores import Scores
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from .reference import EPS, OCTAVES
@@ -192,9 +193,10 @@ SETTINGS = {
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, *, scale: float, window: int | None, setting: Setting | None
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, *, scores: Scores, setting: Setting | None
 ) -> tuple[Tensor, ...]:
     """ctx and row sums without o; head sums and channel sums with it. Sums [B, H, programs, ...] in float32."""
+    assert scores.plain, "the kernel knows scale and window only"
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, key_dim = q.shape
     kv_heads, value_dim = v.shape[1], v.shape[3]
@@ -218,7 +220,7 @@ def _launch(
         ob, ot, oh = o.stride()[:3]
     native = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     strides = [n for x in (q, k, v) for n in x.stride()[:3]]
-    sizes = (tokens, heads, kv_heads, key_dim, value_dim, min(window or tokens, tokens), blocks, segments)
+    sizes = (tokens, heads, kv_heads, key_dim, value_dim, min(scores.window or tokens, tokens), blocks, segments)
     fixed: dict[str, Any] = dict(
         OCT=OCTAVES,
         STATS=o is None,
@@ -229,24 +231,24 @@ def _launch(
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         **vars(s),
     )
-    _attention[(batch * heads * blocks,)](q, k, v, *buffers, scale, EPS, *sizes, *strides, ob, ot, oh, **fixed)
+    _attention[(batch * heads * blocks,)](q, k, v, *buffers, scores.scale, EPS, *sizes, *strides, ob, ot, oh, **fixed)
     return results
 
 
 def attention_statistics_triton(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, setting: Setting | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, scores: Scores, setting: Setting | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Contract of `attention_statistics_reference`; float32, bfloat16, float16 with float32 sums of 128 rows."""
-    context, sums = _launch(q, k, v, None, scale=scale, window=window, setting=setting)
+    context, sums = _launch(q, k, v, None, scores=scores, setting=setting)
     total = sums.sum((0, 2), dtype=torch.float64)
     return context, total[:, 0].clone(), total[:, 1].clone(), total[:, 2:].contiguous()
 
 
 def attention_output_sums_triton(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scale: float, window: int | None, setting: Setting | None = None
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scores: Scores, setting: Setting | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Contract of `attention_output_sums_reference`; float32, bfloat16, float16 with float32 sums of 128 rows."""
-    heads, channels = _launch(q, k, v, o, scale=scale, window=window, setting=setting)
+    heads, channels = _launch(q, k, v, o, scores=scores, setting=setting)
     co, oo, rms = heads.sum((0, 2), dtype=torch.float64).unbind(1)
     cn, nn = channels.sum((0, 2), dtype=torch.float64).unbind(1)
     return co.clone(), oo.clone(), cn.contiguous(), nn.contiguous(), rms.clone()

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tcal_compiler.kernels.attention_stats import streaming
 from tcal_compiler.kernels.attention_stats.op import NAMES
+from tcal_compiler.kernels.scores import Scores
 from tcal_compiler.kernels.self_check import exactly, relative_errors
 
 from .timing import Benchmark, attempt, bound, median, new_result
@@ -43,7 +44,7 @@ def time_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str, repeat: 
     )
     o += v.transpose(1, 2)  # so that <ctx, o> does not vanish
     statistics, sums = kernels(device)
-    given: dict[str, Any] = dict(scale=2 * dim**-0.5, window=None)
+    given: dict[str, Any] = {"scores": Scores(2 * dim**-0.5)}
     some = (*(x[:1, :2, :CHECKED] for x in (q, k, v)), o[:1, :CHECKED, :2])
     exact_some = exactly(some)
     actual = (*statistics(*some[:3], **given), *sums(*some, **given))
@@ -59,7 +60,7 @@ def time_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str, repeat: 
     times: dict[str, Any] = {}
     attempt(times, "tcal", "statistics", lambda: median(lambda: statistics(q, k, v, **given), device, repeat))
     attempt(times, "tcal", "output sums", lambda: median(lambda: sums(q, k, v, o, **given), device, repeat))
-    attempt(times, "flash", "forward", lambda: median(lambda: flash(q, k, v, given["scale"]), device, repeat))
+    attempt(times, "flash", "forward", lambda: median(lambda: flash(q, k, v, given["scores"].scale), device, repeat))
     return result | {"times": times}
 
 

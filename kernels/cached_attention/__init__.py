@@ -2,5 +2,6 @@
 
 from .op import cached_attention
 from .reference import cached_attention_reference
+from .windowed import held_positions, windowed_attention
 
-__all__ = ["cached_attention", "cached_attention_reference"]
+__all__ = ["cached_attention", "cached_attention_reference", "held_positions", "windowed_attention"]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.scores import Scores
+
 from .reference import attend, new_slots, write
 
 if TYPE_CHECKING:
@@ -66,14 +68,10 @@ def plain_form(
     past_value: Tensor,
     past_lengths: Tensor,
     total: int,
-    scale: float,
-    window: int,
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
-    softcap: float = 0.0,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
+    *flat: Any,
 ) -> Any:
     """The op in plain operators, for a cache of exactly the past's slots, which it copies and grows.
 
@@ -84,8 +82,7 @@ def plain_form(
     assert cos is None and sin is None
     slots = new_slots(past_lengths, q.shape[2])
     keys, values = (write(torch.cat((old, new), 2), new, slots) for old, new in ((past_key, k), (past_value, v)))
-    context = attend(q, keys, values, slots, scale=scale, window=window, softcap=softcap, slopes=slopes, sinks=sinks)
-    return context, keys, values
+    return attend(q, keys, values, slots, Scores(*flat)), keys, values
 
 
 def decompose_plain(program: ExportedProgram) -> ExportedProgram:
@@ -157,15 +154,12 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         past_value: Any,
         past_lengths: Any,
         total: Any,
-        scale: float,
-        window: int,
         cos: Any,
         sin: Any,
         interleaved: bool,
-        softcap: float = 0.0,
-        slopes: Any = None,
-        sinks: Any = None,
+        *flat: Any,
     ) -> Any:
+        scores = Scores(*flat)
         heads, kv_heads, dim = int(q.shape[1]), int(k.shape[1]), int(q.shape[3])
         tokens = op.Shape(q, start=2, end=3)
         last = op.Sub(op.Add(past_lengths, tokens), op.Constant(value_ints=[1]))
@@ -173,14 +167,14 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         options: dict[str, Any] = {}
         if cos is not None:
             options |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
-        if softcap:
-            options["softcap"] = softcap
-        added = None if slopes is None else _bias(op, slopes, past_lengths, tokens, total)
-        given = [cos, sin, None, added, sinks]
+        if scores.softcap:
+            options["softcap"] = scores.softcap
+        added = None if scores.slopes is None else _bias(op, scores.slopes, past_lengths, tokens, total)
+        given = [cos, sin, None, added, scores.sinks]
         while given and given[-1] is None:
             given.pop()
-        if window:
-            options["local_window_size"] = window
+        if scores.window:
+            options["local_window_size"] = scores.window
         out, key, value = attention(
             _packed(op, q),
             _packed(op, k),
@@ -192,7 +186,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
             *given,
             num_heads=heads,
             kv_num_heads=kv_heads,
-            scale=scale,
+            scale=scores.scale,
             **options,
             _outputs=3,
         )

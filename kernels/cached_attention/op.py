@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.scores import Scores
 from tcal_compiler.kernels.shapes import Shapes
 
 from .reference import cached_attention_reference
@@ -18,15 +19,13 @@ SHAPES = Shapes(
 )
 
 
-def _check_per_head(q: Tensor, slopes: Tensor | None, sinks: Tensor | None) -> None:
-    for name, x in (("slopes", slopes), ("sinks", sinks)):
-        if x is not None and tuple(x.shape) != (q.shape[1],):
-            raise ValueError(
-                f"cached_attention: want {name} [H] for q [B,H,T,Dk]; got {tuple(x.shape)}, H = {q.shape[1]}"
-            )
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor past_key, Tensor past_value, Tensor past_lengths, SymInt total, "
+    f"Tensor? cos, Tensor? sin, bool interleaved, {Scores.SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
 
 
-@torch.library.custom_op("tcal::cached_attention", mutates_args=())
+@torch.library.custom_op("tcal::cached_attention", mutates_args=(), schema=SCHEMA)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -35,55 +34,23 @@ def _forward(
     past_value: Tensor,
     past_lengths: Tensor,
     total: int,
-    scale: float,
-    window: int,
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
-    softcap: float = 0.0,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    scores = Scores(*flat)
     SHAPES.check(q, k, v, past_key, past_value, past_lengths)
-    _check_per_head(q, slopes, sinks)
-    out = cached_attention_reference(
-        q,
-        k,
-        v,
-        past_key,
-        past_value,
-        past_lengths,
-        total=total,
-        scale=scale,
-        window=window,
-        cos=cos,
-        sin=sin,
-        interleaved=interleaved,
-        softcap=softcap,
-        slopes=slopes,
-        sinks=sinks,
-    )
+    scores.check(SHAPES.op, q.shape[1])
+    rotary: dict[str, Any] = {"cos": cos, "sin": sin, "interleaved": interleaved}
+    out = cached_attention_reference(q, k, v, past_key, past_value, past_lengths, total=total, scores=scores, **rotary)
     context, keys, values = (x.contiguous() for x in out)
     return context, keys, values
 
 
 @_forward.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_lengths: Tensor,
-    total: int,
-    scale: float,
-    window: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    softcap: float = 0.0,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, past_lengths: Tensor, total: int, *_: Any
 ) -> Any:
     slots = torch.sym_max(past_key.shape[2], total)
     caches = (x.new_empty(x.shape[0], x.shape[1], slots, x.shape[3]) for x in (past_key, past_value))
@@ -99,16 +66,12 @@ def cached_attention(
     past_lengths: Tensor,
     *,
     total: int,
-    scale: float,
-    window: int = 0,
+    scores: Scores,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
-    softcap: float = 0.0,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of `cached_attention_reference`, usable under export. Raises ValueError when shapes do not fit."""
     return torch.ops.tcal.cached_attention(
-        q, k, v, past_key, past_value, past_lengths, total, scale, window, cos, sin, interleaved, softcap, slopes, sinks
+        q, k, v, past_key, past_value, past_lengths, total, cos, sin, interleaved, *scores.flat
     )

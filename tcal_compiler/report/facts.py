@@ -16,7 +16,7 @@ from ..runtime.manifest import Manifest
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention site as the plan has it. kept: it stays softmax."""
+    """One attention site as the plan has it. kept: it stays softmax. window: tokens whose keys and values are kept."""
 
     index: int
     module: str
@@ -25,11 +25,12 @@ class Layer:
     kv_heads: int
     head_dim: int
     value_dim: int
+    window: int | None
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that softmax attention keeps for each token."""
-        return cache_bytes(kv_heads=self.kv_heads, key_dim=self.head_dim, value_dim=self.value_dim)
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that softmax attention keeps of so many tokens."""
+        dims = {"key_dim": self.head_dim, "value_dim": self.value_dim}
+        return cache_bytes(tokens, kv_heads=self.kv_heads, window=self.window, **dims)
 
     @property
     def state_bytes(self) -> int:
@@ -57,6 +58,8 @@ class Facts:
     @cached_property
     def layers(self) -> list[Layer]:
         plan: dict[str, Any] = self.manifest.plan
+        config: Any = self.manifest.config
+        bounded = config["export"].get("bounded_windows", False)  # runs from before there was a choice kept everything
         return [
             Layer(
                 s["layer"],
@@ -66,6 +69,7 @@ class Facts:
                 s["kv_heads"],
                 s["head_dim"],
                 s["value_dim"],
+                s["window"] if bounded else None,
             )
             for s in self.evidence("plan")["sites"]
         ]
@@ -113,8 +117,8 @@ class Facts:
 
     def memory(self, tokens: int) -> tuple[int, int]:
         """Bytes of state and caches behind so many tokens of one sequence: the teacher's and the student's."""
-        teacher = sum(layer.cache_bytes * tokens for layer in self.layers)
-        student = sum(s.cache_bytes * tokens if s.kept else s.state_bytes for s in self.layers)
+        teacher = sum(layer.cache_bytes(tokens) for layer in self.layers)
+        student = sum(s.cache_bytes(tokens) if s.kept else s.state_bytes for s in self.layers)
         return teacher, student
 
     @cached_property

@@ -23,6 +23,7 @@ from tcal_compiler.kernels.attention_stats.streaming import (
     attention_output_sums_streaming,
     attention_statistics_streaming,
 )
+from tcal_compiler.kernels.scores import Scores
 
 Case = tuple[int, int, int, int, int, int, int | None]  # B, H, K, T, Dk, Dv, window
 SHAPES: list[Case] = [
@@ -61,6 +62,10 @@ def draw(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") ->
     return tuple(x.to(device, dtype) for x in (q, k, v, o))
 
 
+def scores_of(case: Case) -> Scores:
+    return Scores(**GIVEN, window=case[-1] or 0)
+
+
 def exactly(case: Case, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     q, k, v, o = (x.double() for x in inputs)
     given = GIVEN | {"window": case[-1]}
@@ -78,15 +83,15 @@ def check(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...], *, tol: float) 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("block", [5, 32])
 def test_streaming_is_its_definition(case, block):
-    inputs, given = draw(case), GIVEN | {"window": case[-1], "block": block}
+    inputs, given = draw(case), {"scores": scores_of(case), "block": block}
     stats = attention_statistics_streaming(*inputs[:3], **given)
     check((*stats, *attention_output_sums_streaming(*inputs, **given)), exactly(case, inputs), tol=1e-10)
 
 
 def test_the_ops_on_the_cpu():
     for case in SHAPES:
-        inputs, given = draw(case, torch.float32), GIVEN | {"window": case[-1]}
-        actual = (*attention_statistics(*inputs[:3], **given), *attention_output_sums(*inputs, **given))
+        inputs, scores = draw(case, torch.float32), scores_of(case)
+        actual = (*attention_statistics(*inputs[:3], scores=scores), *attention_output_sums(*inputs, scores=scores))
         check(actual, exactly(case, inputs), tol=1e-5)
 
 
@@ -94,7 +99,7 @@ def test_masses_of_a_row_that_looks_everywhere_alike():
     """q = 0: row t gives 1 / (t + 1) to each key."""
     tokens = 40
     zero = torch.zeros(1, 1, tokens, 4, dtype=torch.float64)
-    context, distance, entropy, mass = attention_statistics(zero, zero, zero + 1, scale=1.0)
+    context, distance, entropy, mass = attention_statistics(zero, zero, zero + 1, scores=Scores(1.0))
     rows = range(1, tokens + 1)
     assert mass[0, 0].item() == pytest.approx(sum(1 / n for n in rows))
     assert mass[0, 6].item() == pytest.approx(sum(max(n - 32, 0) / n for n in rows)) and mass[0, 7:].sum() == 0
@@ -123,7 +128,7 @@ def test_no_full_map_is_ever_made():
     for length in (256, 512):
         q, k, v, _ = draw((1, heads, 2, length, 8, 8, None), torch.float32)
         with Sizes() as sizes:
-            attention_statistics_streaming(q, k, v, scale=0.4, window=None, block=block)
+            attention_statistics_streaming(q, k, v, scores=Scores(0.4), block=block)
         largest[length] = sizes.largest
         assert sizes.largest <= heads * block * length  # rows of one block; a map of one head has length^2
         assert sizes.largest < length * length
@@ -140,15 +145,15 @@ def test_opcheck():
 def test_shapes_that_do_not_fit():
     q, k, v, o = draw(SHAPES[0])
     with pytest.raises(ValueError, match=r"attention_statistics: want q \[B,H,T,Dk\].*H a multiple of K; got"):
-        attention_statistics(q[:, :3], k, v, scale=1.0)
+        attention_statistics(q[:, :3], k, v, scores=Scores(1.0))
     with pytest.raises(ValueError, match=r"o \[B,T,H,Dv\].*got"):
-        attention_output_sums(q, k, v, o[:, 1:], scale=1.0)
+        attention_output_sums(q, k, v, o[:, 1:], scores=Scores(1.0))
 
 
 def from_triton(case: Case, inputs: tuple[Tensor, ...], **setting: object) -> tuple[Tensor, ...]:
     from tcal_compiler.kernels.attention_stats import triton_kernel
 
-    given = GIVEN | {"window": case[-1]} | setting
+    given = {"scores": scores_of(case)} | setting
     stats = triton_kernel.attention_statistics_triton(*inputs[:3], **given)
     return (*stats, *triton_kernel.attention_output_sums_triton(*inputs, **given))
 
@@ -180,13 +185,13 @@ def test_on_the_gpu_a_long_sequence_takes_memory_linear_in_it():
     inputs = draw((1, 2, 1, 32768, 64, 64, None), torch.bfloat16, "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attention_statistics(*inputs[:3], **GIVEN)  # the proof's own memory comes first
+        attention_statistics(*inputs[:3], scores=Scores(**GIVEN))  # the proof's own memory comes first
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        context, distance, entropy, mass = attention_statistics(*inputs[:3], **GIVEN)
+        context, distance, entropy, mass = attention_statistics(*inputs[:3], scores=Scores(**GIVEN))
     assert torch.cuda.max_memory_allocated() - before < 2 * context.numel() * context.element_size()
     q, k, v, _ = (x.float() for x in inputs)
-    exact = attention_statistics_streaming(q, k, v, window=None, **GIVEN)
+    exact = attention_statistics_streaming(q, k, v, scores=Scores(**GIVEN))
     for x, y in zip((distance, entropy, mass), exact[1:], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
     assert (context.float() - exact[0]).norm() < 1e-2 * exact[0].norm()

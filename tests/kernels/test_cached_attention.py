@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.cached_attention import cached_attention, cached_attention_reference
 from tcal_compiler.kernels.cached_attention.onnx_rule import decompose_plain, is_fused, plain_form, translation_table
+from tcal_compiler.kernels.scores import Scores
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 16, 0.3
 ROWS = [[5, 1, 3], [2, 0, 9]]  # real tokens of each row in each chunk
@@ -82,7 +83,7 @@ def test_ragged_chunks_are_single_whole_rows(
             for part, x in zip(new, full, strict=True):
                 part[b, :, : row[chunk]] = x[b, :, past[b] : past[b] + row[chunk]]
         out, *caches = cached_attention(
-            *new, *caches, past, total=total, scale=SCALE, window=window, **tables, **scores
+            *new, *caches, past, total=total, scores=Scores(SCALE, window, **scores), **tables
         )
         assert caches[0].shape[2] == max(slots, total)
         for b, row in enumerate(ROWS):
@@ -104,22 +105,22 @@ def arguments(tokens: int = 3, value_dim: int = DIM) -> tuple[Tensor, ...]:
 
 def test_the_op_keeps_pytorch_rules():
     tables = (torch.rand(9, 8), torch.rand(9, 8), False)
-    torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, SCALE, 0, *tables))
+    torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, *tables, SCALE))
     values = (1.5, torch.rand(HEADS), torch.rand(HEADS))
-    torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, SCALE, 0, *tables, *values))
+    torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, *tables, SCALE, 0, *values))
     torch.library.opcheck(
-        torch.ops.tcal.cached_attention, (*arguments()[:5], torch.tensor([2, 1]), 5, SCALE, 3, None, None, False)
+        torch.ops.tcal.cached_attention, (*arguments()[:5], torch.tensor([2, 1]), 5, None, None, False, SCALE, 3)
     )
 
 
 def test_the_plain_form_is_the_op_and_leaves_what_is_fused():
     args = arguments(value_dim=12)
     assert not is_fused(DIM, 12)
-    expected = cached_attention_reference(*args, total=8, scale=SCALE, window=4)
-    for a, b in zip(plain_form(*args, 8, SCALE, 4, None, None, False), expected, strict=True):
+    expected = cached_attention_reference(*args, total=8, scores=Scores(SCALE, 4))
+    for a, b in zip(plain_form(*args, 8, None, None, False, SCALE, 4), expected, strict=True):
         torch.testing.assert_close(a[0], b[0])
         torch.testing.assert_close(a[1, :, :5], b[1, :, :5])  # what lies behind the last token is free
-    assert plain_form(*arguments(), 8, SCALE, 4, None, None, False) is NotImplemented
+    assert plain_form(*arguments(), 8, None, None, False, SCALE, 4) is NotImplemented
 
 
 class TwoChunks(torch.nn.Module):
@@ -132,9 +133,9 @@ class TwoChunks(torch.nn.Module):
             caches = [k.new_zeros(1, KV_HEADS, 0, d) for d in (DIM, dim)]
             for first, past in ((slice(0, 3), 0), (slice(3, 5), 3)):
                 parts = (q[:, :, first], k[:, :, first], v[:, :, first, :dim])
-                options = {"scale": SCALE, "window": 4} | {name: f32[name] for name in names}
+                scores = Scores(SCALE, 4, **{name: f32[name] for name in names})
                 total = past + q[:, :, first].shape[2]
-                out, *caches = cached_attention(*parts, *caches, torch.tensor([past]), total=total, **options)
+                out, *caches = cached_attention(*parts, *caches, torch.tensor([past]), total=total, scores=scores)
                 outs.append(out)
         return tuple(outs)
 
@@ -163,6 +164,6 @@ def test_onnx_runtime_gives_the_same(tmp_path):
 def test_shapes_that_do_not_fit():
     q, *rest = arguments()
     with pytest.raises(ValueError, match=r"want sinks \[H\].*got \(3,\)"):
-        cached_attention(q, *rest, total=8, scale=SCALE, sinks=torch.zeros(3))
+        cached_attention(q, *rest, total=8, scores=Scores(SCALE, sinks=torch.zeros(3)))
     with pytest.raises(ValueError, match="want q"):
-        cached_attention(q[:, :3], *rest, total=8, scale=SCALE)
+        cached_attention(q[:, :3], *rest, total=8, scores=Scores(SCALE))

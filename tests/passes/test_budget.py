@@ -14,10 +14,10 @@ from tcal_compiler.passes.choose import budget_of, choose
 from tcal_compiler.passes.types import AttentionSite, SiteScan
 
 
-def site(index: int, kv_heads: int = 2) -> AttentionSite:
+def site(index: int, kv_heads: int = 2, window: int | None = None) -> AttentionSite:
     names = dict.fromkeys(("anchor", "q", "k", "v", "x", "y"), f"n{index}")
     sizes = {"num_heads": 4, "num_kv_heads": kv_heads, "key_dim": 8, "value_dim": 16, "hidden": 32}
-    facts = {"scale": 0.5, "window": None, "rope": True, "proof": "is_causal"}
+    facts = {"scale": 0.5, "window": window, "rope": True, "proof": "is_causal"}
     return AttentionSite(index=index, layer=f"layer.{index}", **names, **sizes, **facts)
 
 
@@ -33,6 +33,15 @@ def test_memory_is_that_of_caches_and_states():
     assert memory(EIGHT, (), 10**9) == 8 * STATE and memory(EIGHT, range(8), 100) == 800 * CACHE
     mixed = SiteScan((site(0, kv_heads=4), site(3)), ())
     assert memory(mixed, (0,), 100) == 200 * CACHE + STATE and memory(mixed, (3,), 100) == STATE + 100 * CACHE
+
+
+def test_a_window_keeps_what_it_can_still_see():
+    windowed = SiteScan((site(0, window=33), site(1)), ())
+    assert [memory(windowed, (0, 1), n) for n in (20, 33, 10**6)] == [
+        40 * CACHE,
+        (32 + 33) * CACHE,
+        (32 + 10**6) * CACHE,
+    ]
 
 
 @given(st.integers(0, 400_000), st.integers(0, 700))

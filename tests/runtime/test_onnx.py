@@ -88,14 +88,26 @@ def deploy(folder: Path, policy: str, *, window: int | None = None, head_dim: in
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
-    """Layer 0 keeps its attention, rotated by the runtime, over a window of 8 tokens; layer 1 is converted."""
-    return deploy(tmp_path_factory.mktemp("hybrid"), "keep=0", window=8)
+    """Layer 0 keeps its attention, rotated by the runtime; layer 1 is converted."""
+    return deploy(tmp_path_factory.mktemp("hybrid"), "keep=0")
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """Layer 0 keeps its attention over a window of 8 tokens; layer 1 is converted."""
+    return deploy(tmp_path_factory.mktemp("windowed"), "keep=0", window=8)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     """Layer 0 keeps its attention, of a size that the fused attention does not take."""
-    return deploy(tmp_path_factory.mktemp("plain"), "keep=0", window=8, head_dim=12)
+    return deploy(tmp_path_factory.mktemp("plain"), "keep=0", head_dim=12)
+
+
+@pytest.fixture(scope="module")
+def plain_windowed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """The same over a window of 8 tokens."""
+    return deploy(tmp_path_factory.mktemp("plain_windowed"), "keep=0", window=8, head_dim=12)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +130,18 @@ def test_hybrid_equals_torch(hybrid: Deployed):
     graph = onnx.load(hybrid.artifact.path).graph
     (node,) = (n for n in graph.node if n.op_type == "GroupQueryAttention")
     options = {a.name: a.i for a in node.attribute}
-    assert len(node.input) == 9 and options["do_rotary"] == 1 and options["local_window_size"] == 8
+    assert len(node.input) == 9 and options["do_rotary"] == 1 and "local_window_size" not in options
     assert_parity(hybrid)
+
+
+def test_a_window_equals_torch_and_holds_no_more_than_it_needs(windowed: Deployed):
+    graph = onnx.load(windowed.artifact.path).graph
+    (node,) = (n for n in graph.node if n.op_type == "GroupQueryAttention")
+    assert {a.name: a.i for a in node.attribute}["local_window_size"] == 8 and len(node.input) == 7
+    assert_parity(windowed)
+    assert not share_flag(windowed)
+    states = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
+    assert states["past_key_values.0.key"] == states["past_key_values.0.value"] == ["batch", 2, 7, 16]
 
 
 def test_the_plain_form_equals_torch_and_grows(plain: Deployed):
@@ -127,6 +149,12 @@ def test_the_plain_form_equals_torch_and_grows(plain: Deployed):
     assert ops["GroupQueryAttention"] == 0 and ops["Softmax"] == 1
     assert_parity(plain)
     assert not share_flag(plain)
+
+
+def test_the_plain_form_of_a_window_equals_torch(plain_windowed: Deployed):
+    ops = Counter(n.op_type for n in onnx.load(plain_windowed.artifact.path).graph.node)
+    assert ops["GroupQueryAttention"] == 0
+    assert_parity(plain_windowed)
 
 
 def share_flag(deployed: Deployed) -> bool:
@@ -204,7 +232,7 @@ def test_the_function_alone_gives_the_same_numbers(hybrid: Deployed, tmp_path: P
     assert_parity(replace(hybrid, artifact=replace(hybrid.artifact, path=path)))
 
 
-@pytest.mark.parametrize("name", ["hybrid", "plain", "all_converted"])
+@pytest.mark.parametrize("name", ["hybrid", "windowed", "plain", "plain_windowed", "all_converted"])
 @pytest.mark.parametrize("chunks", [(25,), (7, 1, 17), (1, 24)], ids=str)
 def test_padded_batches_are_single_runs_in_the_runtime(
     name: str, chunks: tuple[int, ...], request: pytest.FixtureRequest
@@ -223,7 +251,7 @@ def test_padded_batches_are_single_runs_in_the_runtime(
         np.testing.assert_allclose(logits[seen.numpy()], expected.numpy(), atol=3e-5)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "plain", "all_converted"])
+@pytest.mark.parametrize("name", ["hybrid", "windowed", "plain", "all_converted"])
 def test_batched_generation_is_single_generation(name: str, request: pytest.FixtureRequest):
     deployed: Deployed = request.getfixturevalue(name)
     session = OnnxSession(deployed.artifact.folder, threads=1)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tcal_compiler.errors import DataError, TcalError
 from tcal_compiler.kernels.attention_stats import streaming
 from tcal_compiler.kernels.gates import decay_gate
+from tcal_compiler.kernels.scores import Scores
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.runtime import align as align_module
 from tcal_compiler.runtime import initialize
@@ -51,7 +52,7 @@ def check_no_full_map() -> None:
     length = 400
     q, k, v = (torch.randn(1, h, length, DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
     with _Largest() as spy:
-        streaming.attention_statistics_streaming(q, k, v, scale=0.9, window=None, block=16)
+        streaming.attention_statistics_streaming(q, k, v, scores=Scores(0.9), block=16)
     assert spy.numel <= HEADS * 16 * length
 
 

@@ -1,0 +1,59 @@
+"""examples/bench_variants.py on the student that the tests share: its table and what it counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import bench_variants
+
+from tcal_compiler.runtime.session import OnnxSession
+
+CONTEXTS = (8, 32)
+
+
+def test_every_variant_is_scored_and_timed(shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(bench_variants, "read_bandwidth", lambda: 1e9)  # the real one takes seconds
+    words = ["bench", "--model", f"tiny={shared_run}", "--dtypes", "fp32", "int8", "--contexts", *map(str, CONTEXTS)]
+    words += ["--steps", "2", "--turns", "1", "--sequences", "2", "--length", "32", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    bench_variants.main()
+    found = json.loads(out.read_text())
+    whole, int8 = (found["variants"][f"tiny {d}"] for d in ("fp32", "int8"))
+    assert whole["kl"] == 0 < int8["kl"] < 0.1 and int8["size_mb"] < whole["size_mb"]
+    session = OnnxSession(shared_run / "onnx", threads=1)
+    for variant in ("tiny fp32", "tiny int8"):
+        rows = found["variant_decode"][variant]
+        assert set(rows) == set(map(str, CONTEXTS))
+        for row in rows.values():
+            assert row["speedup_over_first"] == 1 and row["median_ms"] > 0
+            assert math.isclose(row["share_of_bound"], row["bound_ms"] / row["median_ms"], rel_tol=1e-2, abs_tol=1e-4)
+    first, second = (found["variant_decode"]["tiny fp32"][str(c)]["moved_mb"] for c in CONTEXTS)
+    growth = []
+    for context in CONTEXTS:
+        session.reset()
+        session.prefill([1] * context)
+        growth.append(session.state_bytes / 1e6)  # the recurrent states are as large behind both
+    assert math.isclose(second - first, growth[1] - growth[0], abs_tol=1e-3)
+
+
+def test_bytes_of_a_step(shared_run: Path):
+    """Weights without tables, as stored; keys and values once, recurrent states in and out."""
+    path = shared_run / "onnx/model.onnx"
+    graph = onnx.load(path).graph
+    sizes = {t.name: len(t.raw_data) for t in graph.initializer}
+    tables = {n.input[0] for n in graph.node if n.op_type == "Gather"} & sizes.keys()
+    others = {i for n in graph.node if n.op_type not in ("Gather", "GroupQueryAttention") for i in n.input}
+    expected = sum(size for name, size in sizes.items() if name in others)
+    assert bench_variants.weight_bytes(path) == expected < sum(sizes.values()) and tables
+    session = OnnxSession(path, threads=1)
+    session.prefill([1] * 7)
+    recurrent = sum(4 * math.prod(s) for s in session.state_shapes(0))
+    assert session.step_bytes == session.state_bytes + recurrent

@@ -1,0 +1,35 @@
+"""examples/generate_genai.py: onnxruntime-genai gives the tokens of our own session, alone and in padded batches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnxruntime_genai", reason="the extra `genai`")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import generate_genai
+
+from tcal_compiler.runtime.session import OnnxSession
+
+PROMPTS = ["The old man", "A", "and then she went", "Zebra 9"]
+
+
+def test_tokens_are_those_of_our_session(shared_run: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    session = OnnxSession(shared_run / "onnx", threads=1)
+    prompts = [list(p.encode()) for p in PROMPTS]
+    expected = []
+    for prompt in prompts:
+        session.reset()
+        expected.append(list(session.generate(prompt, 30, eos=session.eos_token_id)))
+    assert len({tuple(e) for e in expected}) == 4
+    config = json.loads((shared_run / "onnx/genai_config.json").read_text())["model"]
+    assert "pad_token_id" not in config or all(p[-1] != config["pad_token_id"] for p in prompts)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert generate_genai.continuations(shared_run / "onnx", [prompt], 30) == [tokens]
+    assert generate_genai.continuations(shared_run / "onnx", prompts, 30) == expected
+    monkeypatch.setattr(sys, "argv", ["generate_genai", str(shared_run), *PROMPTS[:2], "--max-new-tokens", "8"])
+    generate_genai.main()
+    assert capsys.readouterr().out.startswith("The old man" + bytes(expected[0][:8]).decode("utf-8", "replace"))
