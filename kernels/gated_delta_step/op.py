@@ -19,7 +19,6 @@ from tcal_compiler.kernels.shapes import Shapes
 from .reference import gated_delta_step_reference
 
 MOST_TOKENS = 16
-SEEN_RIGHT = False  # whether the GPU tests of the kernel have passed on a GPU; see docs/kernels.md
 SHAPES = Shapes(
     "gated_delta_step",
     "q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g [B,T,H], beta [B,T,H], state [B,H,Dk,Dv], gate [B,T,H,Dv], "
@@ -107,9 +106,9 @@ def _run(
 
 
 def _takes_triton(q: Tensor, v: Tensor, state: Tensor, normalize: bool, normed: bool) -> bool:
-    if not SEEN_RIGHT or state.dtype != torch.float32:
-        return False
-    return takes_triton("gated_delta_step", self_check, q, q.shape[-1], v.shape[-1], normalize, normed)
+    return state.dtype == torch.float32 and takes_triton(
+        "gated_delta_step", self_check, q, q.shape[-1], v.shape[-1], normalize, normed
+    )
 
 
 @torch.library.custom_op("tcal::gated_delta_step", mutates_args=())

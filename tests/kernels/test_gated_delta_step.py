@@ -263,17 +263,17 @@ def test_extremes_on_the_gpu():
 
 @pytest.mark.gpu
 @FALLBACK_FAILS
-def test_steps_are_the_layer_on_the_gpu(monkeypatch):
-    monkeypatch.setattr(op, "SEEN_RIGHT", True)
+def test_steps_are_the_layer_on_the_gpu():
     a_layer(through_the_op, "cuda")
 
 
 @pytest.mark.gpu
 @FALLBACK_FAILS
-@pytest.mark.parametrize("seen_right", [False, True])
-def test_a_cuda_graph_replays_steps(seen_right, monkeypatch):
+@pytest.mark.parametrize("triton", [False, True])
+def test_a_cuda_graph_replays_steps(triton, monkeypatch):
     """Three steps in a captured graph, replayed on new inputs, are three steps; both paths."""
-    monkeypatch.setattr(op, "SEEN_RIGHT", seen_right)
+    if not triton:
+        monkeypatch.setattr(op, "takes_triton", lambda *_: False)
     drawn = draw((1, 1, 16, 4, 128, 128), torch.bfloat16, normalize=True, normed=True)
     args = [x.cuda() for x in drawn]
     through_the_op([*args[:5], args[5].clone(), *args[6:]])  # the proof, and what is compiled

@@ -126,8 +126,7 @@ def test_without_triton_nothing_fails(monkeypatch):
         assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)  # once
 
 
-def test_cpu_tensors_never_take_triton(monkeypatch):
-    monkeypatch.setattr(step, "SEEN_RIGHT", True)
+def test_cpu_tensors_never_take_triton():
     x = torch.zeros(1, 5, 2, 64)
     assert not rule._takes_triton(x, x) and not statistics._takes_triton(x, x) and not norm._takes_triton(x)
     assert not step._takes_triton(x, x, x, True, True)
