@@ -103,10 +103,12 @@ def _token_part(capture: Capture) -> _Tokens:
 
 
 def _above_expand(node: Node) -> Node:
-    """The 4-D tensor whose heads unsqueeze, expand and reshape may have repeated; else the node itself."""
+    """The 4-D tensor whose heads repeat_interleave or unsqueeze, expand, reshape may repeat; else the node itself."""
     allowed = LAYOUT | {aten.slice.Tensor, aten.unsqueeze.default, aten.unflatten.int}
     c = node
     for _ in range(8):
+        if c.target is aten.repeat_interleave.self_int:
+            return c.args[0] if value(c.args[0]).ndim == 4 else node  # type: ignore[return-value,arg-type]
         if c.target is aten.expand.default:
             c = c.args[0]  # type: ignore[assignment]
             while c.target in (aten.slice.Tensor, aten.unsqueeze.default):

@@ -51,11 +51,16 @@ class TeacherRecord(_Strict):
 
 
 class StageRecord(_Strict):
-    """A complete stage. files: sha256 by name relative to the run folder. seconds: wall time."""
+    """A complete stage.
+
+    files: sha256 by name relative to the run folder. made_from: stages that it read, with Manifest.stage_hash as it was
+    then. seconds: wall time.
+    """
 
     config_hash: Sha256
     inputs_hash: Sha256
     files: dict[RelativeName, Sha256]
+    made_from: dict[StageName, Sha256] = {}
     evidence: dict[str, JsonValue]
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     finished_at: str
@@ -78,6 +83,23 @@ class Manifest(_Strict):
     plan: dict[str, JsonValue] = {}
     stages: dict[StageName, StageRecord] = {}
     pending: Pending | None = None
+
+    def stage_hash(self, name: str) -> str:
+        """sha256 (hex) of what a complete stage was made from and made."""
+        record = self.stages[name]
+        return hash_json([record.config_hash, record.inputs_hash, record.files])
+
+    def made_before(self, name: str) -> str:
+        """The earlier stage that was made anew after a complete stage, or after one that it read; "" when none was."""
+        todo, seen = [name], set[str]()
+        while todo:
+            stage = todo.pop()
+            seen.add(stage)
+            for earlier, then in self.stages[stage].made_from.items():
+                if earlier not in self.stages or self.stage_hash(earlier) != then:
+                    return earlier
+                todo += {earlier} - seen
+        return ""
 
 
 def package_version() -> str:

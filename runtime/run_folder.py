@@ -20,7 +20,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,6 +61,8 @@ from .run_files import (
     remove_empty,
 )
 
+AGAIN = ("its settings changed", "what it is made from changed", "its files were changed", "it was asked for anew")
+
 
 @dataclass
 class Stage:
@@ -96,6 +98,7 @@ class RunFolder:
         self._redo = False
         self._ran: set[str] = set()
         self._hashes: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.on_again: Callable[[str, str], None] = lambda stage, why: None  # before a complete stage runs again
 
     @classmethod
     def create_or_open(
@@ -201,11 +204,7 @@ class RunFolder:
         self._lock, self._writable = None, False
 
     def record(self, name: str) -> StageRecord:
-        """The manifest's record of a stage.
-
-        Raises:
-            RunFolderError: the stage was never completed.
-        """
+        """The manifest's record of a stage. Raises RunFolderError when the stage was never completed."""
         if name not in self.manifest.stages:
             done = ", ".join(self.manifest.stages) or "none"
             raise RunFolderError(str(self.path), f"stage {name} is not complete; complete: {done}", "tcal-compile")
@@ -213,8 +212,8 @@ class RunFolder:
 
     def stage_hash(self, name: str) -> str:
         """sha256 (hex) of what a stage was made from and made: an input of the stages that read its files."""
-        record = self.record(name)
-        return hash_json([record.config_hash, record.inputs_hash, record.files])
+        self.record(name)
+        return self.manifest.stage_hash(name)
 
     def changed(self, name: str) -> dict[str, str]:
         """Files of a stage that are not what its record says: name -> what is wrong. Reads them once per change."""
@@ -233,8 +232,13 @@ class RunFolder:
         """What has to come before the files of a complete stage are loaded.
 
         Raises:
-            RunFolderError: the stage was never completed, or one of its files is not what its record says.
+            RunFolderError: the stage was never completed, a stage that it was made from is another now, or one of its
+                files is not what its record says.
         """
+        self.record(name)
+        if earlier := self.manifest.made_before(name):
+            what = f"stage {name} is of before {earlier} was made anew"
+            raise RunFolderError(str(self.path), what, "the same tcal-compile command goes on from there")
         for rel, problem in self.changed(name).items():
             raise RunFolderError(str(self.path / rel), problem, "the same tcal-compile command makes it again")
 
@@ -258,16 +262,19 @@ class RunFolder:
         folder, scratch = self.path / f".tmp-{name}-{os.getpid()}", self.path / SCRATCH_NAME / name / key
         old = self.manifest.stages.get(name)
         redo = self._redo and name not in self._ran
-        if old and not redo and (old.config_hash, old.inputs_hash) == hashes and not self.changed(name):
-            yield Stage(name, True, self.path, scratch, dict(old.evidence))
-            return
+        if old:
+            same = old.config_hash == hashes[0], old.inputs_hash == hashes[1], not self.changed(name), not redo
+            if all(same):
+                yield Stage(name, True, self.path, scratch, dict(old.evidence))
+                return
+            self.on_again(name, next(why for why, ok in zip(AGAIN, same, strict=True) if not ok))
         started = time.monotonic()
         stage = Stage(name, False, folder, scratch)
         try:
             self._publish()  # a disk that was full may have cut off the stage before
             self._make_folders(folder, scratch, keep=not redo)
             yield stage
-            self._commit(stage, hashes, time.monotonic() - started)
+            self._commit(stage, hashes, inputs, time.monotonic() - started)
         except BaseException as e:
             pending = self.manifest.pending
             if pending is None or pending.folder != folder.name:
@@ -281,11 +288,7 @@ class RunFolder:
             raise
 
     def scratch(self, name: str) -> Path:
-        """The checkpoint folder of a stage that is running, as Stage.scratch.
-
-        Raises:
-            RunFolderError: no such stage is running.
-        """
+        """The checkpoint folder of a stage that is running, as Stage.scratch; RunFolderError when none is."""
         found = sorted((self.path / SCRATCH_NAME / name).glob("*"))
         if len(found) != 1:
             raise RunFolderError(str(self.path), f"stage {name} is not running")
@@ -307,7 +310,7 @@ class RunFolder:
         except OSError as e:
             raise os_error(e, self.path) from e
 
-    def _commit(self, stage: Stage, hashes: tuple[str, str], seconds: float) -> None:
+    def _commit(self, stage: Stage, hashes: tuple[str, str], inputs: Any, seconds: float) -> None:
         taken = {rel: n for n, r in self.manifest.stages.items() if n != stage.name for rel in r.files}
         names = new_files(stage.dir, stage=stage.name, taken=taken, root=self.path)
         files = {rel: hash_file(stage.dir / rel) for rel in names}
@@ -316,6 +319,7 @@ class RunFolder:
             config_hash=hashes[0],
             inputs_hash=hashes[1],
             files=files,
+            made_from={n: h for n, h in as_json(inputs).items() if n in self.manifest.stages and n != stage.name},
             evidence=as_json(stage.evidence),
             seconds=round(seconds, 3),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -30,6 +30,7 @@ def save_weights(student: Student, path: Path, *, only: set[str] | None = None) 
 
     state = unique_state(student)
     save_file({n: t.clone() for n, t in state.items() if only is None or n in only}, str(path))
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps it to its owner, unlike the other files
 
 
 def load_weights(student: Student, path: Path) -> None:

@@ -311,6 +311,10 @@ def write_report(run: RunFolder, progress: Progress) -> None:
         progress.say(PLOTS_HINT)
 
 
+def report_file(run: Path) -> Path:
+    return page if (page := run / "report.html").is_file() else run / "report.md"
+
+
 def convert(
     teacher: str,
     *,
@@ -360,6 +364,7 @@ def convert(
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
+        run.on_again = lambda stage, why: progress.say(f"stage {stage} runs again: {why}")
         chosen = chosen or _guarded(
             "score", lambda: scored_plan(run, source, ids, config, place, progress, reuse=resume)
         )

@@ -55,23 +55,23 @@ compile_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def _convert(
     until: str, teacher: str, out: Path, policy: str | None, *, options: dict[str, Any], json_out: bool
 ) -> None:
-    from .api import convert
+    from .api import convert, report_file
+    from .recorded import settings_before
 
     config_file, plan = options.pop("config"), options.pop("plan")
     run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device", "resume")}
     progress = Progress(quiet=options.pop("quiet"))
-    config = load_config(config_file, {"policy": policy, **options})
+    settings, tokenizer = settings_before(out)
+    if settings:
+        progress.say(f"{out} goes on with its own settings where none is given")
+    run_options["tokenizer"] = run_options["tokenizer"] or tokenizer
+    config = load_config(config_file, {"policy": policy, **options}, settings)
     path = convert(teacher, out=out, config=config, plan=plan, until=until, progress=progress, **run_options)
     if json_out:
-        from .runtime.run_folder import RunFolder
-
-        with RunFolder.open_existing(path) as run:
-            print(run.manifest.model_dump_json(indent=1))
+        print((path / "tcal.json").read_text(encoding="utf-8"))
         return
-    found = [path / name for name in ("report.html", "report.md") if (path / name).is_file()]
-    print(f"{path}: {until} is complete. Report: {found[0]}")
-    if until == "export":
-        print(f'Try: tcal generate {path} "Once upon a time"')
+    print(f"{path}: {until} is complete. Report: {report_file(path)}")
+    print(f'Try: tcal generate {path} "Once upon a time"' if until == "export" else f"Plan: {path / 'plan.toml'}")
 
 
 def _stage_command(until: str, description: str) -> Callable[..., None]:
@@ -187,6 +187,7 @@ def distill(
 
     Options that are not given are those that the run was made with; --config replaces its [distill] table.
     """
+    from .api import report_file
     from .runs import distill_run
 
     path = distill_run(
@@ -201,7 +202,7 @@ def distill(
         until="distill" if no_export else "export",
         progress=Progress(quiet=quiet),
     )
-    print(f"{path}: distillation is complete. Report: {path / 'report.md'}")
+    print(f"{path}: distillation is complete. Report: {report_file(path)}")
 
 
 @app.command()

@@ -66,6 +66,13 @@ def build_config(data: dict[str, Any], where: str) -> Config:
         raise ConfigError(where, f"{key} = {first.get('input')!r}: {first['msg']}", _meaning(key)) from None
 
 
+def _gives_length(data: dict[str, Any], overrides: dict[str, Any]) -> bool:
+    """Whether the length of the distillation is said anew."""
+    table = data.get("distill")
+    given = [table.get(k) if isinstance(table, dict) else None for k in ("steps", "tokens")]
+    return any(v is not None for v in [*given, overrides.get("distill.steps"), overrides.get("distill.tokens")])
+
+
 def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, Any] | None = None) -> Config:
     """Configuration from a TOML file (optional) with overrides such as {"align.steps": 100} on top.
 
@@ -78,6 +85,8 @@ def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, An
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
             raise ConfigError(str(path), f"cannot be read as TOML: {e}", "a file with lines such as seed = 1") from None
     for key, value in (base or {}).items():
+        if key == "distill" and isinstance(value, dict) and _gives_length(data, overrides):
+            value = value | {"steps": 0, "tokens": None}  # steps and tokens are two ways to say one thing
         if isinstance(value, dict) and isinstance(data.get(key, {}), dict):
             data[key] = value | data.get(key, {})
         else:

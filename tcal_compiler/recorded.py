@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from .errors import RunFolderError
 from .passes.types import Check, Plan, SiteScan
 from .runtime.manifest import MANIFEST_NAME
+from .runtime.run_files import read_manifest
 from .runtime.run_folder import RunFolder
 
 
@@ -90,6 +92,19 @@ def plan_of(run: RunFolder, scan: SiteScan) -> Plan:
         if sorted(found.keep + found.convert) != [s.index for s in scan.sites]:
             raise ValueError(f"layers {found.keep} and {found.convert} are not the teacher's sites, each once")
     return Plan(tuple(found.keep), tuple(found.convert), found.policy)
+
+
+def settings_before(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Configuration and tokenizer that a run folder was made with, for what is not given again; empty without one.
+
+    The policy is left out: the run's own plan.toml counts. Raises RunFolderError when the manifest is damaged.
+    """
+    if not (path / MANIFEST_NAME).is_file():
+        return {}, None
+    manifest = read_manifest(path)
+    evidence: Any = manifest.stages["plan"].evidence if "plan" in manifest.stages else {}
+    is_bytes = evidence.get("info", {}).get("tokenizer") == "bytes"
+    return {**manifest.config, "policy": None}, "bytes" if is_bytes else evidence.get("tokenizer_dir")
 
 
 def calibrated_texts(run: RunFolder) -> tuple[dict[str, str], dict[str, list[str]]]:

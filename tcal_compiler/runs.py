@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,13 @@ from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Progress
-from .recorded import calibrated_texts, calibration_length, plan_of, training_checks
+from .recorded import (
+    calibrated_texts,
+    calibration_length,
+    plan_of,
+    settings_before,
+    training_checks,
+)
 from .report import can_plot
 from .report.compare import compare_html, compare_markdown
 from .report.facts import Facts
@@ -129,7 +134,13 @@ def _record_eval(run: RunFolder, text: Path, length: int, count: int, results: d
     with run.stage("eval", config=settings, inputs=inputs) as stage:
         if not stage.done:
             body = {n: asdict(r) for n, r in results.items()}
-            stage.evidence = {"text": text.name, "length": length, "sequences": count, "results": body}
+            stage.evidence = {
+                "text": text.name,
+                "path": str(text),
+                "length": length,
+                "sequences": count,
+                "results": body,
+            }
 
 
 def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None) -> str:
@@ -176,7 +187,9 @@ def verify_run(
         )
         for name in STAGES:
             run.record(name)
-        if problems:
+            old = bool(run.manifest.made_before(name))
+            checks.append(Check(f"stage {name} is of before an earlier one was made anew", float(old), 0.0))
+        if any(not c.passed for c in checks):
             return checks
         progress.say("verify: teacher")
         source = _teacher_of(run, teacher, tokenizer, allow_pickle)
@@ -219,14 +232,10 @@ def distill_run(
     with RunFolder.open_existing(path) as run:
         run.record("align")
         manifest = run.manifest
-    base: dict[str, Any] = manifest.config | {"policy": None}  # the run's own plan.toml counts
-    if steps is not None or tokens is not None:
-        base["distill"] |= {"steps": 0, "tokens": None}
-    config = load_config(config_file, {"distill.steps": steps, "distill.tokens": tokens}, base)
+    settings, as_before = settings_before(Path(path))
+    config = load_config(config_file, {"distill.steps": steps, "distill.tokens": tokens}, settings)
     if steps is None and not config.distill.steps and not config.distill.tokens:
         raise ConfigError("distill", "the run says no steps and no tokens", "tcal distill RUN --steps 200")
-    plan: Any = manifest.stages["plan"].evidence
-    as_before = "bytes" if plan["info"].get("tokenizer") == "bytes" else plan.get("tokenizer_dir")
     return convert(
         teacher or manifest.teacher.source,
         out=path,

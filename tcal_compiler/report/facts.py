@@ -51,9 +51,9 @@ class Facts:
     manifest: Manifest
 
     def evidence(self, stage: str) -> dict[str, Any]:
-        """What a stage recorded; empty when it is not complete."""
+        """What a stage recorded; empty when it is not complete, or of before an earlier stage was made anew."""
         stages = self.manifest.stages
-        return stages[stage].evidence if stage in stages else {}
+        return stages[stage].evidence if stage in stages and not self.manifest.made_before(stage) else {}
 
     @cached_property
     def layers(self) -> list[Layer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 import tomli_w
@@ -186,6 +187,9 @@ def checks(run: Facts, _: Scales) -> list[Block]:
 def stages(run: Facts, _: Scales) -> list[Block]:
     complete = [(n, s) for n, s in run.manifest.stages.items() if n != "report"]
     rows = [[n, f"{s.seconds:.1f}", str(run.evidence(n).get("device", "")), s.finished_at] for n, s in complete]
+    for row in rows:
+        if earlier := run.manifest.made_before(row[0]):
+            row[3] += f", before {earlier} was made anew: not shown"
     return [Table(["stage", "seconds", "device", "finished"], rows)]
 
 
@@ -213,9 +217,8 @@ def commands(run: Facts) -> str:
         words.append(f"--device {device}")
     lines = [" ".join([*words, "-o again"])]
     if score := run.evidence("eval"):
-        lines.append(
-            f"tcal eval again --text {score['text']} --length {score['length']} --sequences {score['sequences']}"
-        )
+        text = shlex.quote(score.get("path", score["text"]))
+        lines.append(f"tcal eval again --text {text} --length {score['length']} --sequences {score['sequences']}")
     return "\n".join([*lines, "tcal verify again"])
 
 

@@ -40,7 +40,7 @@ EXACT = [
     ("alibi", {}, KV_HEADS),
     ("expand", {}, KV_HEADS),
     ("written out", {}, KV_HEADS),
-    ("interleave", {}, HEADS),
+    ("interleave", {}, KV_HEADS),
     ("tile", {}, HEADS),  # other order of heads: whole heads cannot be shared by neighbours
     ("late transpose", {}, HEADS),
     ("is_causal", {"fused": True}, KV_HEADS),
