@@ -357,17 +357,16 @@ def convert(
     require_causal(source.capture)
     with RunFolder.create_or_open(
         out,
-        teacher_fingerprint=source.capture.fingerprint,
-        teacher_source=source.teacher.source,
+        teacher_fingerprint=record.fingerprint,
+        teacher_source=record.source,
         teacher_kind=source.teacher.kind,
         vocab_size=source.capture.vocab_size,
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
         run.on_again = lambda stage, why: progress.say(f"stage {stage} runs again: {why}")
-        chosen = chosen or _guarded(
-            "score", lambda: scored_plan(run, source, ids, config, place, progress, reuse=resume)
-        )
+        score = lambda: scored_plan(run, source, ids, config, place, progress, reuse=resume)  # noqa: E731
+        chosen = chosen or _guarded("score", score)
         progress.say(
             f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
         )

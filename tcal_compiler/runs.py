@@ -133,14 +133,8 @@ def _record_eval(run: RunFolder, text: Path, length: int, count: int, results: d
     inputs = {"export": run.stage_hash("export"), "text": data.text_sha256(text)}
     with run.stage("eval", config=settings, inputs=inputs) as stage:
         if not stage.done:
-            body = {n: asdict(r) for n, r in results.items()}
-            stage.evidence = {
-                "text": text.name,
-                "path": str(text),
-                "length": length,
-                "sequences": count,
-                "results": body,
-            }
+            stage.evidence = {"text": text.name, "path": str(text), "length": length, "sequences": count}
+            stage.evidence["results"] = {n: asdict(r) for n, r in results.items()}
 
 
 def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None) -> str:
