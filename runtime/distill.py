@@ -16,6 +16,7 @@ from tcal_compiler.errors import StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
 
 from .config import DistillConfig
+from .divergence import Objective
 from .logits import Losses, compare, split_model
 from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate
@@ -62,13 +63,12 @@ class Distiller:
             self.student.capture.inputs(part),
             counts,
             chunk=c.chunk,
-            temperature=c.temperature if train else 1.0,
-            cross_entropy=c.cross_entropy if train else 0.0,
+            objective=Objective(c.divergence, c.temperature if train else 1.0, c.cross_entropy),
             backward=train,
         )
 
     def step(self, step: int, index: Tensor) -> float:
-        """One optimiser step; returns the mean KL before it, at the training temperature.
+        """One optimiser step; returns the mean divergence before it, at the training temperature.
 
         Raises StageError when loss or gradient is not finite; then no weight has changed.
         """
@@ -81,30 +81,32 @@ class Distiller:
             self.masters[n].grad = None if p.grad is None else p.grad.float()
             p.grad = None
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
-        kl = losses.kl.item() / max(1, losses.count)
-        if not math.isfinite(kl) or not bool(norm.isfinite()):
-            raise StageError(
-                "distill",
-                f"step {step + 1}: KL {kl:.4g}, gradient norm {norm.item():.4g}: not finite",
-                HINT,
-            )
+        loss = losses.divergence.item() / max(1, losses.count)
+        if not math.isfinite(loss) or not bool(norm.isfinite()):
+            what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
+            raise StageError("distill", what, HINT)
         self.optimizer.step()
         self.write(self.masters)
         self.predictions += losses.count
-        return kl
+        return loss
 
     def score(self) -> dict[str, float]:
-        """Mean KL and NLL at temperature 1 of the present weights on the held-out sequences; keeps the best weights."""
+        """Mean losses at temperature 1 of the present weights on the held-out sequences; keeps the best weights.
+
+        held_out is the objective; kl (forward) and nll are always there, the divergence where it is another one.
+        """
         held = torch.arange(self.train, len(self.ids)).split(self.config.batch)
         first, *rest = (self._compare(h) for h in held)
         total = sum(rest, first)
-        kl, nll = total.kl.item() / total.count, total.nll.item() / total.count
-        score = kl + self.config.cross_entropy * nll
+        divergence, kl, nll = (x.item() / total.count for x in (total.divergence, total.kl, total.nll))
+        score = divergence + self.config.cross_entropy * nll
         if score < self.best_score:  # False for NaN
             self.best_score, self.best = score, {n: m.clone() for n, m in self.masters.items()}
         if not math.isfinite(score):
-            raise StageError("distill", f"the held-out score is not finite: KL {kl:.4g}, NLL {nll:.4g}", HINT)
-        return {"held_out": score, "kl": kl, "nll": nll}
+            what = f"the held-out score is not finite: {self.config.divergence} {divergence:.4g}, NLL {nll:.4g}"
+            raise StageError("distill", what, HINT)
+        other = {} if self.config.divergence == "forward-kl" else {"divergence": divergence}
+        return {"held_out": score, "kl": kl, "nll": nll} | other
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
@@ -152,7 +154,7 @@ def distill(
     counts [N, T - 1] bool: predictions that count, as in `compare`. A score is taken after a step, on the weights that
     are then kept; the starting weights take part, so the student never ends worse than it began. A step's sequences
     depend on seed and step only: a run resumed from `save`'s state gives the same numbers. Returns the student and the
-    curve: KL on the step's sequences before it, and held-out score, KL and NLL.
+    curve: divergence on the step's sequences before it, and held-out score, KL and NLL.
 
     Raises StageError when a loss, a score or a weight to be saved is not finite: the state last saved stays usable; and
     when no held-out prediction counts.
@@ -167,15 +169,15 @@ def distill(
     else:
         state.curve.append({"step": 0, "train": None, "predictions": 0, **trainer.score()})
     for step in range(state.step, config.steps):
-        kl = trainer.step(step, batch_indices(step, sequences=train, batch=config.batch, seed=seed))
+        loss = trainer.step(step, batch_indices(step, sequences=train, batch=config.batch, seed=seed))
         done = step + 1
         if config.scores_after(done):
-            state.curve.append({"step": done, "train": kl, "predictions": trainer.predictions, **trainer.score()})
+            state.curve.append({"step": done, "train": loss, "predictions": trainer.predictions, **trainer.score()})
         state.step = done
         if save and config.saves_after(done):
             state.tensors = trainer.state()
             save(state)
         if progress:
-            progress(done, config.steps, kl)
+            progress(done, config.steps, loss)
     trainer.write(trainer.best)
     return replace(student, stage="distilled"), state.curve

@@ -16,6 +16,8 @@ from torch.fx import GraphModule, Node
 from tcal_compiler.passes.graph import argument, aten, inputs, output_node
 from tcal_compiler.passes.site_program import cut_program, tap_graph
 
+from .divergence import FORWARD_KL, Objective, forward_kl
+
 _POINTWISE = {
     aten.add.Tensor,
     aten.clone.default,
@@ -65,25 +67,35 @@ def split_model(gm: GraphModule) -> SplitModel:
     return SplitModel(tap_graph(gm, [logits.name]), None)
 
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_v p (log p - log q) per row [N], p = softmax(teacher / temperature), q = softmax(student / temperature).
-
-    student, teacher: logits [N, V]. A token that the teacher rules out (-inf) adds 0, as p log p does in the limit.
-    """
-    log_p, log_q = F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1)
-    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
-
-
 @dataclass(frozen=True)
 class Losses:
-    """Sums over `count` predictions in float64: of the forward KL, and of the negative log likelihood, in nats."""
+    """Sums over `count` predictions in float64, in nats.
 
+    divergence: that of the objective. kl: forward KL at its temperature. nll: the student's negative log likelihood.
+    Where `compare` trains, kl and nll are 0 unless the objective needs them.
+    """
+
+    divergence: Tensor
     kl: Tensor
     nll: Tensor
     count: int
 
     def __add__(self, other: Losses) -> Losses:
-        return Losses(self.kl + other.kl, self.nll + other.nll, self.count + other.count)
+        sums = (getattr(self, n) + getattr(other, n) for n in ("divergence", "kl", "nll", "count"))
+        return Losses(*sums)
+
+
+def _chunk_losses(hard: Tensor, soft: Tensor, target: Tensor, objective: Objective, *, all_of_them: bool) -> Losses:
+    """Losses of logits [N, V]; all_of_them: also those that the objective does not need."""
+    divergence = objective.rows(hard, soft).sum()
+    kl = nll = hard.new_zeros(())
+    if objective.divergence == "forward-kl":
+        kl = divergence
+    elif all_of_them:
+        kl = forward_kl(hard, soft, objective.temperature).sum()
+    if objective.cross_entropy or all_of_them:
+        nll = F.cross_entropy(hard, target, reduction="sum")
+    return Losses(divergence, kl, nll, len(target))
 
 
 def compare(
@@ -93,37 +105,36 @@ def compare(
     counts: Tensor,
     *,
     chunk: int,
-    temperature: float = 1.0,
-    cross_entropy: float = 0.0,
+    objective: Objective = FORWARD_KL,
     backward: bool = False,
 ) -> Losses:
-    """KL(teacher || student) at a temperature, and the student's NLL, of the predictions that count.
+    """Divergence of student from teacher, and the student's NLL, of the predictions that count.
 
     args: the graphs' arguments, token ids [B, T] first. counts [B, T - 1] bool: prediction t, of token t + 1, counts;
     the others (of padding, of another document's first token) take no part. chunk: predictions whose logits exist at
-    once. backward: adds the gradient of (temperature^2 KL + cross_entropy NLL) / N to the student's parameters; each
-    chunk's backward follows its forward, so that memory never holds the logits of two. nll is 0 where nothing needs it.
+    once. backward: adds the gradient of the objective's mean to the student's parameters; each chunk's backward follows
+    its forward, so that memory never holds the logits of two.
     """
     target = args[0][:, 1:][counts]
     with torch.no_grad():
         reference = teacher.hidden(args)[:, :-1][counts]
     with torch.set_grad_enabled(backward):
         hidden = student.hidden(args)[:, :-1][counts]
-        kl = nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        zero = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = Losses(zero, zero, zero, 0)
         gradients = []
         for h, r, t in zip(*(x.split(chunk) for x in (hidden.detach(), reference, target)), strict=True):
             with torch.no_grad():
                 soft = teacher.logits(r)
             hard = student.logits(h.requires_grad_(backward))
-            kl_sum = forward_kl(hard, soft, temperature).sum()
-            loss = temperature**2 * kl_sum
-            if cross_entropy or not backward:
-                nll_sum = F.cross_entropy(hard, t, reduction="sum")
-                nll, loss = nll + nll_sum.detach(), loss + cross_entropy * nll_sum
-            kl = kl + kl_sum.detach()
+            part = _chunk_losses(hard, soft, t, objective, all_of_them=not backward)
+            total += Losses(part.divergence.detach(), part.kl.detach(), part.nll.detach(), part.count)
             if backward:
+                loss = objective.temperature**2 * part.divergence
+                if objective.cross_entropy:
+                    loss = loss + objective.cross_entropy * part.nll
                 (loss / max(1, len(target))).backward()
                 gradients.append(h.grad)
         if gradients and hidden.requires_grad:
             hidden.backward(torch.cat(gradients))
-    return Losses(kl, nll, len(target))
+    return total

@@ -45,7 +45,7 @@ def distill_stage(work: Conversion) -> None:
     settings: dict[str, Any] = {"distill": None}
     active = bool(config.steps and work.chosen.convert)
     if active:
-        settings = {"distill": config.model_dump(), "seed": work.config.seed, "holdout": calib.holdout}
+        settings = {"distill": config.settings(), "seed": work.config.seed, "holdout": calib.holdout}
         inputs["text"] = work.text.identity()
     with work.run.stage("distill", config=settings, inputs=inputs) as stage:
         if stage.done:
@@ -65,7 +65,7 @@ def distill_stage(work: Conversion) -> None:
             seed=work.config.seed,
             resume=resume,
             save=save,
-            progress=work.progress.bar("distillation", tokens=config.batch * calib.length, loss_name="KL"),
+            progress=work.progress.bar("distillation", tokens=config.batch * calib.length, loss_name=config.divergence),
         )
         save_weights(work.student, stage.dir / DISTILLED)
         (stage.dir / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import VOCAB, student_of
 
-from tcal_compiler.errors import StageError
+from tcal_compiler.config import build_config
+from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.runtime.config import DistillConfig
 from tcal_compiler.runtime.distill import Distiller, distill
@@ -151,10 +152,13 @@ def test_cross_entropy_takes_part_in_loss_and_score():
     assert pulled[-1]["train"] is not None and pulled[-1]["held_out"] != pulled[0]["held_out"]
 
 
-def test_it_learns():
-    config = with_(steps=40, lr_gdn=1e-2, lr_other=1e-3, batch=6)
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "js"])
+def test_it_learns(divergence):
+    config = with_(steps=20, score_every=20, lr_gdn=1e-2, lr_other=1e-3, batch=6, divergence=divergence)
     _, curve = run(start(), config)
-    assert curve[-1]["train"] < 0.5 * curve[1]["train"] and math.isfinite(curve[-1]["nll"])
+    assert curve[-1]["train"] < 0.7 * curve[0]["held_out"] and math.isfinite(curve[-1]["nll"])
+    assert curve[0]["held_out"] == curve[0].get("divergence", curve[0]["kl"])
+    assert ("divergence" in curve[0]) == (divergence != "forward-kl")
 
 
 def test_a_held_out_slice_without_predictions_is_refused():
@@ -170,3 +174,17 @@ def test_tokens_become_whole_steps():
     assert DistillConfig(steps=3).in_steps(50).steps == 3
     with pytest.raises(ValueError, match="both steps and tokens"):
         DistillConfig(steps=3, tokens=100)
+
+
+def test_later_options_leave_the_identity_of_older_runs():
+    old = set(DistillConfig(steps=3).settings())
+    assert {"steps", "train", "temperature", "cross_entropy"} <= old and "divergence" not in old
+    assert DistillConfig(steps=3, divergence="js").settings()["divergence"] == "js"
+
+
+@pytest.mark.parametrize(
+    "values", [{"divergence": "kl"}, {"temperature": math.inf}, {"temperature": 0.0}, {"cross_entropy": -1.0}], ids=str
+)
+def test_unknown_values_are_refused(values):
+    with pytest.raises(ConfigError, match=f"distill.{next(iter(values))}"):
+        build_config({"distill": values}, "test")
