@@ -91,7 +91,7 @@ class AlignConfig(TrainConfig):
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
 
 
-_LATER = {"divergence"}  # keys of DistillConfig that came when run folders had distilled students already
+_LATER = {"divergence", "hidden"}  # keys of DistillConfig that came when run folders had distilled students already
 
 
 class DistillConfig(TrainConfig):
@@ -116,6 +116,9 @@ class DistillConfig(TrainConfig):
         1.0, gt=0, description="of both distributions; the divergence is multiplied by its square"
     )
     cross_entropy: float = Field(0.0, ge=0, description="weight of the negative log likelihood beside the divergence")
+    hidden: float = Field(
+        0.0, ge=0, description="weight of the squared error of each converted site's output, over its mean square"
+    )
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     chunk: int = Field(1024, ge=1, description="predictions whose logits are in memory at once")

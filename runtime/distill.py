@@ -31,7 +31,8 @@ class Distiller:
     def __init__(self, student: Student, ids: Tensor, counts: Tensor, *, train: int, config: DistillConfig) -> None:
         self.student, self.ids, self.counts, self.train, self.config = student, ids, counts, train, config
         self.device = next(student.gm.parameters()).device
-        self.models = split_model(student.gm), split_model(student.capture.gm)
+        taps = [s.y for s in student.converted] if config.hidden else []
+        self.models = split_model(student.gm, taps), split_model(student.capture.gm, taps)
         names = changed_names(student)
         sites = {id(p) for n, p in student.gm.named_parameters(remove_duplicate=False) if n in names}
         self.params: dict[str, nn.Parameter] = {}
@@ -63,7 +64,7 @@ class Distiller:
             self.student.capture.inputs(part),
             counts,
             chunk=c.chunk,
-            objective=Objective(c.divergence, c.temperature if train else 1.0, c.cross_entropy),
+            objective=Objective(c.divergence, c.temperature if train else 1.0, c.cross_entropy, c.hidden),
             backward=train,
         )
 
@@ -81,7 +82,7 @@ class Distiller:
             self.masters[n].grad = None if p.grad is None else p.grad.float()
             p.grad = None
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
-        loss = losses.divergence.item() / max(1, losses.count)
+        loss = losses.means()["divergence"]
         if not math.isfinite(loss) or not bool(norm.isfinite()):
             what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
             raise StageError("distill", what, HINT)
@@ -93,20 +94,19 @@ class Distiller:
     def score(self) -> dict[str, float]:
         """Mean losses at temperature 1 of the present weights on the held-out sequences; keeps the best weights.
 
-        held_out is the objective; kl (forward) and nll are always there, the divergence where it is another one.
+        held_out is the objective; kl (forward) and nll are always there, other terms where the objective has them.
         """
-        held = torch.arange(self.train, len(self.ids)).split(self.config.batch)
+        held, c = torch.arange(self.train, len(self.ids)).split(self.config.batch), self.config
         first, *rest = (self._compare(h) for h in held)
-        total = sum(rest, first)
-        divergence, kl, nll = (x.item() / total.count for x in (total.divergence, total.kl, total.nll))
-        score = divergence + self.config.cross_entropy * nll
+        means = sum(rest, first).means()
+        score = means["divergence"] + c.cross_entropy * means["nll"] + c.hidden * means["hidden"]
         if score < self.best_score:  # False for NaN
             self.best_score, self.best = score, {n: m.clone() for n, m in self.masters.items()}
         if not math.isfinite(score):
-            what = f"the held-out score is not finite: {self.config.divergence} {divergence:.4g}, NLL {nll:.4g}"
+            what = f"the held-out score is not finite: {', '.join(f'{n} {v:.4g}' for n, v in means.items())}"
             raise StageError("distill", what, HINT)
-        other = {} if self.config.divergence == "forward-kl" else {"divergence": divergence}
-        return {"held_out": score, "kl": kl, "nll": nll} | other
+        shown = {"kl": True, "nll": True, "divergence": c.divergence != "forward-kl", "hidden": c.hidden > 0}
+        return {"held_out": score} | {n: means[n] for n, there in shown.items() if there}
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:

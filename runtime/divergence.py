@@ -6,7 +6,7 @@ N rows, V vocabulary. p = softmax(teacher / temperature), q = softmax(student / 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,19 @@ def jensen_shannon(student: Tensor, teacher: Tensor, temperature: float = 1.0) -
     return (of_p + (log_q.exp() * surprise).sum(-1)) / 2
 
 
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over taps of sum (student - teacher)^2 / sum teacher^2, in float32 at least.
+
+    student, teacher: one tensor [N, C] per tap, of the same N tokens; there is at least one tap.
+    """
+
+    def one(s: Tensor, t: Tensor) -> Tensor:
+        s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, t))
+        return (s - t).square().sum() / t.square().sum().clamp_min(1e-30)
+
+    return torch.stack([one(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
+
+
 DIVERGENCES: dict[DivergenceName, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward-kl": forward_kl,
     "reverse-kl": reverse_kl,
@@ -69,7 +82,8 @@ DIVERGENCES: dict[DivergenceName, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """Per counted prediction: temperature^2 divergence + cross_entropy * negative log likelihood.
+    """Mean over counted predictions of temperature^2 divergence + cross_entropy * negative log likelihood, plus hidden
+    times the distance of the tapped hidden states (`hidden_distance`).
 
     The factor temperature^2 keeps the size of the gradient: all three divergences are of second order in differences of
     logits, which the temperature divides.
@@ -78,6 +92,7 @@ class Objective:
     divergence: DivergenceName = "forward-kl"
     temperature: float = 1.0
     cross_entropy: float = 0.0
+    hidden: float = 0.0
 
     def rows(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The divergence of each row [N], without the factor, for logits [N, V]."""

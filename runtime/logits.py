@@ -5,8 +5,8 @@ B sequences, T tokens, C width, V vocabulary, N counted predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from tcal_compiler.passes.graph import argument, aten, inputs, output_node
 from tcal_compiler.passes.site_program import cut_program, tap_graph
 
-from .divergence import FORWARD_KL, Objective, forward_kl
+from .divergence import FORWARD_KL, Objective, forward_kl, hidden_distance
 
 _POINTWISE = {
     aten.add.Tensor,
@@ -32,7 +32,9 @@ _POINTWISE = {
 
 @dataclass(frozen=True)
 class SplitModel:
-    """A graph in two: body(*inputs) -> hidden [B, T, C]; head(hidden) -> logits [B, T, V]. Parameters are shared.
+    """A graph in two: body(*inputs) -> hidden [B, T, C], taps [B, T, C'] ...; head(hidden) -> logits [B, T, V].
+
+    Parameters are shared with the whole graph.
 
     head is None where the logits are not a linear map, with pointwise operations behind it, of one tensor: then hidden
     is the logits themselves, and the full matrix is made after all.
@@ -44,14 +46,18 @@ class SplitModel:
     def hidden(self, args: tuple[Tensor, ...]) -> Tensor:
         return self.body(*args)[0]
 
+    def counted(self, args: tuple[Tensor, ...], counts: Tensor) -> list[Tensor]:
+        """hidden and taps at the tokens whose predictions count: [N, C], [N, C'] ..., for counts [B, T - 1] bool."""
+        return [x[:, :-1][counts] for x in self.body(*args)]
+
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, C] -> [N, V] in float32 at least."""
         out = rows if self.head is None else self.head(rows[None])[0]
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
-def split_model(gm: GraphModule) -> SplitModel:
-    """Cuts a captured model before its last linear map."""
+def split_model(gm: GraphModule, taps: Sequence[str] = ()) -> SplitModel:
+    """Cuts a captured model before its last linear map. taps: names of nodes that the body also gives."""
     logits = output_node(gm).args[0]
     assert isinstance(logits, Node)
     node = logits
@@ -63,8 +69,11 @@ def split_model(gm: GraphModule) -> SplitModel:
     if node.target is aten.linear.default and argument(node, "weight").op == "get_attr":
         hidden = argument(node, "input")
         head = cut_program(gm, inputs_from=[hidden.name], outputs=[logits.name])
-        return SplitModel(tap_graph(gm, [hidden.name]), head.gm)
-    return SplitModel(tap_graph(gm, [logits.name]), None)
+        return SplitModel(tap_graph(gm, [hidden.name, *taps]), head.gm)
+    return SplitModel(tap_graph(gm, [logits.name, *taps]), None)
+
+
+SUMS = ("divergence", "kl", "nll", "hidden")
 
 
 @dataclass(frozen=True)
@@ -72,17 +81,26 @@ class Losses:
     """Sums over `count` predictions in float64, in nats.
 
     divergence: that of the objective. kl: forward KL at its temperature. nll: the student's negative log likelihood.
-    Where `compare` trains, kl and nll are 0 unless the objective needs them.
+    hidden: hidden_distance of a batch, times its predictions. Where `compare` trains, kl and nll are 0 unless the
+    objective needs them; without taps hidden is 0.
     """
 
     divergence: Tensor
     kl: Tensor
     nll: Tensor
+    hidden: Tensor
     count: int
 
     def __add__(self, other: Losses) -> Losses:
-        sums = (getattr(self, n) + getattr(other, n) for n in ("divergence", "kl", "nll", "count"))
-        return Losses(*sums)
+        sums = {n: getattr(self, n) + getattr(other, n) for n in SUMS}
+        return Losses(**sums, count=self.count + other.count)
+
+    def detach(self) -> Losses:
+        return replace(self, **{n: getattr(self, n).detach() for n in SUMS})
+
+    def means(self) -> dict[str, float]:
+        """Each sum per counted prediction."""
+        return {n: getattr(self, n).item() / max(1, self.count) for n in SUMS}
 
 
 def _chunk_losses(hard: Tensor, soft: Tensor, target: Tensor, objective: Objective, *, all_of_them: bool) -> Losses:
@@ -95,7 +113,7 @@ def _chunk_losses(hard: Tensor, soft: Tensor, target: Tensor, objective: Objecti
         kl = forward_kl(hard, soft, objective.temperature).sum()
     if objective.cross_entropy or all_of_them:
         nll = F.cross_entropy(hard, target, reduction="sum")
-    return Losses(divergence, kl, nll, len(target))
+    return Losses(divergence, kl, nll, hard.new_zeros(()), len(target))
 
 
 def compare(
@@ -112,29 +130,32 @@ def compare(
 
     args: the graphs' arguments, token ids [B, T] first. counts [B, T - 1] bool: prediction t, of token t + 1, counts;
     the others (of padding, of another document's first token) take no part. chunk: predictions whose logits exist at
-    once. backward: adds the gradient of the objective's mean to the student's parameters; each chunk's backward follows
-    its forward, so that memory never holds the logits of two.
+    once. backward: adds the gradient of the objective to the student's parameters; each chunk's backward follows its
+    forward, so that memory never holds the logits of two. Both models have the same taps, or none.
     """
     target = args[0][:, 1:][counts]
     with torch.no_grad():
-        reference = teacher.hidden(args)[:, :-1][counts]
+        reference, *aims = teacher.counted(args, counts)
     with torch.set_grad_enabled(backward):
-        hidden = student.hidden(args)[:, :-1][counts]
+        hidden, *states = student.counted(args, counts)
         zero = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        total = Losses(zero, zero, zero, 0)
+        distance = hidden_distance(states, aims) if states else zero
+        total = Losses(zero, zero, zero, distance.detach() * len(target), 0)
         gradients = []
         for h, r, t in zip(*(x.split(chunk) for x in (hidden.detach(), reference, target)), strict=True):
             with torch.no_grad():
                 soft = teacher.logits(r)
             hard = student.logits(h.requires_grad_(backward))
             part = _chunk_losses(hard, soft, t, objective, all_of_them=not backward)
-            total += Losses(part.divergence.detach(), part.kl.detach(), part.nll.detach(), part.count)
+            total += part.detach()
             if backward:
                 loss = objective.temperature**2 * part.divergence
                 if objective.cross_entropy:
                     loss = loss + objective.cross_entropy * part.nll
                 (loss / max(1, len(target))).backward()
                 gradients.append(h.grad)
-        if gradients and hidden.requires_grad:
-            hidden.backward(torch.cat(gradients))
+        if backward:
+            ends = [(hidden, torch.cat(gradients)), (objective.hidden * distance, None)]
+            if ends := [(x, g) for x, g in ends if x.requires_grad]:
+                torch.autograd.backward([x for x, _ in ends], [g for _, g in ends])
     return total

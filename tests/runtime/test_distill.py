@@ -152,6 +152,16 @@ def test_cross_entropy_takes_part_in_loss_and_score():
     assert pulled[-1]["train"] is not None and pulled[-1]["held_out"] != pulled[0]["held_out"]
 
 
+def test_the_hidden_term_takes_part_in_loss_and_score():
+    curve = run(start(), with_(hidden=3.0, cross_entropy=0.5))[1]
+    assert "hidden" not in run(start(), with_(steps=1))[1][0]
+    for point in curve:
+        assert point["held_out"] == pytest.approx(point["kl"] + 0.5 * point["nll"] + 3.0 * point["hidden"])
+    pulled, plain = (run(start(), with_(hidden=h, lr_gdn=1e-2, steps=20, score_every=20))[1] for h in (300.0, 1e-6))
+    assert pulled[0]["hidden"] == plain[0]["hidden"] > pulled[-1]["hidden"]
+    assert pulled[-1]["hidden"] < 0.95 * plain[-1]["hidden"]
+
+
 @pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "js"])
 def test_it_learns(divergence):
     config = with_(steps=20, score_every=20, lr_gdn=1e-2, lr_other=1e-3, batch=6, divergence=divergence)

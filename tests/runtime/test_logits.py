@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.runtime.divergence import Objective, forward_kl
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.logits import compare, split_model
@@ -132,6 +133,33 @@ def test_a_score_also_holds_what_the_objective_leaves_out():
     assert losses.kl == known.kl and losses.nll == known.nll and losses.divergence < known.divergence
     trained = chunked(student, objective=Objective("js"), backward=True)[0]
     assert trained.divergence == losses.divergence and trained.kl == trained.nll == 0
+
+
+def test_tapped_states_against_the_whole_graphs():
+    """Only tokens that count take part, each tap over its own size, and the gradient adds to that of the divergence."""
+    student = naive_student()
+    taps, weight = [s.y for s in student.converted], 0.7
+    assert len(taps) == 2
+    _, _, expected = whole(student, Objective())
+    for p in student.gm.parameters():
+        p.grad = None
+    own, aim = (tap_graph(gm, taps)(IDS) for gm in (student.gm, student.capture.gm))
+    errors = []
+    for s, t in zip(own, aim, strict=True):
+        s, t = (x[:, :-1].flatten(0, 1)[COUNTS.flatten()] for x in (s, t))
+        errors.append((s - t.detach()).pow(2).mean() / t.detach().pow(2).mean())
+    (weight * sum(errors) / 2).backward()
+    expected = {n: expected[n] + (0 if p.grad is None else p.grad) for n, p in student.gm.named_parameters()}
+
+    for p in student.gm.parameters():
+        p.grad = None
+    models = [split_model(gm, taps) for gm in (student.gm, student.capture.gm)]
+    losses = compare(*models, (IDS,), COUNTS, chunk=5, objective=Objective(hidden=weight), backward=True)
+    assert losses.means()["hidden"] == pytest.approx(sum(errors).item() / 2, rel=1e-5)
+    for name, p in student.gm.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    same = compare(models[1], models[1], (IDS,), COUNTS, chunk=5, objective=Objective(hidden=weight))
+    assert same.hidden == 0 and same.divergence == pytest.approx(0, abs=1e-5)
 
 
 class _Largest(TorchDispatchMode):
