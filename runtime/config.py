@@ -102,8 +102,10 @@ class DistillConfig(TrainConfig):
         None, ge=1, description="tokens to train on, instead of steps: rounded up to whole steps"
     )
     batch: int = Field(16, ge=1, description="sequences in a step")
-    train: Literal["all", "gdn"] = Field(
-        "all", description="gdn: only converted sites with their projections; all: every weight"
+    train: Literal["all", "gdn", "attention"] = Field(
+        "all",
+        description="gdn: only converted sites with their projections; attention: only the kept softmax sites with "
+        "theirs; all: every weight",
     )
     lr_gdn: float = Field(5e-4, gt=0, description="peak learning rate of converted sites with their projections")
     lr_other: float = Field(5e-5, gt=0, description="peak learning rate of every other weight")
@@ -128,6 +130,10 @@ class DistillConfig(TrainConfig):
         if self.steps and self.tokens:
             raise ValueError("both steps and tokens are given")
         return self
+
+    @property
+    def active(self) -> bool:
+        return bool(self.steps or self.tokens)
 
     def settings(self) -> dict[str, object]:
         """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid."""

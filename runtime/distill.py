@@ -6,23 +6,37 @@ N sequences, T tokens, P trained parameters. The teacher's logits are computed i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tcal_compiler.errors import StageError
+from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
+from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
 from .divergence import Objective
 from .logits import Losses, compare, split_model
 from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate
-from .weights import changed_names
+from .weights import site_names
 
 HINT = "lower distill.lr_gdn and distill.lr_other in --config FILE"
+
+
+def check_train(config: DistillConfig, plan: Plan) -> None:
+    """Raises ConfigError when the part to train is empty."""
+    if config.active and config.train == "attention" and not plan.keep:
+        what = f'is "attention", but the plan keeps no softmax site: {len(plan.convert)} are converted'
+        raise ConfigError("distill.train", what, '"all" or "gdn", or a policy that keeps some')
+
+
+def _parameter_ids(student: Student, sites: Iterable[AttentionSite]) -> set[int]:
+    """id() of every parameter between x and y of the sites."""
+    names = site_names(student, sites)
+    return {id(p) for n, p in student.gm.named_parameters(remove_duplicate=False) if n in names}
 
 
 class Distiller:
@@ -33,11 +47,12 @@ class Distiller:
         self.device = next(student.gm.parameters()).device
         taps = [s.y for s in student.converted] if config.hidden else []
         self.models = split_model(student.gm, taps), split_model(student.capture.gm, taps)
-        names = changed_names(student)
-        sites = {id(p) for n, p in student.gm.named_parameters(remove_duplicate=False) if n in names}
+        check_train(config, student.plan)
+        sites = _parameter_ids(student, student.converted)
+        part = {"all": None, "gdn": sites, "attention": _parameter_ids(student, student.kept)}[config.train]
         self.params: dict[str, nn.Parameter] = {}
         for name, p in student.gm.named_parameters():  # tied ones once
-            chosen = p.is_floating_point() and (config.train == "all" or id(p) in sites)
+            chosen = p.is_floating_point() and (part is None or id(p) in part)
             if chosen:
                 self.params[name] = p
             p.requires_grad_(chosen)

@@ -43,7 +43,7 @@ def distill_stage(work: Conversion) -> None:
     calib, config = work.config.calib, work.config.distill.in_steps(work.config.calib.length)
     inputs: dict[str, Any] = {"align": work.run.stage_hash("align")}
     settings: dict[str, Any] = {"distill": None}
-    active = bool(config.steps and work.chosen.convert)
+    active = bool(config.active and work.chosen.convert)
     if active:
         settings = {"distill": config.settings(), "seed": work.config.seed, "holdout": calib.holdout}
         inputs["text"] = work.text.identity()

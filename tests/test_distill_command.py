@@ -114,6 +114,13 @@ def test_bad_options_are_refused_before_the_folder(tmp_path, options, expected):
     assert not (tmp_path / "run").exists()
 
 
+def test_training_softmax_sites_where_none_is_kept_is_refused(tmp_path):
+    (tmp_path / "tcal.toml").write_text('policy = "none"\n[distill]\nsteps = 2\ntrain = "attention"\n')
+    words = ("tcal", "align", TINY, "-o", tmp_path / "run", *BYTES, *SMALL, "--config", tmp_path / "tcal.toml")
+    refused(call(*words, "--quiet"), "ConfigError", "distill.train", "no softmax site")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_was_not_aligned_is_refused(tmp_path):
     first, _, *rest = words(tmp_path / "run")
     done(first, "plan", *rest)

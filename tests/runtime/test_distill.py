@@ -86,15 +86,28 @@ def test_a_run_that_only_gets_worse_keeps_its_start():
     assert all(torch.equal(before[n], p) for n, p in weights(student).items())
 
 
-@pytest.mark.parametrize("train", ["gdn", "all"])
+@pytest.mark.parametrize("train", ["gdn", "attention", "all"])
 def test_only_the_chosen_part_moves(train):
     student = start()
     before, sites = weights(student), changed_names(student)
-    run(student, with_(train=train))
+    run(student, with_(train=train, steps=3))
     moved = {n for n, p in weights(student).items() if not torch.equal(before[n], p)}
-    assert moved & sites and "tcal_mixers.0.A_log" in moved
-    assert (moved <= sites) == (train == "gdn")
-    assert ("embed.weight" in moved or "head.weight" in moved) == (train == "all")
+    kept = {n for n in before if n.startswith("blocks.1.attn.")}
+    assert len(kept) == 8 and not kept & sites and "tcal_mixers.0.A_log" in sites
+    assert {"gdn": moved <= sites, "attention": moved <= kept, "all": bool(moved & {"embed.weight", "head.weight"})}[
+        train
+    ]
+    assert bool(moved & sites) == (train != "attention") and bool(moved & kept) == (train != "gdn")
+    asked = {n for n, p in student.gm.named_parameters() if p.requires_grad}
+    assert {"gdn": asked == sites, "attention": asked == kept, "all": asked == set(before)}[train]
+
+
+def test_attention_that_is_written_out_is_found_and_none_at_all_refused():
+    student = student_of("written out", "keep=1")
+    trainer = Distiller(student, IDS, COUNTS, train=TRAIN, config=with_(train="attention"))
+    assert set(trainer.params) == {f"blocks.1.attn.{n}.weight" for n in ("proj.0", "proj.1", "proj.2", "out")}
+    with pytest.raises(ConfigError, match="keeps no softmax site"):
+        Distiller(student_of(), IDS, COUNTS, train=TRAIN, config=with_(train="attention"))
 
 
 def test_sites_and_other_weights_have_their_own_rates():
@@ -193,7 +206,15 @@ def test_later_options_leave_the_identity_of_older_runs():
 
 
 @pytest.mark.parametrize(
-    "values", [{"divergence": "kl"}, {"temperature": math.inf}, {"temperature": 0.0}, {"cross_entropy": -1.0}], ids=str
+    "values",
+    [
+        {"divergence": "kl"},
+        {"temperature": math.inf},
+        {"temperature": 0.0},
+        {"cross_entropy": -1.0},
+        {"train": "gates"},
+    ],
+    ids=str,
 )
 def test_unknown_values_are_refused(values):
     with pytest.raises(ConfigError, match=f"distill.{next(iter(values))}"):
