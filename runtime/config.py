@@ -91,7 +91,11 @@ class AlignConfig(TrainConfig):
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
 
 
-_LATER = {"divergence", "hidden"}  # keys of DistillConfig that came when run folders had distilled students already
+_LATER = {
+    "divergence",
+    "hidden",
+    "patience",
+}  # keys of DistillConfig that came when run folders had distilled students already
 
 
 class DistillConfig(TrainConfig):
@@ -123,6 +127,9 @@ class DistillConfig(TrainConfig):
     )
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    patience: int | None = Field(
+        None, ge=1, description="scores in a row without a better one after which training stops early; default: never"
+    )
     chunk: int = Field(1024, ge=1, description="predictions whose logits are in memory at once")
 
     @model_validator(mode="after")

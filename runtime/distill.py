@@ -6,8 +6,9 @@ N sequences, T tokens, P trained parameters. The teacher's logits are computed i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,17 @@ class Distiller:
         self.write(self.masters)
 
 
+def stopped_at(curve: Sequence[Mapping[str, Any]], config: DistillConfig) -> int | None:
+    """The step of the curve's last score, if config.patience ended the training there; else None.
+
+    It is a function of the curve, which a checkpoint holds: a resumed run stops where the whole one does.
+    """
+    if config.patience is None or curve[-1]["step"] == config.steps:
+        return None
+    best = min(range(len(curve)), key=lambda i: curve[i]["held_out"])  # the first of equals, as Distiller.score keeps
+    return curve[-1]["step"] if len(curve) - 1 - best >= config.patience else None
+
+
 def distill(
     student: Student,
     ids: Tensor,
@@ -169,7 +181,8 @@ def distill(
     counts [N, T - 1] bool: predictions that count, as in `compare`. A score is taken after a step, on the weights that
     are then kept; the starting weights take part, so the student never ends worse than it began. A step's sequences
     depend on seed and step only: a run resumed from `save`'s state gives the same numbers. Returns the student and the
-    curve: divergence on the step's sequences before it, and held-out score, KL and NLL.
+    curve: divergence on the step's sequences before it, and held-out score, KL and NLL; config.patience may end it
+    early (`stopped_at`).
 
     Raises StageError when a loss, a score or a weight to be saved is not finite: the state last saved stays usable; and
     when no held-out prediction counts.
@@ -184,6 +197,8 @@ def distill(
     else:
         state.curve.append({"step": 0, "train": None, "predictions": 0, **trainer.score()})
     for step in range(state.step, config.steps):
+        if stopped_at(state.curve, config) is not None:
+            break
         loss = trainer.step(step, batch_indices(step, sequences=train, batch=config.batch, seed=seed))
         done = step + 1
         if config.scores_after(done):

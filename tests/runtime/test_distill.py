@@ -13,7 +13,7 @@ from tcal_compiler.config import build_config
 from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.runtime.config import DistillConfig
-from tcal_compiler.runtime.distill import Distiller, distill
+from tcal_compiler.runtime.distill import Distiller, distill, stopped_at
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.training import Checkpoint, TrainState
@@ -84,6 +84,37 @@ def test_a_run_that_only_gets_worse_keeps_its_start():
     _, curve = run(student, with_(lr_gdn=3.0, lr_other=3.0, clip=1e6, steps=3, score_every=1))
     assert min(p["held_out"] for p in curve) == curve[0]["held_out"] < curve[-1]["held_out"]
     assert all(torch.equal(before[n], p) for n, p in weights(student).items())
+
+
+WORSE = with_(lr_gdn=0.3, lr_other=0.3, clip=1e6, steps=30, score_every=2, warmup=1, patience=3)
+
+
+def test_patience_stops_keeps_the_best_and_resumes_to_the_same_stop():
+    saved: list[TrainState] = []
+    student = start()
+    _, curve = run(student, WORSE, save=lambda s: saved.append(copy.deepcopy(s)))
+    best = min(range(len(curve)), key=lambda i: curve[i]["held_out"])
+    assert curve[-1]["step"] == stopped_at(curve, WORSE) == saved[-1].step < 30 and len(curve) - 1 - best == 3
+    whole = run(start(), WORSE.model_copy(update={"patience": None}))[1]
+    assert len(whole) == 16 and whole[: len(curve)] == curve and stopped_at(whole, with_(steps=30)) is None
+    found = Distiller(student, IDS, COUNTS, train=TRAIN, config=WORSE).score()["held_out"]
+    assert found == curve[best]["held_out"]
+    for state in (saved[-1], saved[-2], saved[0]):
+        resumed = start()
+        assert run(resumed, WORSE, resume=state)[1] == curve
+        assert all(torch.equal(p, weights(student)[n]) for n, p in weights(resumed).items())
+
+
+def test_patience_counts_scores_since_the_best():
+    def curve(*scores: float) -> list[dict[str, object]]:
+        return [{"step": 2 * i, "held_out": s} for i, s in enumerate(scores)]
+
+    config = with_(steps=10, patience=2)
+    assert stopped_at(curve(1.0, 0.9, 0.95), config) is None
+    assert stopped_at(curve(1.0, 0.9, 0.95, 0.9), config) == 6  # as good is not better
+    assert stopped_at(curve(1.0, 0.9, 0.95, 0.8), config) is None
+    assert stopped_at(curve(1.0, 1.1, 1.2, 1.3, 1.4, 1.5), config) is None  # the end comes anyway
+    assert stopped_at(curve(1.0, 1.1, 1.2, 1.3), with_(steps=10)) is None
 
 
 @pytest.mark.parametrize("train", ["gdn", "attention", "all"])
