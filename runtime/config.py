@@ -127,6 +127,16 @@ class DistillConfig(TrainConfig):
     )
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    teacher_dtype: Literal["captured", "bfloat16"] = Field(
+        "captured",
+        description="bfloat16: in training steps the teacher's matrix products and attention but its last linear map "
+        "run in it; scores are always against the teacher as captured",
+    )
+    checkpoint_activations: bool = Field(
+        False,
+        description="keep little of the student's forward pass between attention sites and compute it again: "
+        "less memory, more time, the same numbers",
+    )
     patience: int | None = Field(
         None, ge=1, description="scores in a row without a better one after which training stops early; default: never"
     )

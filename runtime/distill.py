@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
@@ -19,7 +20,8 @@ from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
 from .divergence import Objective
-from .logits import Losses, compare, split_model
+from .logits import Losses, compare, in_bfloat16, split_model
+from .recompute import recompute_between
 from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate
 from .weights import site_names
@@ -47,7 +49,11 @@ class Distiller:
         self.student, self.ids, self.counts, self.train, self.config = student, ids, counts, train, config
         self.device = next(student.gm.parameters()).device
         taps = [s.y for s in student.converted] if config.hidden else []
-        self.models = split_model(student.gm, taps), split_model(student.capture.gm, taps)
+        self.model, self.teacher = split_model(student.gm, taps), split_model(student.capture.gm, taps)
+        self.trains_on = in_bfloat16(self.teacher) if config.teacher_dtype == "bfloat16" else self.teacher
+        if config.checkpoint_activations:
+            assert isinstance(self.model.body, GraphModule)
+            self.model = replace(self.model, body=recompute_between(self.model.body, [s.y for s in student.sites]))
         check_train(config, student.plan)
         sites = _parameter_ids(student, student.converted)
         part = {"all": None, "gdn": sites, "attention": _parameter_ids(student, student.kept)}[config.train]
@@ -76,7 +82,8 @@ class Distiller:
         """Losses of sequences `index`: with gradients at the training temperature, or at temperature 1."""
         part, counts, c = self.ids[index].to(self.device), self.counts[index].to(self.device), self.config
         return compare(
-            *self.models,
+            self.model,
+            self.trains_on if train else self.teacher,
             self.student.capture.inputs(part),
             counts,
             chunk=c.chunk,

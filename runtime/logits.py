@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tcal_compiler.errors import StageError
 from tcal_compiler.passes.graph import argument, aten, inputs, output_node
 from tcal_compiler.passes.site_program import cut_program, tap_graph
 
@@ -71,6 +73,29 @@ def split_model(gm: GraphModule, taps: Sequence[str] = ()) -> SplitModel:
         head = cut_program(gm, inputs_from=[hidden.name], outputs=[logits.name])
         return SplitModel(tap_graph(gm, [hidden.name, *taps]), head.gm)
     return SplitModel(tap_graph(gm, [logits.name, *taps]), None)
+
+
+def in_bfloat16(model: SplitModel) -> SplitModel:
+    """The same with the matrix products and attention of its body in bfloat16, by autocast; the head stays as it is.
+
+    Weights keep their dtype: logits rounded to bfloat16 would be off by more than a good student is. Running it raises
+    StageError when the graph does not take mixed dtypes.
+    """
+
+    def body(*args: Tensor) -> tuple[Tensor, ...]:
+        try:
+            with torch.autocast(args[0].device.type, torch.bfloat16):
+                hidden, *taps = model.body(*args)
+        except RuntimeError as e:
+            if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+                raise
+            what = f"the teacher does not run in bfloat16: {str(e).splitlines()[0]}"
+            raise StageError("distill", what, 'distill.teacher_dtype = "captured"') from e
+        if model.head is not None:
+            hidden = hidden.to(next(chain(model.head.parameters(), model.head.buffers())).dtype)
+        return hidden, *taps
+
+    return replace(model, body=body)
 
 
 SUMS = ("divergence", "kl", "nll", "hidden")

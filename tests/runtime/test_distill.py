@@ -71,6 +71,34 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
             assert torch.equal(tensor, final[name]), (state.step, name)
 
 
+def test_with_every_option_resuming_gives_the_same_bits(tmp_path):
+    options = {"divergence": "js", "cross_entropy": 0.1, "hidden": 0.5, "temperature": 1.5, "patience": 2}
+    options |= {"teacher_dtype": "bfloat16", "checkpoint_activations": True, "train": "attention"}
+    config, saved, student = with_(**options), [], start()
+    _, curve = run(student, config, save=lambda s: saved.append(copy.deepcopy(s)))
+    assert config.settings().keys() >= options.keys() and {"divergence", "hidden"} <= curve[0].keys()
+    for state in saved[::3]:
+        Checkpoint(tmp_path / "state").save(state)
+        resumed = start()
+        assert run(resumed, config, resume=Checkpoint(tmp_path / "state").load())[1] == curve
+        assert all(torch.equal(p, weights(student)[n]) for n, p in weights(resumed).items())
+
+
+def test_recomputed_activations_give_the_same_curve(undisturbed):
+    _, student, curve, _ = undisturbed
+    again = start()
+    assert run(again, with_(checkpoint_activations=True))[1] == curve
+    assert all(torch.equal(p, weights(student)[n]) for n, p in weights(again).items())
+
+
+def test_a_teacher_in_bfloat16_trains_and_scores_are_against_the_captured_one(undisturbed):
+    curve = run(start(), with_(teacher_dtype="bfloat16"))[1]
+    assert curve[0] == undisturbed[2][0]
+    for point, known in zip(curve[1:], undisturbed[2][1:], strict=True):
+        assert point["train"] != known["train"] and point["train"] == pytest.approx(known["train"], rel=0.02)
+        assert point["held_out"] == pytest.approx(known["held_out"], rel=0.02)
+
+
 def test_the_kept_weights_have_the_best_recorded_score(undisturbed):
     _, student, curve, _ = undisturbed
     assert [p["step"] for p in curve] == [0, 3, 6, 8] and curve[-1]["predictions"] > 0

@@ -11,11 +11,12 @@ from tiny_models import VOCAB, TinyModel, capture_of, scanned, student_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.runtime.divergence import Objective, forward_kl
 from tcal_compiler.runtime.initialize import naive_
-from tcal_compiler.runtime.logits import compare, split_model
+from tcal_compiler.runtime.logits import SplitModel, compare, in_bfloat16, split_model
 from tcal_compiler.runtime.student import Student
 
 IDS = example_ids(3, 17, VOCAB, seed=5)
@@ -234,3 +235,48 @@ def test_the_head_shares_the_models_weights():
     capture, _ = scanned("is_causal", tied=True)
     (weight,) = split_model(capture.gm).head.parameters()
     assert any(weight is p for p in capture.gm.parameters()) and weight.shape == (VOCAB, 32)
+
+
+class _Products(TorchDispatchMode):
+    """Dtypes of matrix products, by whether they make logits, and of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.attention = set(), set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            (self.head if out.shape[-1] == VOCAB else self.body).add(out.dtype)
+        if "attention" in str(func):
+            self.attention.add(args[0].dtype)
+        return out
+
+
+def test_a_body_in_bfloat16_under_a_head_as_it_was():
+    gm = naive_student().capture.gm
+    plain = split_model(gm, [s.y for s in scanned()[1].sites])
+    half = in_bfloat16(plain)
+    assert half.head is plain.head
+    with torch.no_grad(), _Products() as seen:
+        hidden, *taps = half.counted((IDS,), COUNTS)
+        logits = half.logits(hidden)
+    assert seen.body == seen.attention == {torch.bfloat16} and seen.head == {torch.float32}
+    assert len(taps) == 2 and hidden.dtype == logits.dtype == torch.float32
+    with torch.no_grad():
+        exact = plain.logits(plain.counted((IDS,), COUNTS)[0])
+    error = (logits - exact).norm() / exact.norm()
+    assert 1e-5 < error < 2e-2
+    assert {p.dtype for p in gm.parameters()} == {torch.float32}
+
+
+def test_a_teacher_that_does_not_mix_dtypes_is_refused():
+    weight, index = torch.ones(4, 4), torch.tensor([0])
+
+    def body(ids: Tensor) -> tuple[Tensor, ...]:
+        return (torch.zeros(3, 4).index_add(0, index, F.linear(torch.ones(1, 4), weight)),)
+
+    assert body(IDS)[0].sum() == 16
+    with pytest.raises(StageError, match="bfloat16") as e:
+        in_bfloat16(SplitModel(body, None)).hidden((IDS,))
+    assert "teacher_dtype" in e.value.hint
