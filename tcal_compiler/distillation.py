@@ -15,6 +15,7 @@ from .passes.types import Check
 from .resume import resume_stage
 from .runtime.distill import distill, stopped_at
 from .runtime.run_folder import RunFolder
+from .runtime.token_cache import cached_rows
 from .runtime.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def distillation_rows(work: Conversion) -> tuple[Tensor, Tensor, int]:
     """The calibration text as rows, the held-out slice last; predictions that count; number of rows to train on."""
     calib, tokenizer = work.config.calib, work.source.tokenizer
     assert tokenizer is not None
-    ids, counts = work.text.rows(tokenizer, length=calib.length)
+    ids, counts = cached_rows(work.text, tokenizer, length=calib.length, run=work.run.path, say=work.progress.say)
     held = torch.zeros(len(ids), dtype=torch.bool)
     held[calib.sequences : calib.sequences + calib.holdout] = True
     order = torch.cat(((~held).nonzero(), held.nonzero())).squeeze(1)
