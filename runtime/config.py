@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class CalibConfig(StrictModel):
@@ -54,6 +54,7 @@ class ScoreConfig(StrictModel):
 
 
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
+DivergenceName = Literal["forward-kl", "reverse-kl", "js"]
 
 
 class TrainConfig(StrictModel):
@@ -90,23 +91,55 @@ class AlignConfig(TrainConfig):
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
 
 
+_LATER = {
+    "divergence",
+    "hidden",
+    "patience",
+}  # keys of DistillConfig that came when run folders had distilled students already
+
+
 class DistillConfig(TrainConfig):
-    """End-to-end distillation on the calibration text but its held-out slice: AdamW on KL(teacher || student)."""
+    """End-to-end distillation on the calibration text but its held-out slice: AdamW on the teacher's distribution."""
 
     steps: int = Field(0, ge=0, description="optimiser steps; 0 skips the stage")
     tokens: int | None = Field(
         None, ge=1, description="tokens to train on, instead of steps: rounded up to whole steps"
     )
     batch: int = Field(16, ge=1, description="sequences in a step")
-    train: Literal["all", "gdn"] = Field(
-        "all", description="gdn: only converted sites with their projections; all: every weight"
+    train: Literal["all", "gdn", "attention"] = Field(
+        "all",
+        description="gdn: only converted sites with their projections; attention: only the kept softmax sites with "
+        "theirs; all: every weight",
     )
     lr_gdn: float = Field(5e-4, gt=0, description="peak learning rate of converted sites with their projections")
     lr_other: float = Field(5e-5, gt=0, description="peak learning rate of every other weight")
-    temperature: float = Field(1.0, gt=0, description="of both distributions; the loss is multiplied by its square")
-    cross_entropy: float = Field(0.0, ge=0, description="weight of the negative log likelihood beside the KL")
+    divergence: DivergenceName = Field(
+        "forward-kl",
+        description="from teacher p to student q: forward-kl is KL(p || q), reverse-kl KL(q || p) with a teacher's "
+        "probability of at least e^-100, js half the KL of each to their mean",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="of both distributions; the divergence is multiplied by its square"
+    )
+    cross_entropy: float = Field(0.0, ge=0, description="weight of the negative log likelihood beside the divergence")
+    hidden: float = Field(
+        0.0, ge=0, description="weight of the squared error of each converted site's output, over its mean square"
+    )
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of the teacher's matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    teacher_dtype: Literal["captured", "bfloat16"] = Field(
+        "captured",
+        description="bfloat16: in training steps the teacher's matrix products and attention but its last linear map "
+        "run in it; scores are always against the teacher as captured",
+    )
+    checkpoint_activations: bool = Field(
+        False,
+        description="keep little of the student's forward pass between attention sites and compute it again: "
+        "less memory, more time, the same numbers",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="scores in a row without a better one after which training stops early; default: never"
+    )
     chunk: int = Field(1024, ge=1, description="predictions whose logits are in memory at once")
 
     @model_validator(mode="after")
@@ -114,6 +147,16 @@ class DistillConfig(TrainConfig):
         if self.steps and self.tokens:
             raise ValueError("both steps and tokens are given")
         return self
+
+    @property
+    def active(self) -> bool:
+        return bool(self.steps or self.tokens)
+
+    def settings(self) -> dict[str, object]:
+        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid."""
+        return {
+            k: v for k, v in self.model_dump().items() if k not in _LATER or v != type(self).model_fields[k].default
+        }
 
     def in_steps(self, length: int) -> DistillConfig:
         """The same with `tokens` turned into steps for sequences of `length` tokens."""

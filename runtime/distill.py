@@ -6,22 +6,40 @@ N sequences, T tokens, P trained parameters. The teacher's logits are computed i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from tcal_compiler.errors import StageError
+from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
+from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
-from .logits import Losses, compare, split_model
+from .divergence import Objective
+from .logits import Losses, compare, in_bfloat16, split_model
+from .recompute import recompute_between
 from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate
-from .weights import changed_names
+from .weights import site_names
 
 HINT = "lower distill.lr_gdn and distill.lr_other in --config FILE"
+
+
+def check_train(config: DistillConfig, plan: Plan) -> None:
+    """Raises ConfigError when the part to train is empty."""
+    if config.active and config.train == "attention" and not plan.keep:
+        what = f'is "attention", but the plan keeps no softmax site: {len(plan.convert)} are converted'
+        raise ConfigError("distill.train", what, '"all" or "gdn", or a policy that keeps some')
+
+
+def _parameter_ids(student: Student, sites: Iterable[AttentionSite]) -> set[int]:
+    """id() of every parameter between x and y of the sites."""
+    names = site_names(student, sites)
+    return {id(p) for n, p in student.gm.named_parameters(remove_duplicate=False) if n in names}
 
 
 class Distiller:
@@ -30,12 +48,18 @@ class Distiller:
     def __init__(self, student: Student, ids: Tensor, counts: Tensor, *, train: int, config: DistillConfig) -> None:
         self.student, self.ids, self.counts, self.train, self.config = student, ids, counts, train, config
         self.device = next(student.gm.parameters()).device
-        self.models = split_model(student.gm), split_model(student.capture.gm)
-        names = changed_names(student)
-        sites = {id(p) for n, p in student.gm.named_parameters(remove_duplicate=False) if n in names}
+        taps = [s.y for s in student.converted] if config.hidden else []
+        self.model, self.teacher = split_model(student.gm, taps), split_model(student.capture.gm, taps)
+        self.trains_on = in_bfloat16(self.teacher) if config.teacher_dtype == "bfloat16" else self.teacher
+        if config.checkpoint_activations:
+            assert isinstance(self.model.body, GraphModule)
+            self.model = replace(self.model, body=recompute_between(self.model.body, [s.y for s in student.sites]))
+        check_train(config, student.plan)
+        sites = _parameter_ids(student, student.converted)
+        part = {"all": None, "gdn": sites, "attention": _parameter_ids(student, student.kept)}[config.train]
         self.params: dict[str, nn.Parameter] = {}
         for name, p in student.gm.named_parameters():  # tied ones once
-            chosen = p.is_floating_point() and (config.train == "all" or id(p) in sites)
+            chosen = p.is_floating_point() and (part is None or id(p) in part)
             if chosen:
                 self.params[name] = p
             p.requires_grad_(chosen)
@@ -58,17 +82,17 @@ class Distiller:
         """Losses of sequences `index`: with gradients at the training temperature, or at temperature 1."""
         part, counts, c = self.ids[index].to(self.device), self.counts[index].to(self.device), self.config
         return compare(
-            *self.models,
+            self.model,
+            self.trains_on if train else self.teacher,
             self.student.capture.inputs(part),
             counts,
             chunk=c.chunk,
-            temperature=c.temperature if train else 1.0,
-            cross_entropy=c.cross_entropy if train else 0.0,
+            objective=Objective(c.divergence, c.temperature if train else 1.0, c.cross_entropy, c.hidden),
             backward=train,
         )
 
     def step(self, step: int, index: Tensor) -> float:
-        """One optimiser step; returns the mean KL before it, at the training temperature.
+        """One optimiser step; returns the mean divergence before it, at the training temperature.
 
         Raises StageError when loss or gradient is not finite; then no weight has changed.
         """
@@ -81,30 +105,31 @@ class Distiller:
             self.masters[n].grad = None if p.grad is None else p.grad.float()
             p.grad = None
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
-        kl = losses.kl.item() / max(1, losses.count)
-        if not math.isfinite(kl) or not bool(norm.isfinite()):
-            raise StageError(
-                "distill",
-                f"step {step + 1}: KL {kl:.4g}, gradient norm {norm.item():.4g}: not finite",
-                HINT,
-            )
+        loss = losses.means()["divergence"]
+        if not math.isfinite(loss) or not bool(norm.isfinite()):
+            what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
+            raise StageError("distill", what, HINT)
         self.optimizer.step()
         self.write(self.masters)
         self.predictions += losses.count
-        return kl
+        return loss
 
     def score(self) -> dict[str, float]:
-        """Mean KL and NLL at temperature 1 of the present weights on the held-out sequences; keeps the best weights."""
-        held = torch.arange(self.train, len(self.ids)).split(self.config.batch)
+        """Mean losses at temperature 1 of the present weights on the held-out sequences; keeps the best weights.
+
+        held_out is the objective; kl (forward) and nll are always there, other terms where the objective has them.
+        """
+        held, c = torch.arange(self.train, len(self.ids)).split(self.config.batch), self.config
         first, *rest = (self._compare(h) for h in held)
-        total = sum(rest, first)
-        kl, nll = total.kl.item() / total.count, total.nll.item() / total.count
-        score = kl + self.config.cross_entropy * nll
+        means = sum(rest, first).means()
+        score = means["divergence"] + c.cross_entropy * means["nll"] + c.hidden * means["hidden"]
         if score < self.best_score:  # False for NaN
             self.best_score, self.best = score, {n: m.clone() for n, m in self.masters.items()}
         if not math.isfinite(score):
-            raise StageError("distill", f"the held-out score is not finite: KL {kl:.4g}, NLL {nll:.4g}", HINT)
-        return {"held_out": score, "kl": kl, "nll": nll}
+            what = f"the held-out score is not finite: {', '.join(f'{n} {v:.4g}' for n, v in means.items())}"
+            raise StageError("distill", what, HINT)
+        shown = {"kl": True, "nll": True, "divergence": c.divergence != "forward-kl", "hidden": c.hidden > 0}
+        return {"held_out": score} | {n: means[n] for n, there in shown.items() if there}
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
@@ -135,6 +160,17 @@ class Distiller:
         self.write(self.masters)
 
 
+def stopped_at(curve: Sequence[Mapping[str, Any]], config: DistillConfig) -> int | None:
+    """The step of the curve's last score, if config.patience ended the training there; else None.
+
+    It is a function of the curve, which a checkpoint holds: a resumed run stops where the whole one does.
+    """
+    if config.patience is None or curve[-1]["step"] == config.steps:
+        return None
+    best = min(range(len(curve)), key=lambda i: curve[i]["held_out"])  # the first of equals, as Distiller.score keeps
+    return curve[-1]["step"] if len(curve) - 1 - best >= config.patience else None
+
+
 def distill(
     student: Student,
     ids: Tensor,
@@ -152,7 +188,8 @@ def distill(
     counts [N, T - 1] bool: predictions that count, as in `compare`. A score is taken after a step, on the weights that
     are then kept; the starting weights take part, so the student never ends worse than it began. A step's sequences
     depend on seed and step only: a run resumed from `save`'s state gives the same numbers. Returns the student and the
-    curve: KL on the step's sequences before it, and held-out score, KL and NLL.
+    curve: divergence on the step's sequences before it, and held-out score, KL and NLL; config.patience may end it
+    early (`stopped_at`).
 
     Raises StageError when a loss, a score or a weight to be saved is not finite: the state last saved stays usable; and
     when no held-out prediction counts.
@@ -167,15 +204,17 @@ def distill(
     else:
         state.curve.append({"step": 0, "train": None, "predictions": 0, **trainer.score()})
     for step in range(state.step, config.steps):
-        kl = trainer.step(step, batch_indices(step, sequences=train, batch=config.batch, seed=seed))
+        if stopped_at(state.curve, config) is not None:
+            break
+        loss = trainer.step(step, batch_indices(step, sequences=train, batch=config.batch, seed=seed))
         done = step + 1
         if config.scores_after(done):
-            state.curve.append({"step": done, "train": kl, "predictions": trainer.predictions, **trainer.score()})
+            state.curve.append({"step": done, "train": loss, "predictions": trainer.predictions, **trainer.score()})
         state.step = done
         if save and config.saves_after(done):
             state.tensors = trainer.state()
             save(state)
         if progress:
-            progress(done, config.steps, kl)
+            progress(done, config.steps, loss)
     trainer.write(trainer.best)
     return replace(student, stage="distilled"), state.curve

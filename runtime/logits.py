@@ -5,16 +5,20 @@ B sequences, T tokens, C width, V vocabulary, N counted predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tcal_compiler.errors import StageError
 from tcal_compiler.passes.graph import argument, aten, inputs, output_node
 from tcal_compiler.passes.site_program import cut_program, tap_graph
+
+from .divergence import FORWARD_KL, Objective, forward_kl, hidden_distance
 
 _POINTWISE = {
     aten.add.Tensor,
@@ -30,7 +34,9 @@ _POINTWISE = {
 
 @dataclass(frozen=True)
 class SplitModel:
-    """A graph in two: body(*inputs) -> hidden [B, T, C]; head(hidden) -> logits [B, T, V]. Parameters are shared.
+    """A graph in two: body(*inputs) -> hidden [B, T, C], taps [B, T, C'] ...; head(hidden) -> logits [B, T, V].
+
+    Parameters are shared with the whole graph.
 
     head is None where the logits are not a linear map, with pointwise operations behind it, of one tensor: then hidden
     is the logits themselves, and the full matrix is made after all.
@@ -42,14 +48,18 @@ class SplitModel:
     def hidden(self, args: tuple[Tensor, ...]) -> Tensor:
         return self.body(*args)[0]
 
+    def counted(self, args: tuple[Tensor, ...], counts: Tensor) -> list[Tensor]:
+        """hidden and taps at the tokens whose predictions count: [N, C], [N, C'] ..., for counts [B, T - 1] bool."""
+        return [x[:, :-1][counts] for x in self.body(*args)]
+
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, C] -> [N, V] in float32 at least."""
         out = rows if self.head is None else self.head(rows[None])[0]
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
-def split_model(gm: GraphModule) -> SplitModel:
-    """Cuts a captured model before its last linear map."""
+def split_model(gm: GraphModule, taps: Sequence[str] = ()) -> SplitModel:
+    """Cuts a captured model before its last linear map. taps: names of nodes that the body also gives."""
     logits = output_node(gm).args[0]
     assert isinstance(logits, Node)
     node = logits
@@ -61,29 +71,74 @@ def split_model(gm: GraphModule) -> SplitModel:
     if node.target is aten.linear.default and argument(node, "weight").op == "get_attr":
         hidden = argument(node, "input")
         head = cut_program(gm, inputs_from=[hidden.name], outputs=[logits.name])
-        return SplitModel(tap_graph(gm, [hidden.name]), head.gm)
-    return SplitModel(tap_graph(gm, [logits.name]), None)
+        return SplitModel(tap_graph(gm, [hidden.name, *taps]), head.gm)
+    return SplitModel(tap_graph(gm, [logits.name, *taps]), None)
 
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_v p (log p - log q) per row [N], p = softmax(teacher / temperature), q = softmax(student / temperature).
+def in_bfloat16(model: SplitModel) -> SplitModel:
+    """The same with the matrix products and attention of its body in bfloat16, by autocast; the head stays as it is.
 
-    student, teacher: logits [N, V]. A token that the teacher rules out (-inf) adds 0, as p log p does in the limit.
+    Weights keep their dtype: logits rounded to bfloat16 would be off by more than a good student is. Running it raises
+    StageError when the graph does not take mixed dtypes.
     """
-    log_p, log_q = F.log_softmax(teacher / temperature, -1), F.log_softmax(student / temperature, -1)
-    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def body(*args: Tensor) -> tuple[Tensor, ...]:
+        try:
+            with torch.autocast(args[0].device.type, torch.bfloat16):
+                hidden, *taps = model.body(*args)
+        except RuntimeError as e:
+            if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+                raise
+            what = f"the teacher does not run in bfloat16: {str(e).splitlines()[0]}"
+            raise StageError("distill", what, 'distill.teacher_dtype = "captured"') from e
+        if model.head is not None:
+            hidden = hidden.to(next(chain(model.head.parameters(), model.head.buffers())).dtype)
+        return hidden, *taps
+
+    return replace(model, body=body)
+
+
+SUMS = ("divergence", "kl", "nll", "hidden")
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over `count` predictions in float64: of the forward KL, and of the negative log likelihood, in nats."""
+    """Sums over `count` predictions in float64, in nats.
 
+    divergence: that of the objective. kl: forward KL at its temperature. nll: the student's negative log likelihood.
+    hidden: hidden_distance of a batch, times its predictions. Where `compare` trains, kl and nll are 0 unless the
+    objective needs them; without taps hidden is 0.
+    """
+
+    divergence: Tensor
     kl: Tensor
     nll: Tensor
+    hidden: Tensor
     count: int
 
     def __add__(self, other: Losses) -> Losses:
-        return Losses(self.kl + other.kl, self.nll + other.nll, self.count + other.count)
+        sums = {n: getattr(self, n) + getattr(other, n) for n in SUMS}
+        return Losses(**sums, count=self.count + other.count)
+
+    def detach(self) -> Losses:
+        return replace(self, **{n: getattr(self, n).detach() for n in SUMS})
+
+    def means(self) -> dict[str, float]:
+        """Each sum per counted prediction."""
+        return {n: getattr(self, n).item() / max(1, self.count) for n in SUMS}
+
+
+def _chunk_losses(hard: Tensor, soft: Tensor, target: Tensor, objective: Objective, *, all_of_them: bool) -> Losses:
+    """Losses of logits [N, V]; all_of_them: also those that the objective does not need."""
+    divergence = objective.rows(hard, soft).sum()
+    kl = nll = hard.new_zeros(())
+    if objective.divergence == "forward-kl":
+        kl = divergence
+    elif all_of_them:
+        kl = forward_kl(hard, soft, objective.temperature).sum()
+    if objective.cross_entropy or all_of_them:
+        nll = F.cross_entropy(hard, target, reduction="sum")
+    return Losses(divergence, kl, nll, hard.new_zeros(()), len(target))
 
 
 def compare(
@@ -93,37 +148,39 @@ def compare(
     counts: Tensor,
     *,
     chunk: int,
-    temperature: float = 1.0,
-    cross_entropy: float = 0.0,
+    objective: Objective = FORWARD_KL,
     backward: bool = False,
 ) -> Losses:
-    """KL(teacher || student) at a temperature, and the student's NLL, of the predictions that count.
+    """Divergence of student from teacher, and the student's NLL, of the predictions that count.
 
     args: the graphs' arguments, token ids [B, T] first. counts [B, T - 1] bool: prediction t, of token t + 1, counts;
     the others (of padding, of another document's first token) take no part. chunk: predictions whose logits exist at
-    once. backward: adds the gradient of (temperature^2 KL + cross_entropy NLL) / N to the student's parameters; each
-    chunk's backward follows its forward, so that memory never holds the logits of two. nll is 0 where nothing needs it.
+    once. backward: adds the gradient of the objective to the student's parameters; each chunk's backward follows its
+    forward, so that memory never holds the logits of two. Both models have the same taps, or none.
     """
     target = args[0][:, 1:][counts]
     with torch.no_grad():
-        reference = teacher.hidden(args)[:, :-1][counts]
+        reference, *aims = teacher.counted(args, counts)
     with torch.set_grad_enabled(backward):
-        hidden = student.hidden(args)[:, :-1][counts]
-        kl = nll = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        hidden, *states = student.counted(args, counts)
+        zero = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        distance = hidden_distance(states, aims) if states else zero
+        total = Losses(zero, zero, zero, distance.detach() * len(target), 0)
         gradients = []
         for h, r, t in zip(*(x.split(chunk) for x in (hidden.detach(), reference, target)), strict=True):
             with torch.no_grad():
                 soft = teacher.logits(r)
             hard = student.logits(h.requires_grad_(backward))
-            kl_sum = forward_kl(hard, soft, temperature).sum()
-            loss = temperature**2 * kl_sum
-            if cross_entropy or not backward:
-                nll_sum = F.cross_entropy(hard, t, reduction="sum")
-                nll, loss = nll + nll_sum.detach(), loss + cross_entropy * nll_sum
-            kl = kl + kl_sum.detach()
+            part = _chunk_losses(hard, soft, t, objective, all_of_them=not backward)
+            total += part.detach()
             if backward:
+                loss = objective.temperature**2 * part.divergence
+                if objective.cross_entropy:
+                    loss = loss + objective.cross_entropy * part.nll
                 (loss / max(1, len(target))).backward()
                 gradients.append(h.grad)
-        if gradients and hidden.requires_grad:
-            hidden.backward(torch.cat(gradients))
-    return Losses(kl, nll, len(target))
+        if backward:
+            ends = [(hidden, torch.cat(gradients)), (objective.hidden * distance, None)]
+            if ends := [(x, g) for x, g in ends if x.requires_grad]:
+                torch.autograd.backward([x for x, _ in ends], [g for _, g in ends])
+    return total

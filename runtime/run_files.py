@@ -104,6 +104,23 @@ def make_folders(path: Path) -> list[Path]:
     return missing
 
 
+def cache_folder(root: Path, name: str) -> Path:
+    """A folder below the scratch folder that stages leave alone; a link in its place is removed, never followed.
+
+    Raises:
+        RunFolderError: a file is in the way. StageError: no space left.
+    """
+    folder = root / SCRATCH_NAME / name
+    try:
+        for place in (folder.parent, folder):
+            if place.is_symlink():
+                place.unlink()
+            place.mkdir(exist_ok=True)
+    except OSError as e:
+        raise os_error(e, folder) from e
+    return folder
+
+
 def remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):

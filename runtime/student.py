@@ -36,6 +36,10 @@ class Student:
     def converted(self) -> tuple[AttentionSite, ...]:
         return tuple(s for s in self.sites if s.index in self.plan.convert)
 
+    @property
+    def kept(self) -> tuple[AttentionSite, ...]:
+        return tuple(s for s in self.sites if s.index in self.plan.keep)
+
     def logits(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64, unpadded -> logits [B, T, V]."""
         return self.gm(*self.capture.inputs(ids))

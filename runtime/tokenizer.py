@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,9 @@ class TokenizerLike(Protocol):
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into folder; a tokenizer without files writes nothing."""
 
+    def fingerprint(self) -> str | None:
+        """sha256 (hex) of everything that decides what encode gives; None where that cannot be told."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes as token ids 0..255: for a teacher whose vocabulary is the bytes. No special tokens."""
@@ -53,6 +58,9 @@ class ByteTokenizer:
 
     def save(self, folder: Path) -> None:
         return None
+
+    def fingerprint(self) -> str | None:
+        return None  # encoding is as fast as reading what was encoded
 
 
 class HfTokenizer:
@@ -74,6 +82,14 @@ class HfTokenizer:
     def save(self, folder: Path) -> None:
         with quiet_transformers():
             self.hf.save_pretrained(str(folder))
+
+    def fingerprint(self) -> str | None:
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:  # the tokenizer is Python code
+            return None
+        parts = [backend.to_str(), type(self.hf).__name__, str(self.eos_token_id)]
+        parts += [version(name) for name in ("tokenizers", "transformers")]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 @contextlib.contextmanager

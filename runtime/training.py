@@ -16,10 +16,7 @@ from torch import Tensor
 from tcal_compiler.errors import RunFolderError
 
 from .config import TrainConfig
-from .durable import write_atomic
-from .teacher import fingerprint
-
-_META, _HASH = "tcal", "sha256"
+from .hashed_tensors import load_hashed, save_hashed
 
 
 @dataclass
@@ -55,30 +52,19 @@ class Checkpoint:
     path: Path
 
     def save(self, state: TrainState) -> None:
-        from safetensors.torch import save
-
-        tensors = {n: t.detach().cpu().contiguous() for n, t in state.tensors.items()}
-        meta = json.dumps({"step": state.step, "curve": state.curve})
-        write_atomic(self.path, save(tensors, metadata={_META: meta, _HASH: fingerprint(tensors, meta)}))
+        save_hashed(self.path, state.tensors, json.dumps({"step": state.step, "curve": state.curve}))
 
     def load(self) -> TrainState | None:
         """The state that was saved last; None when there is none.
 
         Raises RunFolderError when the file is damaged or its sha256 is not the one that it holds.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not self.path.is_file():
             return None
+        hint = "delete it: the stage then starts over"
+        tensors, text = load_hashed(self.path, hint=hint)
         try:
-            with safe_open(str(self.path), framework="pt") as f:
-                text, sha = f.metadata()[_META], f.metadata()[_HASH]
-                tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
             meta = json.loads(text)
-            state = TrainState(int(meta["step"]), tensors, list(meta["curve"]))
-            if fingerprint(tensors, text) != sha:
-                raise ValueError("another sha256 than when it was written")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-            what = f"cannot be read: {e}"
-            raise RunFolderError(str(self.path), what, "delete it: the stage then starts over") from e
-        return state
+            return TrainState(int(meta["step"]), tensors, list(meta["curve"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise RunFolderError(str(self.path), f"cannot be read: {e}", hint) from e

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tcal_compiler.errors import RunFolderError
+from tcal_compiler.passes.types import AttentionSite
 
 from .student import Student
 
@@ -54,11 +56,16 @@ def load_weights(student: Student, path: Path) -> None:
             own[name].copy_(tensor)
 
 
-def changed_names(student: Student) -> set[str]:
-    """Weights that conversion may change: mixers, and what lies between a converted site's x and y."""
+def site_names(student: Student, sites: Iterable[AttentionSite]) -> set[str]:
+    """Weights between x and y of the sites in the student's graph, a mixer's included."""
     from tcal_compiler.passes.site_program import cut_program
 
     names: set[str] = set()
-    for s in student.converted:
+    for s in sites:
         names |= set(cut_program(student.gm, inputs_from=[s.x], outputs=[s.y]).params.values())
     return names
+
+
+def changed_names(student: Student) -> set[str]:
+    """Weights that conversion may change: mixers, and what lies between a converted site's x and y."""
+    return site_names(student, student.converted)

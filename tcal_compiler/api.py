@@ -31,6 +31,7 @@ from .resume import resume_stage
 from .runtime.align import align
 from .runtime.calibrate import half_lives, initialise
 from .runtime.capture_teacher import capture_teacher
+from .runtime.distill import check_train
 from .runtime.manifest import TeacherRecord, package_version
 from .runtime.onnx_export import check_supported, context_length, export_onnx
 from .runtime.onnx_parity import check_parity
@@ -129,6 +130,7 @@ class Conversion:
         progress: Progress,
         device: torch.device,
     ) -> None:
+        check_train(config.distill, plan)
         self.source, self.chosen, self.ids, self.text = source, plan, ids, text
         self.config, self.run, self.progress = config, run, progress
         self.device = device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from .passes.types import Check
 from .resume import resume_stage
-from .runtime.distill import distill
+from .runtime.distill import distill, stopped_at
 from .runtime.run_folder import RunFolder
+from .runtime.token_cache import cached_rows
 from .runtime.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def distillation_rows(work: Conversion) -> tuple[Tensor, Tensor, int]:
     """The calibration text as rows, the held-out slice last; predictions that count; number of rows to train on."""
     calib, tokenizer = work.config.calib, work.source.tokenizer
     assert tokenizer is not None
-    ids, counts = work.text.rows(tokenizer, length=calib.length)
+    ids, counts = cached_rows(work.text, tokenizer, length=calib.length, run=work.run.path, say=work.progress.say)
     held = torch.zeros(len(ids), dtype=torch.bool)
     held[calib.sequences : calib.sequences + calib.holdout] = True
     order = torch.cat(((~held).nonzero(), held.nonzero())).squeeze(1)
@@ -43,9 +45,9 @@ def distill_stage(work: Conversion) -> None:
     calib, config = work.config.calib, work.config.distill.in_steps(work.config.calib.length)
     inputs: dict[str, Any] = {"align": work.run.stage_hash("align")}
     settings: dict[str, Any] = {"distill": None}
-    active = bool(config.steps and work.chosen.convert)
+    active = bool(config.active and work.chosen.convert)
     if active:
-        settings = {"distill": config.model_dump(), "seed": work.config.seed, "holdout": calib.holdout}
+        settings = {"distill": config.settings(), "seed": work.config.seed, "holdout": calib.holdout}
         inputs["text"] = work.text.identity()
     with work.run.stage("distill", config=settings, inputs=inputs) as stage:
         if stage.done:
@@ -56,6 +58,7 @@ def distill_stage(work: Conversion) -> None:
         load_weights(work.student, work.run.path / ALIGNED)
         ids, counts, train = distillation_rows(work)
         resume, save = resume_stage(stage, work.progress)
+        tokens, started = min(config.batch, train) * calib.length, time.monotonic()
         _, curve = distill(
             work.student,
             ids,
@@ -65,10 +68,21 @@ def distill_stage(work: Conversion) -> None:
             seed=work.config.seed,
             resume=resume,
             save=save,
-            progress=work.progress.bar("distillation", tokens=config.batch * calib.length, loss_name="KL"),
+            progress=work.progress.bar("distillation", tokens=tokens, loss_name=config.divergence),
         )
+        seconds, stopped = max(time.monotonic() - started, 1e-3), stopped_at(curve, config)
         save_weights(work.student, stage.dir / DISTILLED)
         (stage.dir / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
         scores: list[Any] = [p["held_out"] for p in curve]
         check = Check("held-out score of distillation against its start", min(scores), scores[0])
-        stage.evidence = {"curve": curve, "checks": [asdict(check)], "rows": train}
+        tokens *= (stopped or config.steps) - (resume.step if resume else 0)
+        stage.evidence = {
+            "curve": curve,
+            "checks": [asdict(check)],
+            "rows": train,
+            "steps": config.steps,
+            "stopped_at": stopped,
+            "speed": {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds, 1)},
+        }
+        if stopped is not None:
+            work.progress.say(f"distillation stopped at step {stopped}: {config.patience} scores without a better one")

@@ -54,6 +54,10 @@ def test_distil_a_run_folder(aligned):
     assert "## Distillation" in (aligned / "report.md").read_text()
     old, new = (load_file(aligned / f"{n}.safetensors") for n in ("weights", "distilled"))
     assert old.keys() == new.keys() and any(not torch.equal(old[n], new[n]) for n in old)
+    speed = record["evidence"]["speed"]
+    assert speed["tokens"] == 4 * 2 * 48 and 0 < speed["seconds"] < stages(aligned)["distill"]["seconds"]
+    assert speed["tokens_per_second"] == pytest.approx(speed["tokens"] / speed["seconds"], rel=0.01)
+    assert record["evidence"]["stopped_at"] is None
     done("tcal", "distill", aligned, "--tokens", str(2 * 48 * 4), "--no-export", "--quiet")  # the same length
     assert stages(aligned)["distill"] == record
 
@@ -90,6 +94,18 @@ def test_a_loss_that_is_not_finite_keeps_the_aligned_student(aligned):
     )
 
 
+def test_an_early_stop_is_recorded_and_shown(aligned):
+    (aligned.parent / "high.toml").write_text(
+        "[distill]\nlr_gdn = 1.0\nlr_other = 1.0\nclip = 1e6\nbatch = 2\nscore_every = 1\npatience = 2\n"
+    )
+    command = ("tcal", "distill", aligned, "--steps", "20", "--config", aligned.parent / "high.toml", "--no-export")
+    result = call(*command)
+    assert result.code == 0 and "stopped at step 2: 2 scores without a better one" in result.err
+    evidence = stages(aligned)["distill"]["evidence"]
+    assert evidence["stopped_at"] == 2 == evidence["curve"][-1]["step"] and evidence["steps"] == 20
+    assert "Stopped early at step 2 of 20" in (aligned / "report.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_distilled_student_is_what_is_deployed(finished):
     before = (finished / "student.pt2").read_bytes()
@@ -111,6 +127,13 @@ def test_the_distilled_student_is_what_is_deployed(finished):
 )
 def test_bad_options_are_refused_before_the_folder(tmp_path, options, expected):
     refused(call("tcal-compile", TINY, "-o", tmp_path / "run", *options, "--quiet"), "ConfigError", expected)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_softmax_sites_where_none_is_kept_is_refused(tmp_path):
+    (tmp_path / "tcal.toml").write_text('policy = "none"\n[distill]\nsteps = 2\ntrain = "attention"\n')
+    words = ("tcal", "align", TINY, "-o", tmp_path / "run", *BYTES, *SMALL, "--config", tmp_path / "tcal.toml")
+    refused(call(*words, "--quiet"), "ConfigError", "distill.train", "no softmax site")
     assert not (tmp_path / "run").exists()
 
 

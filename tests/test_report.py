@@ -233,12 +233,15 @@ def test_scores_of_a_policy_and_a_distillation_are_shown(shared_run):
             {"step": s, "train": None, "predictions": s * 10, "kl": k, "nll": 1.0, "held_out": k}
             for s, k in ((0, 0.5), (10, 0.2), (20, 0.3))
         ]
-        body["stages"]["distill"] = body["stages"]["align"] | {"files": {}, "evidence": {"curve": curve, "checks": []}}
+        speed = {"tokens": 5000, "seconds": 40.0, "tokens_per_second": 125.0}
+        evidence = {"curve": curve, "checks": [], "steps": 90, "stopped_at": 20, "speed": speed}
+        body["stages"]["distill"] = body["stages"]["align"] | {"files": {}, "evidence": evidence}
 
     run = edited(facts(shared_run), edit)
     text, html = render_report(run.manifest), render_report(run.manifest, html=True)
     assert "| 0 | layers.0" in text and "| softmax | 0.91 |" in text and "| Gated DeltaNet | 0.14 |" in text
     assert "| kept | 10 | 100 | 0.2000 | 2.72 |" in text and "| last | 20 | 200 | 0.3000 |" in text
+    assert "Stopped early at step 20 of 90" in text and "125 tokens per second over the last 40 s" in text
     assert set(Reader(html).labels) == PLOTS | {"Scores of the policy", "Distillation"}
     both = compare_markdown(facts(shared_run), run)
     assert "| 0 | edited | layers.0" in both and "| 0 | run | layers.0" in both and "policy's score" in both

@@ -136,7 +136,16 @@ def distillation(run: Facts, _: Scales) -> list[Block]:
         for name, p in (("start", curve[0]), ("kept", best), ("last", curve[-1]))
     ]
     head = ["weights", "step", "predictions trained on", "held-out KL, nats per token", "held-out perplexity"]
-    return [Table(head, rows), Plot("Distillation", lambda axes: plots.distillation(axes, run))]
+    evidence, text = run.evidence("distill"), ""
+    if (stopped := evidence.get("stopped_at")) is not None:
+        text = (
+            f"Stopped early at step {number(stopped)} of {number(evidence['steps'])}: no better held-out score came. "
+        )
+    if speed := evidence.get("speed"):
+        rate, seconds = number(speed["tokens_per_second"]), number(speed["seconds"])
+        text += f"{rate} tokens per second over the last {seconds} s of work, scores and checkpoints included."
+    plot = Plot("Distillation", lambda axes: plots.distillation(axes, run))
+    return [Table(head, rows), *[Paragraph(text)] * bool(text), plot]
 
 
 def scores(run: Facts, scales: Scales) -> list[Block]:

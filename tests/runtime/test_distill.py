@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_models import VOCAB, student_of
 
-from tcal_compiler.errors import StageError
+from tcal_compiler.config import build_config
+from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.runtime.config import DistillConfig
-from tcal_compiler.runtime.distill import Distiller, distill
+from tcal_compiler.runtime.distill import Distiller, distill, stopped_at
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.training import Checkpoint, TrainState
@@ -70,6 +71,34 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
             assert torch.equal(tensor, final[name]), (state.step, name)
 
 
+def test_with_every_option_resuming_gives_the_same_bits(tmp_path):
+    options = {"divergence": "js", "cross_entropy": 0.1, "hidden": 0.5, "temperature": 1.5, "patience": 2}
+    options |= {"teacher_dtype": "bfloat16", "checkpoint_activations": True, "train": "attention"}
+    config, saved, student = with_(**options), [], start()
+    _, curve = run(student, config, save=lambda s: saved.append(copy.deepcopy(s)))
+    assert config.settings().keys() >= options.keys() and {"divergence", "hidden"} <= curve[0].keys()
+    for state in saved[::3]:
+        Checkpoint(tmp_path / "state").save(state)
+        resumed = start()
+        assert run(resumed, config, resume=Checkpoint(tmp_path / "state").load())[1] == curve
+        assert all(torch.equal(p, weights(student)[n]) for n, p in weights(resumed).items())
+
+
+def test_recomputed_activations_give_the_same_curve(undisturbed):
+    _, student, curve, _ = undisturbed
+    again = start()
+    assert run(again, with_(checkpoint_activations=True))[1] == curve
+    assert all(torch.equal(p, weights(student)[n]) for n, p in weights(again).items())
+
+
+def test_a_teacher_in_bfloat16_trains_and_scores_are_against_the_captured_one(undisturbed):
+    curve = run(start(), with_(teacher_dtype="bfloat16"))[1]
+    assert curve[0] == undisturbed[2][0]
+    for point, known in zip(curve[1:], undisturbed[2][1:], strict=True):
+        assert point["train"] != known["train"] and point["train"] == pytest.approx(known["train"], rel=0.02)
+        assert point["held_out"] == pytest.approx(known["held_out"], rel=0.02)
+
+
 def test_the_kept_weights_have_the_best_recorded_score(undisturbed):
     _, student, curve, _ = undisturbed
     assert [p["step"] for p in curve] == [0, 3, 6, 8] and curve[-1]["predictions"] > 0
@@ -85,15 +114,59 @@ def test_a_run_that_only_gets_worse_keeps_its_start():
     assert all(torch.equal(before[n], p) for n, p in weights(student).items())
 
 
-@pytest.mark.parametrize("train", ["gdn", "all"])
+WORSE = with_(lr_gdn=0.3, lr_other=0.3, clip=1e6, steps=30, score_every=2, warmup=1, patience=3)
+
+
+def test_patience_stops_keeps_the_best_and_resumes_to_the_same_stop():
+    saved: list[TrainState] = []
+    student = start()
+    _, curve = run(student, WORSE, save=lambda s: saved.append(copy.deepcopy(s)))
+    best = min(range(len(curve)), key=lambda i: curve[i]["held_out"])
+    assert curve[-1]["step"] == stopped_at(curve, WORSE) == saved[-1].step < 30 and len(curve) - 1 - best == 3
+    whole = run(start(), WORSE.model_copy(update={"patience": None}))[1]
+    assert len(whole) == 16 and whole[: len(curve)] == curve and stopped_at(whole, with_(steps=30)) is None
+    found = Distiller(student, IDS, COUNTS, train=TRAIN, config=WORSE).score()["held_out"]
+    assert found == curve[best]["held_out"]
+    for state in (saved[-1], saved[-2], saved[0]):
+        resumed = start()
+        assert run(resumed, WORSE, resume=state)[1] == curve
+        assert all(torch.equal(p, weights(student)[n]) for n, p in weights(resumed).items())
+
+
+def test_patience_counts_scores_since_the_best():
+    def curve(*scores: float) -> list[dict[str, object]]:
+        return [{"step": 2 * i, "held_out": s} for i, s in enumerate(scores)]
+
+    config = with_(steps=10, patience=2)
+    assert stopped_at(curve(1.0, 0.9, 0.95), config) is None
+    assert stopped_at(curve(1.0, 0.9, 0.95, 0.9), config) == 6  # as good is not better
+    assert stopped_at(curve(1.0, 0.9, 0.95, 0.8), config) is None
+    assert stopped_at(curve(1.0, 1.1, 1.2, 1.3, 1.4, 1.5), config) is None  # the end comes anyway
+    assert stopped_at(curve(1.0, 1.1, 1.2, 1.3), with_(steps=10)) is None
+
+
+@pytest.mark.parametrize("train", ["gdn", "attention", "all"])
 def test_only_the_chosen_part_moves(train):
     student = start()
     before, sites = weights(student), changed_names(student)
-    run(student, with_(train=train))
+    run(student, with_(train=train, steps=3))
     moved = {n for n, p in weights(student).items() if not torch.equal(before[n], p)}
-    assert moved & sites and "tcal_mixers.0.A_log" in moved
-    assert (moved <= sites) == (train == "gdn")
-    assert ("embed.weight" in moved or "head.weight" in moved) == (train == "all")
+    kept = {n for n in before if n.startswith("blocks.1.attn.")}
+    assert len(kept) == 8 and not kept & sites and "tcal_mixers.0.A_log" in sites
+    assert {"gdn": moved <= sites, "attention": moved <= kept, "all": bool(moved & {"embed.weight", "head.weight"})}[
+        train
+    ]
+    assert bool(moved & sites) == (train != "attention") and bool(moved & kept) == (train != "gdn")
+    asked = {n for n, p in student.gm.named_parameters() if p.requires_grad}
+    assert {"gdn": asked == sites, "attention": asked == kept, "all": asked == set(before)}[train]
+
+
+def test_attention_that_is_written_out_is_found_and_none_at_all_refused():
+    student = student_of("written out", "keep=1")
+    trainer = Distiller(student, IDS, COUNTS, train=TRAIN, config=with_(train="attention"))
+    assert set(trainer.params) == {f"blocks.1.attn.{n}.weight" for n in ("proj.0", "proj.1", "proj.2", "out")}
+    with pytest.raises(ConfigError, match="keeps no softmax site"):
+        Distiller(student_of(), IDS, COUNTS, train=TRAIN, config=with_(train="attention"))
 
 
 def test_sites_and_other_weights_have_their_own_rates():
@@ -151,10 +224,23 @@ def test_cross_entropy_takes_part_in_loss_and_score():
     assert pulled[-1]["train"] is not None and pulled[-1]["held_out"] != pulled[0]["held_out"]
 
 
-def test_it_learns():
-    config = with_(steps=40, lr_gdn=1e-2, lr_other=1e-3, batch=6)
+def test_the_hidden_term_takes_part_in_loss_and_score():
+    curve = run(start(), with_(hidden=3.0, cross_entropy=0.5))[1]
+    assert "hidden" not in run(start(), with_(steps=1))[1][0]
+    for point in curve:
+        assert point["held_out"] == pytest.approx(point["kl"] + 0.5 * point["nll"] + 3.0 * point["hidden"])
+    pulled, plain = (run(start(), with_(hidden=h, lr_gdn=1e-2, steps=20, score_every=20))[1] for h in (300.0, 1e-6))
+    assert pulled[0]["hidden"] == plain[0]["hidden"] > pulled[-1]["hidden"]
+    assert pulled[-1]["hidden"] < 0.95 * plain[-1]["hidden"]
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "js"])
+def test_it_learns(divergence):
+    config = with_(steps=20, score_every=20, lr_gdn=1e-2, lr_other=1e-3, batch=6, divergence=divergence)
     _, curve = run(start(), config)
-    assert curve[-1]["train"] < 0.5 * curve[1]["train"] and math.isfinite(curve[-1]["nll"])
+    assert curve[-1]["train"] < 0.7 * curve[0]["held_out"] and math.isfinite(curve[-1]["nll"])
+    assert curve[0]["held_out"] == curve[0].get("divergence", curve[0]["kl"])
+    assert ("divergence" in curve[0]) == (divergence != "forward-kl")
 
 
 def test_a_held_out_slice_without_predictions_is_refused():
@@ -170,3 +256,25 @@ def test_tokens_become_whole_steps():
     assert DistillConfig(steps=3).in_steps(50).steps == 3
     with pytest.raises(ValueError, match="both steps and tokens"):
         DistillConfig(steps=3, tokens=100)
+
+
+def test_later_options_leave_the_identity_of_older_runs():
+    old = set(DistillConfig(steps=3).settings())
+    assert {"steps", "train", "temperature", "cross_entropy"} <= old and "divergence" not in old
+    assert DistillConfig(steps=3, divergence="js").settings()["divergence"] == "js"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"divergence": "kl"},
+        {"temperature": math.inf},
+        {"temperature": 0.0},
+        {"cross_entropy": -1.0},
+        {"train": "gates"},
+    ],
+    ids=str,
+)
+def test_unknown_values_are_refused(values):
+    with pytest.raises(ConfigError, match=f"distill.{next(iter(values))}"):
+        build_config({"distill": values}, "test")

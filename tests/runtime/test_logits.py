@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,12 @@ from tiny_models import VOCAB, TinyModel, capture_of, scanned, student_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.site_program import tap_graph
+from tcal_compiler.runtime.divergence import Objective, forward_kl
 from tcal_compiler.runtime.initialize import naive_
-from tcal_compiler.runtime.logits import compare, forward_kl, split_model
+from tcal_compiler.runtime.logits import SplitModel, compare, in_bfloat16, split_model
 from tcal_compiler.runtime.student import Student
 
 IDS = example_ids(3, 17, VOCAB, seed=5)
@@ -35,7 +40,20 @@ def chunked(student: Student, *, ids: Tensor = IDS, counts: Tensor = COUNTS, chu
     return losses, {n: p.grad for n, p in student.gm.named_parameters() if p.grad is not None}
 
 
-def whole(student: Student, temperature: float, weight: float) -> tuple[float, float, dict[str, Tensor]]:
+def js_of(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = torch.stack((log_p, log_q)).logsumexp(0) - math.log(2)
+    halves = (F.kl_div(log_m, x, log_target=True, reduction="batchmean") for x in (log_p, log_q))
+    return sum(halves) / 2
+
+
+WHOLE = {
+    "forward-kl": lambda p, q: F.kl_div(q, p, log_target=True, reduction="batchmean"),
+    "reverse-kl": lambda p, q: F.kl_div(p, q, log_target=True, reduction="batchmean"),
+    "js": js_of,
+}
+
+
+def whole(student: Student, objective: Objective) -> tuple[float, float, dict[str, Tensor]]:
     """The same from full matrices, with PyTorch's own losses."""
     for p in student.gm.parameters():
         p.grad = None
@@ -43,23 +61,30 @@ def whole(student: Student, temperature: float, weight: float) -> tuple[float, f
     with torch.no_grad():
         soft = student.capture.gm(IDS)[:, :-1][COUNTS]
     target = IDS[:, 1:][COUNTS]
-    log_q, log_p = ((x / temperature).log_softmax(-1) for x in (hard, soft))
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    log_q, log_p = ((x / objective.temperature).log_softmax(-1) for x in (hard, soft))
+    divergence = WHOLE[objective.divergence](log_p, log_q)
     nll = F.nll_loss(hard.log_softmax(-1), target)
-    (temperature**2 * kl + weight * nll).backward()
-    return kl.item(), nll.item(), {n: p.grad.clone() for n, p in student.gm.named_parameters() if p.grad is not None}
+    (objective.temperature**2 * divergence + objective.cross_entropy * nll).backward()
+    return (
+        divergence.item(),
+        nll.item(),
+        {n: p.grad.clone() for n, p in student.gm.named_parameters() if p.grad is not None},
+    )
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied head"])
-@pytest.mark.parametrize("temperature, weight", [(1.0, 0.0), (2.0, 0.3)])
-@pytest.mark.parametrize("chunk", [1, 5, 1000])
-def test_values_and_gradients_are_those_of_the_full_matrix(tied, temperature, weight, chunk):
+@pytest.mark.parametrize("tied, chunk", [(False, 1), (True, 5), (False, 1000)])
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(), Objective("forward-kl", 2.0, 0.3), Objective("reverse-kl", 2.0, 0.3), Objective("js", 0.7)],
+    ids=lambda o: f"{o.divergence} {o.temperature}",
+)
+def test_values_and_gradients_are_those_of_the_full_matrix(tied, objective, chunk):
     student = naive_student(tied=tied)
-    kl, nll, expected = whole(student, temperature, weight)
-    options = {"temperature": temperature, "cross_entropy": weight, "backward": True}
-    losses, found = chunked(student, chunk=chunk, **options)
-    assert losses.count == int(COUNTS.sum()) and losses.kl.item() / losses.count == pytest.approx(kl, rel=1e-5)
-    if weight:
+    divergence, nll, expected = whole(student, objective)
+    losses, found = chunked(student, chunk=chunk, objective=objective, backward=True)
+    assert losses.count == int(COUNTS.sum())
+    assert losses.divergence.item() / losses.count == pytest.approx(divergence, rel=1e-5)
+    if objective.cross_entropy:
         assert losses.nll.item() / losses.count == pytest.approx(nll, rel=1e-5)
     assert found.keys() == expected.keys() and len(found) > 10
     for name, gradient in found.items():
@@ -72,7 +97,7 @@ def test_a_score_leaves_no_gradient_and_sums_over_batches():
     assert not gradients and all_at_once.nll > 0
     parts = [chunked(student, ids=IDS[i : i + 1], counts=COUNTS[i : i + 1])[0] for i in range(3)]
     total = parts[0] + parts[1] + parts[2]
-    assert total.count == all_at_once.count
+    assert total.count == all_at_once.count and total.kl == total.divergence
     torch.testing.assert_close(total.kl, all_at_once.kl, rtol=1e-6, atol=0)
 
 
@@ -102,6 +127,42 @@ def test_nothing_that_counts_is_no_gradient():
     assert all(not g.any() for g in gradients.values())
 
 
+def test_a_score_also_holds_what_the_objective_leaves_out():
+    student = naive_student()
+    known = chunked(student)[0]
+    losses = chunked(student, objective=Objective("js"))[0]
+    assert losses.kl == known.kl and losses.nll == known.nll and losses.divergence < known.divergence
+    trained = chunked(student, objective=Objective("js"), backward=True)[0]
+    assert trained.divergence == losses.divergence and trained.kl == trained.nll == 0
+
+
+def test_tapped_states_against_the_whole_graphs():
+    """Only tokens that count take part, each tap over its own size, and the gradient adds to that of the divergence."""
+    student = naive_student()
+    taps, weight = [s.y for s in student.converted], 0.7
+    assert len(taps) == 2
+    _, _, expected = whole(student, Objective())
+    for p in student.gm.parameters():
+        p.grad = None
+    own, aim = (tap_graph(gm, taps)(IDS) for gm in (student.gm, student.capture.gm))
+    errors = []
+    for s, t in zip(own, aim, strict=True):
+        s, t = (x[:, :-1].flatten(0, 1)[COUNTS.flatten()] for x in (s, t))
+        errors.append((s - t.detach()).pow(2).mean() / t.detach().pow(2).mean())
+    (weight * sum(errors) / 2).backward()
+    expected = {n: expected[n] + (0 if p.grad is None else p.grad) for n, p in student.gm.named_parameters()}
+
+    for p in student.gm.parameters():
+        p.grad = None
+    models = [split_model(gm, taps) for gm in (student.gm, student.capture.gm)]
+    losses = compare(*models, (IDS,), COUNTS, chunk=5, objective=Objective(hidden=weight), backward=True)
+    assert losses.means()["hidden"] == pytest.approx(sum(errors).item() / 2, rel=1e-5)
+    for name, p in student.gm.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    same = compare(models[1], models[1], (IDS,), COUNTS, chunk=5, objective=Objective(hidden=weight))
+    assert same.hidden == 0 and same.divergence == pytest.approx(0, abs=1e-5)
+
+
 class _Largest(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -115,15 +176,16 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def test_logits_exist_for_one_chunk_at_a_time():
+@pytest.mark.parametrize("kind", list(WHOLE))
+def test_logits_exist_for_one_chunk_at_a_time(kind):
     student = naive_student(vocab=512)
     ids = example_ids(3, 40, 512)
     counts = torch.ones(3, 39, dtype=torch.bool)
     with _Largest() as spy:
-        chunked(student, ids=ids, counts=counts, chunk=16, backward=True)
+        chunked(student, ids=ids, counts=counts, chunk=16, objective=Objective(kind), backward=True)
     assert spy.numel <= 32  # rows of [V]: the head's transposed weight has as many as the model is wide
     with _Largest() as spy:
-        chunked(student, ids=ids, counts=counts, chunk=10_000, backward=True)
+        chunked(student, ids=ids, counts=counts, chunk=10_000, objective=Objective(kind), backward=True)
     assert spy.numel == 3 * 39
 
 
@@ -173,3 +235,48 @@ def test_the_head_shares_the_models_weights():
     capture, _ = scanned("is_causal", tied=True)
     (weight,) = split_model(capture.gm).head.parameters()
     assert any(weight is p for p in capture.gm.parameters()) and weight.shape == (VOCAB, 32)
+
+
+class _Products(TorchDispatchMode):
+    """Dtypes of matrix products, by whether they make logits, and of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.attention = set(), set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            (self.head if out.shape[-1] == VOCAB else self.body).add(out.dtype)
+        if "attention" in str(func):
+            self.attention.add(args[0].dtype)
+        return out
+
+
+def test_a_body_in_bfloat16_under_a_head_as_it_was():
+    gm = naive_student().capture.gm
+    plain = split_model(gm, [s.y for s in scanned()[1].sites])
+    half = in_bfloat16(plain)
+    assert half.head is plain.head
+    with torch.no_grad(), _Products() as seen:
+        hidden, *taps = half.counted((IDS,), COUNTS)
+        logits = half.logits(hidden)
+    assert seen.body == seen.attention == {torch.bfloat16} and seen.head == {torch.float32}
+    assert len(taps) == 2 and hidden.dtype == logits.dtype == torch.float32
+    with torch.no_grad():
+        exact = plain.logits(plain.counted((IDS,), COUNTS)[0])
+    error = (logits - exact).norm() / exact.norm()
+    assert 1e-5 < error < 2e-2
+    assert {p.dtype for p in gm.parameters()} == {torch.float32}
+
+
+def test_a_teacher_that_does_not_mix_dtypes_is_refused():
+    weight, index = torch.ones(4, 4), torch.tensor([0])
+
+    def body(ids: Tensor) -> tuple[Tensor, ...]:
+        return (torch.zeros(3, 4).index_add(0, index, F.linear(torch.ones(1, 4), weight)),)
+
+    assert body(IDS)[0].sum() == 16
+    with pytest.raises(StageError, match="bfloat16") as e:
+        in_bfloat16(SplitModel(body, None)).hidden((IDS,))
+    assert "teacher_dtype" in e.value.hint
