@@ -91,11 +91,8 @@ class AlignConfig(TrainConfig):
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
 
 
-_LATER = {
-    "divergence",
-    "hidden",
-    "patience",
-}  # keys of DistillConfig that came when run folders had distilled students already
+# keys of DistillConfig that came when run folders had distilled students already
+_LATER = {"divergence", "hidden", "patience"}
 
 
 class DistillConfig(TrainConfig):

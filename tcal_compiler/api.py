@@ -303,7 +303,7 @@ def write_report(run: RunFolder, progress: Progress) -> None:
     settings = {"html": can_plot(), "version": package_version()}
     with run.stage("report", config=settings, inputs=inputs) as stage:
         if not stage.done:
-            with reading(run):
+            with reading(run.path):
                 text = render_report(run.manifest)
                 page = render_report(run.manifest, html=True) if settings["html"] else ""
             (stage.dir / "report.md").write_text(text, encoding="utf-8")

@@ -32,6 +32,7 @@ class TeacherInfo(_Record):
 
 class _PlanEvidence(_Record):
     info: TeacherInfo
+    tokenizer_dir: str | None = None
 
 
 class _Calibrated(_Record):
@@ -65,7 +66,7 @@ class _TrainEvidence(_Record):
 
 
 @contextmanager
-def reading(run: RunFolder) -> Iterator[None]:
+def reading(run: Path) -> Iterator[None]:
     """The manifest is read inside the block: a record of another shape becomes a RunFolderError."""
     try:
         yield
@@ -73,14 +74,14 @@ def reading(run: RunFolder) -> Iterator[None]:
         first = e.errors()[0] if isinstance(e, ValidationError) else None
         what = f"at {'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(e).__name__}: {e}"
         raise RunFolderError(
-            str(run.path / MANIFEST_NAME),
+            str(run / MANIFEST_NAME),
             f"the manifest is damaged: it records what this program does not write ({what})",
             "restore the file, or use another output folder",
         ) from e
 
 
 def _read(run: RunFolder, kind: type[Any], value: Any) -> Any:
-    with reading(run):
+    with reading(run.path):
         return TypeAdapter(kind).validate_python(value)
 
 
@@ -88,7 +89,7 @@ def plan_of(run: RunFolder, scan: SiteScan) -> Plan:
     """The recorded plan. Raises RunFolderError when it is none for the sites of the scan."""
     run.record("plan")
     found = _read(run, _PlanRecord, run.manifest.plan)
-    with reading(run):
+    with reading(run.path):
         if sorted(found.keep + found.convert) != [s.index for s in scan.sites]:
             raise ValueError(f"layers {found.keep} and {found.convert} are not the teacher's sites, each once")
     return Plan(tuple(found.keep), tuple(found.convert), found.policy)
@@ -102,9 +103,12 @@ def settings_before(path: Path) -> tuple[dict[str, Any], str | None]:
     if not (path / MANIFEST_NAME).is_file():
         return {}, None
     manifest = read_manifest(path)
-    evidence: Any = manifest.stages["plan"].evidence if "plan" in manifest.stages else {}
-    is_bytes = evidence.get("info", {}).get("tokenizer") == "bytes"
-    return {**manifest.config, "policy": None}, "bytes" if is_bytes else evidence.get("tokenizer_dir")
+    settings = {**manifest.config, "policy": None}
+    if "plan" not in manifest.stages:
+        return settings, None
+    with reading(path):
+        plan = _PlanEvidence.model_validate(manifest.stages["plan"].evidence)
+    return settings, "bytes" if plan.info.tokenizer == "bytes" else plan.tokenizer_dir
 
 
 def calibrated_texts(run: RunFolder) -> tuple[dict[str, str], dict[str, list[str]]]:

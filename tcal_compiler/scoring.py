@@ -84,7 +84,7 @@ class Scoring:
         settings = self.settings | {"policy": self.policy}
         with self.run.stage(f"score-{FORWARD}", config=settings, inputs=self.inputs) as stage:
             if stage.done:
-                with reading(self.run):
+                with reading(self.run.path):
                     return choose(scan, self.policy, path=_path(stage.evidence["path"]))
             move_to(self.source.capture.gm, self.device)
             scores = SetScores(
@@ -108,7 +108,7 @@ class Scoring:
 
     def _known(self, made_from: str) -> Sets:
         record = self.run.manifest.stages.get(f"score-{FORWARD}")
-        with reading(self.run):
+        with reading(self.run.path):
             if record is None or record.evidence["made_from"] != made_from:
                 return {}
             rows: Any = record.evidence["sets"]

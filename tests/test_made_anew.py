@@ -93,3 +93,14 @@ def test_records_that_name_each_other_end(stages, tmp_path):
         data["stages"][a]["made_from"] = {b: manifest(out).stage_hash(b)}
     (out / "tcal.json").write_text(json.dumps(data))
     assert manifest(out).made_before("align") == ""
+
+
+def test_settings_that_are_none_are_a_typed_error(stages, tmp_path):
+    out = shutil.copytree(stages, tmp_path / "run")
+    data = json.loads((out / "tcal.json").read_text())
+    for at, value, error in (("calib", "x", "ConfigError"), ("align", {"steps": "many"}, "ConfigError")):
+        (out / "tcal.json").write_text(json.dumps(data | {"config": data["config"] | {at: value}}))
+        refused(call("tcal", "align", TINY, "-o", out), error, at)
+    data["stages"]["plan"]["evidence"]["info"] = ["bytes"]
+    (out / "tcal.json").write_text(json.dumps(data))
+    refused(call("tcal", "align", TINY, "-o", out), "RunFolderError", "the manifest is damaged")
