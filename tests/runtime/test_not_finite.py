@@ -72,9 +72,9 @@ def test_a_loss_stops_alignment_and_the_last_checkpoint_is_gone_on_from(teacher,
     whole = aligned(teacher, tmp_path / "whole")
     calls, real = [], GroupTrainer.losses
 
-    def losses(self: GroupTrainer, index: Tensor, **options: int) -> Tensor:
+    def losses(self: GroupTrainer, x: Tensor, y: Tensor, **options: int) -> Tensor:
         calls.append(1)
-        value = real(self, index, **options)
+        value = real(self, x, y, **options)
         return value * torch.tensor([1.0, float("nan")]) if len(calls) > 15 else value
 
     with monkeypatch.context() as patch:
