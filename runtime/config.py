@@ -129,6 +129,9 @@ class DistillConfig(TrainConfig):
         description="bfloat16: in training steps the teacher's matrix products and attention but its last linear map "
         "run in it; scores are always against the teacher as captured",
     )
+    student_dtype: Literal["captured", "bfloat16"] = Field(
+        "captured", description="the same for the student's, forward and backward; weights and recurrences stay float32"
+    )
     checkpoint_activations: bool = Field(
         False,
         description="keep little of the student's forward pass between attention sites and compute it again: "

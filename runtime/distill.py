@@ -20,7 +20,7 @@ from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
 from .divergence import Objective
-from .logits import Losses, compare, in_bfloat16, split_model
+from .logits import Losses, SplitModel, compare, in_bfloat16, split_model
 from .recompute import recompute_between
 from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate
@@ -49,11 +49,8 @@ class Distiller:
         self.student, self.ids, self.counts, self.train, self.config = student, ids, counts, train, config
         self.device = next(student.gm.parameters()).device
         taps = [s.y for s in student.converted] if config.hidden else []
-        self.model, self.teacher = split_model(student.gm, taps), split_model(student.capture.gm, taps)
-        self.trains_on = in_bfloat16(self.teacher) if config.teacher_dtype == "bfloat16" else self.teacher
-        if config.checkpoint_activations:
-            assert isinstance(self.model.body, GraphModule)
-            self.model = replace(self.model, body=recompute_between(self.model.body, [s.y for s in student.sites]))
+        self.scored = split_model(student.gm, taps), split_model(student.capture.gm, taps)
+        self.trained = self._training_models()
         check_train(config, student.plan)
         sites = _parameter_ids(student, student.converted)
         part = {"all": None, "gdn": sites, "attention": _parameter_ids(student, student.kept)}[config.train]
@@ -69,6 +66,16 @@ class Distiller:
         self.optimizer = torch.optim.AdamW(self._groups(sites), fused=self.device.type == "cuda")
         self.peaks = [g["lr"] for g in self.optimizer.param_groups]
 
+    def _training_models(self) -> tuple[SplitModel, SplitModel]:
+        """Student and teacher as training steps run them."""
+        (student, teacher), c = self.scored, self.config
+        if c.checkpoint_activations:
+            assert isinstance(student.body, GraphModule)
+            student = replace(student, body=recompute_between(student.body, [s.y for s in self.student.sites]))
+        if c.student_dtype == "bfloat16":
+            student = in_bfloat16(student, "student")
+        return student, in_bfloat16(teacher, "teacher") if c.teacher_dtype == "bfloat16" else teacher
+
     def _groups(self, sites: set[int]) -> list[dict[str, object]]:
         """Parameters by learning rate and weight decay: only the teacher's matrices decay."""
         kinds: dict[tuple[float, float], list[Tensor]] = {}
@@ -82,8 +89,7 @@ class Distiller:
         """Losses of sequences `index`: with gradients at the training temperature, or at temperature 1."""
         part, counts, c = self.ids[index].to(self.device), self.counts[index].to(self.device), self.config
         return compare(
-            self.model,
-            self.trains_on if train else self.teacher,
+            *(self.trained if train else self.scored),
             self.student.capture.inputs(part),
             counts,
             chunk=c.chunk,

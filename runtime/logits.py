@@ -75,11 +75,11 @@ def split_model(gm: GraphModule, taps: Sequence[str] = ()) -> SplitModel:
     return SplitModel(tap_graph(gm, [logits.name, *taps]), None)
 
 
-def in_bfloat16(model: SplitModel) -> SplitModel:
+def in_bfloat16(model: SplitModel, whose: str) -> SplitModel:
     """The same with the matrix products and attention of its body in bfloat16, by autocast; the head stays as it is.
 
-    Weights keep their dtype: logits rounded to bfloat16 would be off by more than a good student is. Running it raises
-    StageError when the graph does not take mixed dtypes.
+    Weights and gradients keep their dtype. Logits rounded to bfloat16 would be off by more than a good student is.
+    Running it raises StageError when the graph does not take mixed dtypes. whose: "teacher" or "student".
     """
 
     def body(*args: Tensor) -> tuple[Tensor, ...]:
@@ -89,8 +89,8 @@ def in_bfloat16(model: SplitModel) -> SplitModel:
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
                 raise
-            what = f"the teacher does not run in bfloat16: {str(e).splitlines()[0]}"
-            raise StageError("distill", what, 'distill.teacher_dtype = "captured"') from e
+            what = f"the {whose} does not run in bfloat16: {str(e).splitlines()[0]}"
+            raise StageError("distill", what, f'distill.{whose}_dtype = "captured"') from e
         if model.head is not None:
             hidden = hidden.to(next(chain(model.head.parameters(), model.head.buffers())).dtype)
         return hidden, *taps

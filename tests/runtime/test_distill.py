@@ -73,7 +73,12 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
 
 def test_with_every_option_resuming_gives_the_same_bits(tmp_path):
     options = {"divergence": "js", "cross_entropy": 0.1, "hidden": 0.5, "temperature": 1.5, "patience": 2}
-    options |= {"teacher_dtype": "bfloat16", "checkpoint_activations": True, "train": "attention"}
+    options |= {
+        "teacher_dtype": "bfloat16",
+        "student_dtype": "bfloat16",
+        "checkpoint_activations": True,
+        "train": "attention",
+    }
     config, saved, student = with_(**options), [], start()
     _, curve = run(student, config, save=lambda s: saved.append(copy.deepcopy(s)))
     assert config.settings().keys() >= options.keys() and {"divergence", "hidden"} <= curve[0].keys()
@@ -84,15 +89,19 @@ def test_with_every_option_resuming_gives_the_same_bits(tmp_path):
         assert all(torch.equal(p, weights(student)[n]) for n, p in weights(resumed).items())
 
 
-def test_recomputed_activations_give_the_same_curve(undisturbed):
-    _, student, curve, _ = undisturbed
-    again = start()
-    assert run(again, with_(checkpoint_activations=True))[1] == curve
+@pytest.mark.parametrize("dtype", ["captured", "bfloat16"])
+def test_recomputed_activations_give_the_same_curve(dtype):
+    student, again = start(), start()
+    _, curve = run(student, with_(student_dtype=dtype, steps=4))
+    assert run(again, with_(student_dtype=dtype, steps=4, checkpoint_activations=True))[1] == curve
     assert all(torch.equal(p, weights(student)[n]) for n, p in weights(again).items())
 
 
-def test_a_teacher_in_bfloat16_trains_and_scores_are_against_the_captured_one(undisturbed):
-    curve = run(start(), with_(teacher_dtype="bfloat16"))[1]
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_steps_in_bfloat16_and_scores_as_captured(undisturbed, whose):
+    student = start()
+    curve = run(student, with_(**{f"{whose}_dtype": "bfloat16"}))[1]
+    assert {p.dtype for p in student.gm.parameters()} == {torch.float32}
     assert curve[0] == undisturbed[2][0]
     for point, known in zip(curve[1:], undisturbed[2][1:], strict=True):
         assert point["train"] != known["train"] and point["train"] == pytest.approx(known["train"], rel=0.02)

@@ -256,7 +256,7 @@ class _Products(TorchDispatchMode):
 def test_a_body_in_bfloat16_under_a_head_as_it_was():
     gm = naive_student().capture.gm
     plain = split_model(gm, [s.y for s in scanned()[1].sites])
-    half = in_bfloat16(plain)
+    half = in_bfloat16(plain, "teacher")
     assert half.head is plain.head
     with torch.no_grad(), _Products() as seen:
         hidden, *taps = half.counted((IDS,), COUNTS)
@@ -278,5 +278,5 @@ def test_a_teacher_that_does_not_mix_dtypes_is_refused():
 
     assert body(IDS)[0].sum() == 16
     with pytest.raises(StageError, match="bfloat16") as e:
-        in_bfloat16(SplitModel(body, None)).hidden((IDS,))
+        in_bfloat16(SplitModel(body, None), "teacher").hidden((IDS,))
     assert "teacher_dtype" in e.value.hint
