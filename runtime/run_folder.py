@@ -167,8 +167,8 @@ class RunFolder:
             RunFolderError: missing, not a run folder, damaged, or in use by a writer.
         """
         path = Path(path).absolute()
-        if not (path / MANIFEST_NAME).is_file():
-            what = "is not a run folder (no tcal.json)" if path.exists() else "no such run folder"
+        if not os.path.isfile(path / MANIFEST_NAME):  # False, too, for a name that no file can have
+            what = "is not a run folder (no tcal.json)" if os.path.exists(path) else "no such run folder"
             raise RunFolderError(str(path), what, "the folder given to tcal-compile with -o")
         lock = None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from .config import build_config
 from .errors import RunFolderError
+from .inputs import check_names
 from .passes.types import Check, Plan, SiteScan
-from .runtime.manifest import MANIFEST_NAME
+from .runtime.manifest import MANIFEST_NAME, Manifest
 from .runtime.run_files import read_manifest
 from .runtime.run_folder import RunFolder
 
@@ -60,8 +63,11 @@ class _CheckRecord(_Record):
     allowed: float
     detail: str = ""
 
+    def check(self) -> Check:
+        return Check(self.name, self.measured, self.allowed, self.detail)
 
-class _TrainEvidence(_Record):
+
+class _Checks(_Record):
     checks: list[_CheckRecord] = []
 
 
@@ -100,10 +106,12 @@ def settings_before(path: Path) -> tuple[dict[str, Any], str | None]:
 
     The policy is left out: the run's own plan.toml counts. Raises RunFolderError when the manifest is damaged.
     """
-    if not (path / MANIFEST_NAME).is_file():
+    check_names(None, out=path)
+    if not os.path.lexists(path / MANIFEST_NAME):
         return {}, None
     manifest = read_manifest(path)
     settings = {**manifest.config, "policy": None}
+    build_config(settings, str(path / MANIFEST_NAME))
     if "plan" not in manifest.stages:
         return settings, None
     with reading(path):
@@ -129,5 +137,23 @@ def teacher_info(run: RunFolder) -> TeacherInfo:
 
 def training_checks(run: RunFolder) -> list[Check]:
     """What alignment and distillation checked."""
-    found = [_read(run, _TrainEvidence, run.record(stage).evidence) for stage in ("align", "distill")]
-    return [Check(c.name, c.measured, c.allowed, c.detail) for part in found for c in part.checks]
+    parts = [_read(run, _Checks, run.record(stage).evidence).checks for stage in ("align", "distill")]
+    return [c.check() for part in parts for c in part]
+
+
+def recorded_checks(run: RunFolder, stage: str) -> list[Check]:
+    """What a stage checked, at least one thing."""
+    found = _read(run, _Checks, run.record(stage).evidence)
+    with reading(run.path):
+        if not found.checks:
+            raise ValueError(f"stage {stage} checked nothing")
+    return [c.check() for c in found.checks]
+
+
+def recorded_teacher(path: Path, manifest: Manifest) -> str:
+    """The source of a run folder's teacher. Raises RunFolderError for a function: running one has to be asked for."""
+    source = manifest.teacher.source
+    if source != "embedded" and not Path(source).is_absolute():
+        what = f"its teacher is made by the function {source}, which would be run"
+        raise RunFolderError(str(path), what, f"--teacher {source}, if it is yours")
+    return source

@@ -22,6 +22,7 @@ from .recorded import (
     calibrated_texts,
     calibration_length,
     plan_of,
+    recorded_teacher,
     settings_before,
     training_checks,
 )
@@ -55,7 +56,7 @@ def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor
 
 def _teacher_of(run: RunFolder, override: str | None, tokenizer: str | None, allow_pickle: bool) -> Source:
     """The run's teacher; with a tokenizer only when one is named."""
-    spec = override or run.manifest.teacher.source
+    spec = override or recorded_teacher(run.path, run.manifest)
     source = open_source(spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=tokenizer is not None)
     if source.capture.fingerprint != run.manifest.teacher.fingerprint:
         raise RunFolderError(
@@ -231,7 +232,7 @@ def distill_run(
     if steps is None and not config.distill.steps and not config.distill.tokens:
         raise ConfigError("distill", "the run says no steps and no tokens", "tcal distill RUN --steps 200")
     return convert(
-        teacher or manifest.teacher.source,
+        teacher or recorded_teacher(Path(path), manifest),
         out=path,
         config=config,
         tokenizer=tokenizer or as_before,

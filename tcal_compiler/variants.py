@@ -15,7 +15,7 @@ from .api import ASSETS, write_report
 from .errors import ConfigError, ParityError, RunFolderError
 from .passes.types import Check
 from .progress import Progress
-from .recorded import teacher_info
+from .recorded import recorded_checks, teacher_info
 from .runtime import data
 from .runtime.manifest import hash_json
 from .runtime.onnx_export import DATA_FILE, MODEL_FILE, check_runtime
@@ -52,6 +52,8 @@ def require_variant(run: RunFolder, dtype: str) -> None:
     if stage not in run.manifest.stages:
         held = ", ".join(["float32", *(d for d in WEIGHT_TYPES if f"export-{d}" in run.manifest.stages)])
         raise RunFolderError(str(run.path), f"holds no {dtype} student; it holds: {held}", again)
+    if earlier := run.manifest.made_before(stage):
+        raise RunFolderError(str(run.path), f"its {dtype} student is of before {earlier} was made anew", again)
     for name, problem in run.changed(stage).items():
         raise RunFolderError(str(run.path / name), problem, again)
 
@@ -77,14 +79,12 @@ def export_variant(
     bound = _checked(dtype, max_kl)
     progress = progress or Progress(quiet=True)
     with RunFolder.open_existing(path, write=True) as run:
-        if problems := run.changed("export"):
-            name, what = next(iter(problems.items()))
-            raise RunFolderError(str(run.path / name), what, "the same tcal-compile command makes it again")
+        run.require("export")
         check_runtime()
         settings = {"dtype": dtype, "max_kl": bound, "force": force}
         with run.stage(f"export-{dtype}", config=settings, inputs=_inputs(run)) as stage:
             if stage.done:
-                return Check(**stage.evidence["checks"][0])
+                return recorded_checks(run, f"export-{dtype}")[0]
             progress.say(f"{dtype}: weights")
             target = (stage.dir / model_file(dtype)).parent
             model = quantize(run.path / model_file(), target, dtype)
@@ -144,9 +144,9 @@ def variant_checks(run: RunFolder) -> list[Check]:
         record = run.manifest.stages.get(f"export-{dtype}")
         if record is None:
             continue
-        made: dict[str, float] = record.evidence["checks"][0]  # type: ignore[index,call-overload,assignment]
+        made, *_ = recorded_checks(run, f"export-{dtype}")
         model = run.path / model_file(dtype)
-        bound = max(float(made["allowed"]), 1.01 * float(made["measured"]) if record.evidence["forced"] else 0.0)
+        bound = max(made.allowed, 1.01 * made.measured if record.evidence.get("forced") else 0.0)
         stale = float(record.inputs_hash != hash_json(_inputs(run)))
         checks.append(Check(f"{dtype} student was made from another float32 student", stale, 0.0, "export it again"))
         checks.append(_guard(run, dtype, measure(run, model), model, bound))

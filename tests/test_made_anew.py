@@ -65,6 +65,7 @@ def test_a_student_of_before_is_not_scored_as_of_now(stages, texts, tmp_path):
     """Its calibration text is no longer the one on record, so that nothing could refuse a score on it."""
     out, first = shutil.copytree(stages, tmp_path / "run"), texts / "first.txt"
     done("tcal", "export", TINY, "-o", out)
+    done("tcal", "export", out, "--dtype", "fp16")
     held_out = ("tcal", "eval", out, "--text", texts / "third.txt", "--sequences", "2", "--student-only", "--quiet")
     done(*held_out)
     refused(call("tcal", "eval", out, "--text", first), "DataError", "is the file that was calibrated on")
@@ -80,6 +81,9 @@ def test_a_student_of_before_is_not_scored_as_of_now(stages, texts, tmp_path):
     assert not facts.scores and not facts.held_out
     assert "before calibrate was made anew" in (out / "report.md").read_text()
     done("tcal", "export", TINY, "-o", out)
+    refused(
+        call("tcal", "generate", out, "a", "--dtype", "fp16"), "RunFolderError", "its fp16 student is of before export"
+    )
     assert not Facts("run", manifest(out)).scores  # of the student before
     refused(call(*held_out[:3], "--text", texts / "second.txt"), "DataError", "is the file that was calibrated on")
     done(*held_out)
@@ -104,3 +108,14 @@ def test_settings_that_are_none_are_a_typed_error(stages, tmp_path):
     data["stages"]["plan"]["evidence"]["info"] = ["bytes"]
     (out / "tcal.json").write_text(json.dumps(data))
     refused(call("tcal", "align", TINY, "-o", out), "RunFolderError", "the manifest is damaged")
+    refused(call("tcal", "align", TINY, "-o", tmp_path / ("a" * 300)), "ConfigError", "File name too long")
+    refused(call("tcal", "report", tmp_path / ("a" * 300)), "RunFolderError", "no such run folder")
+
+
+def test_a_run_folder_does_not_make_its_function_run(stages, tmp_path):
+    out = shutil.copytree(stages, tmp_path / "run")
+    data = json.loads((out / "tcal.json").read_text())
+    data["teacher"]["source"] = "os:getcwd"
+    (out / "tcal.json").write_text(json.dumps(data))
+    asked = call("tcal", "distill", out, "--steps", "1")
+    refused(asked, "RunFolderError", "made by the function os:getcwd", "--teacher os:getcwd")
