@@ -210,7 +210,11 @@ def pack(tokens: Tensor, *, sequences: int, length: int, what: str) -> Tensor:
     have, need = tokens.numel(), sequences * length
     if have < need:
         fit = have // length
-        hint = f"at most {fit} sequences, or a longer text" if fit else f"a length of at most {have}, or a longer text"
+        hint = (
+            f"at most {fit} sequences, those that only score (calib.holdout) among them, or a longer text"
+            if fit
+            else f"a length of at most {have}, or a longer text"
+        )
         raise DataError(
             what,
             f"has {have} tokens, but {sequences} sequences of {length} tokens need {need}; {fit} such sequences fit",

@@ -207,7 +207,8 @@ class RunFolder:
         """The manifest's record of a stage. Raises RunFolderError when the stage was never completed."""
         if name not in self.manifest.stages:
             done = ", ".join(self.manifest.stages) or "none"
-            raise RunFolderError(str(self.path), f"stage {name} is not complete; complete: {done}", "tcal-compile")
+            hint = f"the tcal-compile command that made it goes on: with the same teacher and -o {self.path}"
+            raise RunFolderError(str(self.path), f"stage {name} is not complete; complete: {done}", hint)
         return self.manifest.stages[name]
 
     def stage_hash(self, name: str) -> str:

@@ -89,7 +89,8 @@ def check_length(length: int, source: Source, where: str) -> None:
     """Raises ConfigError when sequences are longer than the teacher's context, where that is known."""
     context = source.teacher.info.get("context_length")
     if context is not None and length > context:
-        raise ConfigError(where, f"is {length} tokens, but the teacher's context holds {context}", "a smaller length")
+        option = {"calib.length": f"--calib-length {context}"}.get(where, f"{where} {context}")
+        raise ConfigError(where, f"is {length} tokens, but the teacher's context holds {context}", option)
 
 
 def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | None) -> Plan | None:

@@ -183,7 +183,7 @@ def verify_run(
         for name in STAGES:
             run.record(name)
             old = bool(run.manifest.made_before(name))
-            checks.append(Check(f"stage {name} is of before an earlier one was made anew", float(old), 0.0))
+            checks.append(Check(f"stage {name}: an earlier one was made anew since", float(old), 0.0))
         if any(not c.passed for c in checks):
             return checks
         progress.say("verify: teacher")
@@ -255,8 +255,11 @@ def _unconverted_checks(source: Source) -> list[Check]:
 
 def _statistics_checks(source: Source) -> list[Check]:
     """Statistics of two texts are those of the parts, merged: on the first site, random tokens."""
-    site = source.scan.sites[0]
-    taps = tap_graph(source.capture.gm, [site.q, site.k, site.v])
+    site, *others = source.scan.sites
+    plan = Plan(
+        tuple(s.index for s in others), (site.index,), "none"
+    )  # a written-out core's q, k and v stand there only
+    taps = tap_graph(make_student(source.capture, source.scan, plan).gm, [site.q, site.k, site.v])
     with torch.no_grad():
         qkv = taps(*source.capture.inputs(example_ids(4, 40, source.capture.vocab_size)))
     whole, first, second = (

@@ -76,7 +76,7 @@ def test_a_student_of_before_is_not_scored_as_of_now(stages, texts, tmp_path):
     refused(call("tcal", "generate", out, "a"), "RunFolderError", again)
     refused(call("tcal", "export", out, "--dtype", "int8"), "RunFolderError", again)
     checked = call("tcal", "verify", out)
-    assert checked.code == 1 and "stage align is of before an earlier one was made anew" in checked.out
+    assert checked.code == 1 and "stage align: an earlier one was made anew since" in checked.out
     facts = Facts("run", manifest(out))
     assert not facts.scores and not facts.held_out
     assert "before calibrate was made anew" in (out / "report.md").read_text()
