@@ -256,9 +256,7 @@ def _unconverted_checks(source: Source) -> list[Check]:
 def _statistics_checks(source: Source) -> list[Check]:
     """Statistics of two texts are those of the parts, merged: on the first site, random tokens."""
     site, *others = source.scan.sites
-    plan = Plan(
-        tuple(s.index for s in others), (site.index,), "none"
-    )  # a written-out core's q, k and v stand there only
+    plan = Plan(tuple(s.index for s in others), (site.index,), "none")  # written-out cores have q, k and v there only
     taps = tap_graph(make_student(source.capture, source.scan, plan).gm, [site.q, site.k, site.v])
     with torch.no_grad():
         qkv = taps(*source.capture.inputs(example_ids(4, 40, source.capture.vocab_size)))

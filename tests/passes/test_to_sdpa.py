@@ -322,3 +322,14 @@ def test_a_half_converted_student_learns_and_carries_its_state(name: str):
     assert {layer.kind for layer in stateful.layers} == {"gdn", "softmax"}
     assert [layer.window for layer in stateful.layers if layer.kind == "softmax"] == [SPELLED[name][1].get("window")]
     assert all(c.passed and c.measured < 1e-9 for c in stateful.checks)
+
+
+@pytest.mark.parametrize("name", ["broadcast groups", "bmm", "one key head", "written out"])
+def test_verify_measures_a_first_site_that_was_written_out(name):
+    """q, k and v of some spellings stand in the student's graph only."""
+    from tcal_compiler.api import Source
+    from tcal_compiler.runs import _statistics_checks
+
+    capture, scan = scanned(name)
+    (check,) = _statistics_checks(Source(None, None, capture, scan))
+    assert check.passed
