@@ -20,7 +20,8 @@ from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
 from .divergence import Objective
-from .logits import Losses, SplitModel, compare, in_bfloat16, split_model
+from .logits import SUMS, Losses, SplitModel, compare, in_bfloat16, split_model
+from .parallel import SOLO, Group
 from .recompute import recompute_between
 from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate
@@ -36,6 +37,18 @@ def check_train(config: DistillConfig, plan: Plan) -> None:
         raise ConfigError("distill.train", what, '"all" or "gdn", or a policy that keeps some')
 
 
+def check_group(group: Group, config: DistillConfig, train: int) -> None:
+    """Raises ConfigError when the steps cannot be shared by the processes."""
+    if group.size == 1:
+        return
+    if min(config.batch, train) < group.size:
+        what = f"a step of {min(config.batch, train)} sequences cannot be shared by {group.size} processes"
+        raise ConfigError("distill.batch", what, "a larger distill.batch, or fewer processes")
+    if config.hidden:
+        what = f"is {config.hidden:g}, but with {group.size} processes there is no such term"
+        raise ConfigError("distill.hidden", what, "0, or one process")
+
+
 def _parameter_ids(student: Student, sites: Iterable[AttentionSite]) -> set[int]:
     """id() of every parameter between x and y of the sites."""
     names = site_names(student, sites)
@@ -45,13 +58,24 @@ def _parameter_ids(student: Student, sites: Iterable[AttentionSite]) -> set[int]
 class Distiller:
     """Float32 masters of the trained parameters, optimiser, and the best weights so far."""
 
-    def __init__(self, student: Student, ids: Tensor, counts: Tensor, *, train: int, config: DistillConfig) -> None:
+    def __init__(
+        self,
+        student: Student,
+        ids: Tensor,
+        counts: Tensor,
+        *,
+        train: int,
+        config: DistillConfig,
+        group: Group = SOLO,
+    ) -> None:
         self.student, self.ids, self.counts, self.train, self.config = student, ids, counts, train, config
+        self.group = group
         self.device = next(student.gm.parameters()).device
         taps = [s.y for s in student.converted] if config.hidden else []
         self.scored = split_model(student.gm, taps), split_model(student.capture.gm, taps)
         self.trained = self._training_models()
         check_train(config, student.plan)
+        check_group(group, config, train)
         sites = _parameter_ids(student, student.converted)
         part = {"all": None, "gdn": sites, "attention": _parameter_ids(student, student.kept)}[config.train]
         self.params: dict[str, nn.Parameter] = {}
@@ -60,6 +84,7 @@ class Distiller:
             if chosen:
                 self.params[name] = p
             p.requires_grad_(chosen)
+        group.follow_(p.detach() for p in student.gm.parameters())
         self.masters = {n: p.detach().float() for n, p in self.params.items()}  # of a float32 one: its own memory
         self.best = {n: m.clone() for n, m in self.masters.items()}
         self.best_score, self.predictions = math.inf, 0
@@ -86,7 +111,20 @@ class Distiller:
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in kinds.items()]
 
     def _compare(self, index: Tensor, *, train: bool = False) -> Losses:
-        """Losses of sequences `index`: with gradients at the training temperature, or at temperature 1."""
+        """Losses of sequences `index`: with gradients at the training temperature, or at temperature 1.
+
+        Of several processes each computes its share; losses are summed, gradients are those of the share.
+        """
+        if self.group.size == 1:
+            return self._compare_own(index, train, None)
+        mine, total = self.group.part(index), int(self.counts[index].sum())
+        losses = self._compare_own(mine, train, total) if len(mine) else Losses.none(self.device)
+        count = torch.tensor(losses.count, device=self.device)
+        sums = torch.stack([*(getattr(losses, n).double() for n in SUMS), count.double()])
+        self.group.sum_([sums])
+        return Losses(**dict(zip(SUMS, sums, strict=False)), count=int(sums[-1]))
+
+    def _compare_own(self, index: Tensor, train: bool, total: int | None) -> Losses:
         part, counts, c = self.ids[index].to(self.device), self.counts[index].to(self.device), self.config
         return compare(
             *(self.trained if train else self.scored),
@@ -95,6 +133,7 @@ class Distiller:
             chunk=c.chunk,
             objective=Objective(c.divergence, c.temperature if train else 1.0, c.cross_entropy, c.hidden),
             backward=train,
+            total=total,
         )
 
     def step(self, step: int, index: Tensor) -> float:
@@ -107,9 +146,13 @@ class Distiller:
         for p in self.params.values():
             p.grad = None
         losses = self._compare(index, train=True)
-        for n, p in self.params.items():
-            self.masters[n].grad = None if p.grad is None else p.grad.float()
+        missing = torch.tensor([p.grad is None for p in self.params.values()], dtype=torch.int64, device=self.device)
+        self.group.sum_([missing])
+        for (n, p), absent in zip(self.params.items(), missing.tolist(), strict=True):
+            here = torch.zeros_like(p) if p.grad is None else p.grad
+            self.masters[n].grad = None if absent == self.group.size else here.float()
             p.grad = None
+        self.group.sum_(m.grad for m in self.masters.values() if m.grad is not None)
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
         loss = losses.means()["divergence"]
         if not math.isfinite(loss) or not bool(norm.isfinite()):
@@ -188,6 +231,7 @@ def distill(
     resume: TrainState | None = None,
     save: Save | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    group: Group = SOLO,
 ) -> tuple[Student, list[dict[str, object]]]:
     """Trains the student on sequences [0, train) of ids [N, T], scores on the rest, leaves the best weights in it.
 
@@ -195,7 +239,7 @@ def distill(
     are then kept; the starting weights take part, so the student never ends worse than it began. A step's sequences
     depend on seed and step only: a run resumed from `save`'s state gives the same numbers. Returns the student and the
     curve: divergence on the step's sequences before it, and held-out score, KL and NLL; config.patience may end it
-    early (`stopped_at`).
+    early (`stopped_at`). group: processes that call this alike and share each step's sequences; all end with the same.
 
     Raises StageError when a loss, a score or a weight to be saved is not finite: the state last saved stays usable; and
     when no held-out prediction counts.
@@ -203,7 +247,7 @@ def distill(
     if not bool(counts[train:].any()):
         what = f"none of the {len(ids) - train} held-out sequences has a prediction that counts"
         raise StageError("distill", what, "a larger calib.holdout, or a longer calibration text")
-    trainer = Distiller(student, ids, counts, train=train, config=config)
+    trainer = Distiller(student, ids, counts, train=train, config=config, group=group)
     state = resume or TrainState(0)
     if resume:
         trainer.load_state(resume.tensors)

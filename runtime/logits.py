@@ -116,6 +116,11 @@ class Losses:
     hidden: Tensor
     count: int
 
+    @classmethod
+    def none(cls, device: torch.device) -> Losses:
+        """Of no prediction."""
+        return cls(**{n: torch.zeros((), dtype=torch.float64, device=device) for n in SUMS}, count=0)
+
     def __add__(self, other: Losses) -> Losses:
         sums = {n: getattr(self, n) + getattr(other, n) for n in SUMS}
         return Losses(**sums, count=self.count + other.count)
@@ -150,37 +155,39 @@ def compare(
     chunk: int,
     objective: Objective = FORWARD_KL,
     backward: bool = False,
+    total: int | None = None,
 ) -> Losses:
     """Divergence of student from teacher, and the student's NLL, of the predictions that count.
 
     args: the graphs' arguments, token ids [B, T] first. counts [B, T - 1] bool: prediction t, of token t + 1, counts;
     the others (of padding, of another document's first token) take no part. chunk: predictions whose logits exist at
     once. backward: adds the gradient of the objective to the student's parameters; each chunk's backward follows its
-    forward, so that memory never holds the logits of two. Both models have the same taps, or none.
+    forward, so that memory never holds the logits of two. Both models have the same taps, or none. total: predictions
+    that the gradient is a mean over, where they are more than those here; default: those here.
     """
     target = args[0][:, 1:][counts]
     with torch.no_grad():
         reference, *aims = teacher.counted(args, counts)
     with torch.set_grad_enabled(backward):
         hidden, *states = student.counted(args, counts)
-        zero = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        distance = hidden_distance(states, aims) if states else zero
-        total = Losses(zero, zero, zero, distance.detach() * len(target), 0)
+        losses = Losses.none(hidden.device)
+        distance = hidden_distance(states, aims) if states else losses.hidden
+        losses = replace(losses, hidden=distance.detach() * len(target))
         gradients = []
         for h, r, t in zip(*(x.split(chunk) for x in (hidden.detach(), reference, target)), strict=True):
             with torch.no_grad():
                 soft = teacher.logits(r)
             hard = student.logits(h.requires_grad_(backward))
             part = _chunk_losses(hard, soft, t, objective, all_of_them=not backward)
-            total += part.detach()
+            losses += part.detach()
             if backward:
                 loss = objective.temperature**2 * part.divergence
                 if objective.cross_entropy:
                     loss = loss + objective.cross_entropy * part.nll
-                (loss / max(1, len(target))).backward()
+                (loss / max(1, len(target) if total is None else total)).backward()
                 gradients.append(h.grad)
         if backward:
             ends = [(hidden, torch.cat(gradients)), (objective.hidden * distance, None)]
             if ends := [(x, g) for x, g in ends if x.requires_grad]:
                 torch.autograd.backward([x for x, _ in ends], [g for _, g in ends])
-    return total
+    return losses

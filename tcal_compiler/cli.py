@@ -185,12 +185,13 @@ def distill(
 ) -> None:
     """Distils the whole student of a run folder from its teacher, then renews its program and ONNX model.
 
-    Options that are not given are those that the run was made with; --config replaces its [distill] table.
+    Options that are not given are those that the run was made with; --config replaces its [distill] table. Under
+    torchrun the processes share each step's sequences.
     """
     from .api import report_file
-    from .runs import distill_run
+    from .processes import distill_in_processes
 
-    path = distill_run(
+    path = distill_in_processes(
         run,
         steps=steps,
         tokens=tokens,
@@ -202,7 +203,8 @@ def distill(
         until="distill" if no_export else "export",
         progress=Progress(quiet=quiet),
     )
-    print(f"{path}: distillation is complete. Report: {report_file(path)}")
+    if path is not None:
+        print(f"{path}: distillation is complete. Report: {report_file(path)}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .passes.types import Check
 from .resume import resume_stage
 from .runtime.distill import distill, stopped_at
+from .runtime.parallel import current
 from .runtime.run_folder import RunFolder
 from .runtime.token_cache import cached_rows
 from .runtime.weights import load_weights, save_weights
@@ -58,6 +59,7 @@ def distill_stage(work: Conversion) -> None:
         load_weights(work.student, work.run.path / ALIGNED)
         ids, counts, train = distillation_rows(work)
         resume, save = resume_stage(stage, work.progress)
+        group = current()
         tokens, started = min(config.batch, train) * calib.length, time.monotonic()
         _, curve = distill(
             work.student,
@@ -69,6 +71,7 @@ def distill_stage(work: Conversion) -> None:
             resume=resume,
             save=save,
             progress=work.progress.bar("distillation", tokens=tokens, loss_name=config.divergence),
+            group=group,
         )
         seconds, stopped = max(time.monotonic() - started, 1e-3), stopped_at(curve, config)
         save_weights(work.student, stage.dir / DISTILLED)
@@ -82,6 +85,7 @@ def distill_stage(work: Conversion) -> None:
             "rows": train,
             "steps": config.steps,
             "stopped_at": stopped,
+            "processes": group.size,
             "speed": {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds, 1)},
         }
         if stopped is not None:
