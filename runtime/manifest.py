@@ -89,6 +89,11 @@ class Manifest(_Strict):
         record = self.stages[name]
         return hash_json([record.config_hash, record.inputs_hash, record.files])
 
+    def stages_in(self, inputs: JsonValue, *, but: str) -> dict[str, str]:
+        """What a stage's inputs say of complete stages other than itself."""
+        found = inputs if isinstance(inputs, dict) else {}
+        return {n: str(h) for n, h in found.items() if n in self.stages and n != but}
+
     def made_before(self, name: str) -> str:
         """The earlier stage that was made anew after a complete stage, or after one that it read; "" when none was."""
         todo, seen = [name], set[str]()

@@ -320,7 +320,7 @@ class RunFolder:
             config_hash=hashes[0],
             inputs_hash=hashes[1],
             files=files,
-            made_from={n: h for n, h in as_json(inputs).items() if n in self.manifest.stages and n != stage.name},
+            made_from=self.manifest.stages_in(as_json(inputs), but=stage.name),
             evidence=as_json(stage.evidence),
             seconds=round(seconds, 3),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -73,7 +73,7 @@ CATALOGUE: dict[type[TcalError], tuple[Callable[[Path, Path], Words], str, str]]
     errors.DataError: (short_text, "short.txt", "17 tokens"),
     errors.RunFolderError: (no_run, "none", "no such run folder"),
     errors.StageError: (diverging_loss, "align", "step 1"),
-    errors.ParityError: (changed_weights, "verify", "2 of 2 checks"),
+    errors.ParityError: (changed_weights, "verify", "2 of 7 checks"),
     errors.ExportError: (half_a_model, "model.onnx", "onnxruntime"),
 }
 
