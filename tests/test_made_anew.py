@@ -49,6 +49,7 @@ def test_settings_and_tokenizer_are_kept(stages, texts):
     assert config["align"]["steps"] == 3 and set(record.evidence["text"]) == {"first.txt"}
 
 
+@pytest.mark.slow
 def test_a_stage_that_runs_again_says_why(stages, tmp_path):
     out = shutil.copytree(stages, tmp_path / "run")
     lines = said("tcal", "align", TINY, "--align-steps", "4", "-o", out)
@@ -61,6 +62,7 @@ def test_a_stage_that_runs_again_says_why(stages, tmp_path):
     assert manifest(out).made_before("align") == ""
 
 
+@pytest.mark.slow
 def test_a_student_of_before_is_not_scored_as_of_now(stages, texts, tmp_path):
     """Its calibration text is no longer the one on record, so that nothing could refuse a score on it."""
     out, first = shutil.copytree(stages, tmp_path / "run"), texts / "first.txt"

@@ -41,7 +41,7 @@ def test_every_variant_is_smaller_near_and_runs(finished):
     assert export(finished, "int8")["passed"] and contents(finished) == before  # done already
     printed = done("tcal", "verify", finished, "--quiet")
     assert all(f"{d} student: KL to the float32 student" in printed for d in TYPES)
-    assert all(f"ok   {d} student was made from" in printed for d in TYPES)
+    assert all(f"ok   {d} student: the float32 one" in printed for d in TYPES)
     assert "int4 student: KL" in (finished / "report.md").read_text()
 
 

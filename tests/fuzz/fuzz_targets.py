@@ -88,6 +88,7 @@ def run_folder_files(run: Path) -> dict[str, bytes]:
     files = {rel: rel.encode() for stage in manifest["stages"].values() for rel in stage["files"]}
     for stage in manifest["stages"].values():
         stage["files"] = {rel: hashlib.sha256(files[rel]).hexdigest() for rel in stage["files"]}
+        stage["made_from"] = {}  # of the files before
     return files | {"tcal.json": json.dumps(manifest).encode()}
 
 

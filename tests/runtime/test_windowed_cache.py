@@ -31,7 +31,7 @@ from tcal_compiler.runtime.session_state import SessionState
 from tcal_compiler.runtime.student import make_student
 
 LENGTH, CONTEXT = 118, 150
-WINDOWS = (1, 9, 118, 140)
+WINDOWS = (9, 140, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 118)))
 SIZES = (1, 3, 17, 100)
 
 
@@ -116,7 +116,7 @@ class Deployed:
         return OnnxSession(self.folder, threads=1)
 
 
-@pytest.fixture(scope="module", params=[9, 60])
+@pytest.fixture(scope="module", params=[9, pytest.param(60, marks=pytest.mark.slow)])
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     folder = tmp_path_factory.mktemp("onnx")
     export_onnx(stateful(request.param), folder, config=ExportConfig(), info={"context_length": CONTEXT})
