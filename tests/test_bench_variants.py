@@ -18,6 +18,7 @@ from tcal_compiler.runtime.session import OnnxSession
 CONTEXTS = (8, 32)
 
 
+@pytest.mark.slow
 def test_every_variant_is_scored_and_timed(shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out.json"
     monkeypatch.setattr(bench_variants, "read_bandwidth", lambda: 1e9)  # the real one takes seconds

@@ -8,6 +8,7 @@ import crash
 import pytest
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(tmp_path):
     story = crash.crash(tmp_path, rounds=1, seed=1, until="align")
     assert story.faults == [] and sum(story.kills.values()) + story.late == 4 and sum(story.kills.values()) >= 2

@@ -30,6 +30,7 @@ def launch(*words: object, processes: int = 2) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     result = launch(TESTS / "distill_in_parallel.py", tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
