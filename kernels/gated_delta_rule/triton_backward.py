@@ -1,9 +1,10 @@
-"""Triton backward of the gated delta rule: five launches after the forward's solve and walk are run again.
+"""Triton backward of the gated delta rule: five steps after the forward's solve and walk are run again.
 
 The names are those of `chunked_backward`; q is not scaled in memory, so `scale` is applied where q meets dO.
 1. inward, all chunks: P^T dO                                       -> d_fresh [B H, N, C, Dv]
-2. reverse walk, a part of Dv per program: dS before and after each chunk, dR; dS stays in registers
-3. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
+2. the walk back (`triton_walk_back`): dS behind each chunk, dV'
+3. pairs, all chunks: dR = T^T dV' in the place of dV', G = [dO; -dR] V'^T, masked and decayed, dv, the value part of
+   dbeta, the pair part of dg
 4. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
 5. gates: sums over the parts and along tokens give dg and dbeta
 dk and dv are summed over the query heads of a group in PyTorch. No atomics: results are the same every run.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
-from .triton_forward import Walked, walk
+from .triton_solve import Solved, solve_chunks
 from .triton_tiles import (
     CHUNK,
     Setting,
@@ -29,6 +30,8 @@ from .triton_tiles import (
     pair_decay_transposed,
     setting_for,
 )
+from .triton_walk import walk_states
+from .triton_walk_back import walk_back
 
 
 @triton.jit
@@ -51,43 +54,8 @@ def _inward(
 
 
 @triton.jit
-def _walk_back(
-    q, k, g, beta, solve, d_out, d_final, d_fresh, d_rows, d_states, d_start, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    parts = tl.cdiv(DV, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
-    b, h = row // H, row % H
-    qp, kp = q + (b * T * H + h) * DK, k + (b * T * K + h // (H // K)) * DK
-    gate = b * T * H + h
-    state = load_rows(d_final + row * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
-    for step in range(N):
-        n = N - 1 - step
-        t0 = n * C
-        at = row * N + n
-        store_rows(d_states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-        c, last = decay_sums(g + gate, t0, H, T, C, GATE)
-        rate = load_gate(beta + gate, t0, H, T, C)
-        keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
-        new = load_rows(d_fresh + at * C * DV, 0, DV, C, v0, DV, C, BV).to(tl.float32)
-        new += dot(keys, state, DOT, PRECISION) * exp32(last - c)[:, None]
-        inverse_t = load_columns(solve + at * C * C, 0, C, C, 0, C, C, C)
-        rows = dot(inverse_t, new, tl.float32, PRECISION)
-        store_rows(d_rows + at * C * DV, rows, 0, DV, C, v0, DV, C, BV)
-        into = exp32(c)
-        queries_t = load_columns(qp, t0, H * DK, T, 0, DK, C, BK)
-        keys_t = load_columns(kp, t0, K * DK, T, 0, DK, C, BK)
-        grad = load_rows(d_out + gate * DV, t0, H * DV, T, v0, DV, C, BV).to(tl.float32)
-        state = state * exp32(last) + dot(queries_t, grad * (into * scale)[:, None], DOT, PRECISION)
-        state -= dot(keys_t, rows * (into * rate)[:, None], DOT, PRECISION)
-    store_rows(d_start + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-
-
-@triton.jit
 def _pairs(
-    q, k, v, g, beta, d_out, fresh, d_rows, pairs, dv, d_rate, d_total, scale, T, N, H, K, DK, DV,
+    q, k, v, g, beta, d_out, inverse, fresh, d_rows, pairs, dv, d_rate, d_total, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,15 +68,18 @@ def _pairs(
     d_scores = tl.zeros((C, C), tl.float32)
     d_low = tl.zeros((C, C), tl.float32)
     by_value = tl.zeros((C,), tl.float32)
+    inverse_t = load_columns(inverse + pid * C * C, 0, C, C, 0, C, C, C)
     for v0 in range(0, DV, BV):
         new_t = load_columns(fresh + pid * C * DV, 0, DV, C, v0, DV, C, BV)
         grad = load_rows(d_out + gate * DV, t0, H * DV, T, v0, DV, C, BV)
-        rows = load_rows(d_rows + pid * C * DV, 0, DV, C, v0, DV, C, BV)
+        d_new = load_rows(d_rows + pid * C * DV, 0, DV, C, v0, DV, C, BV).to(tl.float32)
+        rows = dot(inverse_t, d_new, tl.float32, PRECISION)
+        store_rows(d_rows + pid * C * DV, rows, 0, DV, C, v0, DV, C, BV)
         d_scores += dot(grad, new_t, DOT, PRECISION)
         d_low -= dot(rows, new_t, DOT, PRECISION)
         values = load_rows(v + kv * DV, t0, K * DV, T, v0, DV, C, BV)
-        by_value += tl.sum(values.to(tl.float32) * rows.to(tl.float32), 1)
-        store_rows(dv + gate * DV, rows.to(tl.float32) * rate[:, None], t0, H * DV, T, v0, DV, C, BV)
+        by_value += tl.sum(values.to(tl.float32) * rows, 1)
+        store_rows(dv + gate * DV, rows * rate[:, None], t0, H * DV, T, v0, DV, C, BV)
     store_gate(d_rate + pid * C, by_value, 0, 1, C, C)
     i = tl.arange(0, C)
     strict = i[:, None] > i[None, :]
@@ -226,28 +197,26 @@ def gated_delta_rule_triton_backward(
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
     s = setting_for(q, v)
-    w = walk(k, v, g, beta, state, s, inverse=True)
-    sizes = (q.shape[1], w.solve.shape[1], q.shape[2], *k.shape[2:], v.shape[3])
-    d_fresh, d_rows, d_states = torch.empty_like(w.fresh), torch.empty_like(w.fresh), torch.empty_like(w.states)
-    d_start = torch.empty_like(state)
-    chunks = (w.solve.shape[0] * w.solve.shape[1],)
-    shared = s.blocks(s.key_block)
-    _inward[chunks](q, k, g, d_out, d_fresh, scale, *sizes, **shared)
-    grid = (w.solve.shape[0] * triton.cdiv(v.shape[3], s.value_block),)
-    ends = (d_out, d_state, d_fresh, d_rows, d_states, d_start)
-    _walk_back[grid](q, k, g, beta, w.solve, *ends, scale, *sizes, **shared)
-    grads = _at_all_chunks((q, k, v, g, beta, d_out), w, d_rows, d_states, scale, s)
+    solved = solve_chunks(q, k, v, g, beta, s, inverse=True)
+    states, _ = walk_states(k, solved, state, s)
+    rows, chunks = solved.u.shape[:2]
+    d_rows = torch.empty_like(solved.u)
+    sizes = (q.shape[1], chunks, q.shape[2], *k.shape[2:], v.shape[3])
+    _inward[(rows * chunks,)](q, k, g, d_out, d_rows, scale, *sizes, **s.blocks(s.key_block))
+    d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, s, scale=scale)
+    grads = _at_all_chunks((q, k, v, g, beta, d_out), solved, (states, d_rows, d_states), scale, s)
     *firsts, dg, dbeta = grads
     dq, dk, dv = (_over_group(x, like) for x, like in zip(firsts, inputs[:3], strict=True))
     return dq, dk, dv, dg.to(inputs[3].dtype), dbeta.to(inputs[4].dtype), d_start.to(inputs[5].dtype)
 
 
 def _at_all_chunks(
-    inputs: tuple[Tensor, ...], w: Walked, d_rows: Tensor, d_states: Tensor, scale: float, s: Setting
+    inputs: tuple[Tensor, ...], solved: Solved, walked: tuple[Tensor, ...], scale: float, s: Setting
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches 3 and 4 and their sums: dq, dk, dv per query head, dg, dbeta."""
+    """Steps 3 to 5: dq, dk, dv per query head, dg, dbeta."""
     q, k, v, g, beta, d_out = inputs
-    rows, num_chunks = w.solve.shape[:2]
+    states, d_rows, d_states = walked
+    rows, num_chunks = solved.u.shape[:2]
     sizes = (q.shape[1], num_chunks, q.shape[2], *k.shape[2:], v.shape[3])
     parts = triton.cdiv(q.shape[3], s.key_part)
     one_head = k.shape[2] == q.shape[2]
@@ -264,28 +233,13 @@ def _at_all_chunks(
     by_value, by_pair = floats(rows, num_chunks, CHUNK), floats(rows, num_chunks, CHUNK)
     by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
     kept = floats(parts, rows, num_chunks)
-    outputs = (pairs, dv, by_value, by_pair)
     grid = (rows * num_chunks,)
-    _pairs[grid](q, k, v, g, beta, d_out, w.fresh, d_rows, *outputs, scale, *sizes, **s.blocks(s.key_block))
-    given = (d_out, w.fresh, d_rows, w.states, d_states, pairs)
+    given = (q, k, v, g, beta, d_out, solved.inverse, solved.u, d_rows)
+    _pairs[grid](*given, pairs, dv, by_value, by_pair, scale, *sizes, **s.blocks(s.key_block))
+    given = (q, k, g, beta, d_out, solved.u, d_rows, states, d_states, pairs)
     grid = (rows * num_chunks * parts,)
-    _keys[grid](
-        q,
-        k,
-        g,
-        beta,
-        *given,
-        dq,
-        dk,
-        by_key,
-        total,
-        end,
-        kept,
-        scale,
-        *sizes,
-        rows * num_chunks,
-        **s.blocks(s.key_part),
-    )
+    taken = (dq, dk, by_key, total, end, kept)
+    _keys[grid](*given, *taken, scale, *sizes, rows * num_chunks, **s.blocks(s.key_part))
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
     sums = (by_value, by_pair, by_key, total, end, kept)
     where = (*sizes[:3], parts, rows * num_chunks)

@@ -57,6 +57,7 @@ class Setting:
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int
     solve_warps: int
+    solve_keys: int  # key columns that one product of the solve takes
 
     def blocks(self, columns: int) -> dict[str, Any]:
         """The constexpr arguments that most kernels share."""
@@ -86,7 +87,8 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
         kept=torch.bfloat16 if bfloat16_products else torch.float32,
         stages=2 if key_block <= 128 else 1,
         warps=4,
-        solve_warps=2 if narrow else 4,
+        solve_warps=1 if narrow else 4,
+        solve_keys=16 if narrow else min(32, key_block),
     )
 
 

@@ -12,6 +12,8 @@ One segment is the third launch alone. V' overwrites U. Sums and the state are f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -20,11 +22,12 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
+from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
 
 SHORTEST = 8  # chunks of a segment
 MOST = 24  # segments
-WORTH = 8  # segments from which on the three launches, each over all tokens, take less time than one (H200)
+WORTH = 4  # from this many segments that run at once on one processor, cutting takes less time than not (H200)
 
 
 @triton.jit
@@ -89,9 +92,9 @@ def _join(start, ends, starts, SEGMENTS, DK, DV, BK: tl.constexpr, BV: tl.conste
 
 @triton.jit
 def _walk(
-    k, w, u, fade, keep, starts, states, final, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    k, w, u, fade, keep, starts, states, final, q, scores, into, out, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
@@ -102,10 +105,18 @@ def _walk(
     state = load_rows(starts + at_start * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
     first = (segment * LENGTH).to(tl.int32)
     for n in tl.range(first, tl.minimum(first + LENGTH, N), num_stages=STAGES):
-        at = row * N + n
-        store_rows(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-        new, state = _chunk(state, kp, w, u, fade, keep, at, n * C, v0, DV, T, K, DK, DV, C, BK, BV, DOT, PRECISION)
-        store_rows(u + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
+        at, t0 = row * N + n, n * C
+        if READ:
+            queries = load_rows(q + (b * T * H + h) * DK, t0, H * DK, T, 0, DK, C, BK)
+            read = dot(queries, state, DOT, PRECISION) * (tl.load(into + at * C + tl.arange(0, C)) * scale)[:, None]
+        else:
+            store_rows(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+        new, state = _chunk(state, kp, w, u, fade, keep, at, t0, v0, DV, T, K, DK, DV, C, BK, BV, DOT, PRECISION)
+        if READ:
+            read += dot(load_rows(scores + at * C * C, 0, C, C, 0, C, C, C), new, DOT, PRECISION)
+            store_rows(out + (b * T * H + h) * DV, read, t0, H * DV, T, v0, DV, C, BV)
+        else:
+            store_rows(u + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
     if segment == SEGMENTS - 1:
         store_rows(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
@@ -119,55 +130,99 @@ class Cut:
     stages: int
 
 
-def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device) -> Cut:
-    """As many programs as the card runs at once, where there are enough chunks to cut; as measured on an H200."""
+def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device, *, wide: bool) -> Cut:
+    """As many programs as the card runs at once, where there are enough chunks to cut; as measured on an H200.
+
+    wide: the walk loads five tiles a chunk, not three, so that a processor's shared memory holds one program, not two.
+    """
     columns, narrow = s.value_block, s.dot == tl.bfloat16
+    stages = s.stages if narrow or not wide or s.key_block <= 64 else 1
     if device.type != "cuda" or s.key_block > 128:
-        return Cut(1, columns, s.stages)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return Cut(1, columns, stages)
+    at_once = 1 if wide else 2
+    processors = _processors(device)
     programs = rows * triton.cdiv(value_dim, columns)
-    segments = min(MOST, chunks // SHORTEST, 2 * processors // programs)
-    if segments < WORTH:
+    segments = min(MOST, chunks // SHORTEST, at_once * processors // programs)
+    if segments < at_once * WORTH:
         segments = 1
         if programs <= processors:
             columns = min(columns, 32)
-    return Cut(segments, columns, 3 if narrow and (s.key_block <= 64 or columns <= 32) else s.stages)
+    return Cut(segments, columns, 3 if narrow and (wide or s.key_block <= 64 or columns <= 32) else stages)
 
 
-def walk_chunks(
-    k: Tensor,
-    w: Tensor,
-    u: Tensor,
-    fade: Tensor,
-    keep: Tensor,
-    state: Tensor,
-    s: Setting,
-    cut: Cut | None = None,
-) -> tuple[Tensor, Tensor]:
-    """States before each chunk [B H, N, Dk, Dv], and the final one; V' is then in u.
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
-    k [B, T, K, Dk]; w [B H, N, C, Dk], u [B H, N, C, Dv], fade [B H, N, C] = e^(c_C - c), keep [B H, N] = e^c_C; state
-    [B, H, Dk, Dv].
+
+def join(state: Tensor, ends: Tensor, s: Setting) -> Tensor:
+    """The true start of every segment [B H, segments, Dk, Dv], from that of the first and the ends of all but the last.
+
+    ends [B H, segments - 1, Dk, Dv + Dk]: N, then M, which takes a segment's start S to its end M S + N.
     """
-    rows, chunks, _, value_dim = u.shape
-    heads, key_dim = state.shape[1:3]
-    cut = cut or cut_for(chunks, rows, value_dim, s, k.device)
-    length = triton.cdiv(chunks, cut.segments)
-    segments = triton.cdiv(chunks, length)
-    parts = triton.cdiv(value_dim, cut.columns)
-    states = torch.empty(rows, chunks, key_dim, value_dim, dtype=s.kept, device=k.device)
-    final = torch.empty_like(state)
-    sizes = (k.shape[1], chunks, length, segments, heads, *k.shape[2:], value_dim)
-    blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
-    blocks |= dict(STAGES=cut.stages, num_warps=s.warps)
-    starts = state
-    if segments > 1:
-        ends = torch.empty(rows, segments - 1, key_dim, value_dim + key_dim, dtype=torch.float32, device=k.device)
-        starts = torch.empty(rows, segments, key_dim, value_dim, dtype=torch.float32, device=k.device)
-        grid = (rows * (segments - 1) * (parts + triton.cdiv(key_dim, cut.columns)),)
-        _ends[grid](k, w, u, fade, keep, state, ends, *sizes, **blocks)
-        columns = min(16, cut.columns)
-        grid = (rows * triton.cdiv(value_dim, columns),)
-        _join[grid](state, ends, starts, segments, key_dim, value_dim, BK=s.key_block, BV=columns, num_warps=4)
-    _walk[(rows * segments * parts,)](k, w, u, fade, keep, starts, states, final, *sizes, **blocks)
-    return states, final
+    rows, others, key_dim, width = ends.shape
+    value_dim = width - key_dim
+    starts = torch.empty(rows, others + 1, key_dim, value_dim, dtype=torch.float32, device=ends.device)
+    grid = (rows * triton.cdiv(value_dim, 16),)
+    _join[grid](state, ends, starts, others + 1, key_dim, value_dim, BK=s.key_block, BV=16, num_warps=4)
+    return starts
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The launches of a walk."""
+
+    k: Tensor  # [B, T, K, Dk]
+    solved: Solved
+    state: Tensor  # [B, H, Dk, Dv], before the first chunk
+    s: Setting
+    cut: Cut
+
+    def run(self, states: Tensor, q: Tensor, out: Tensor, scale: float, *, read: bool) -> Tensor:
+        """Fills out, or states [B H, N, Dk, Dv] before each chunk and V' in place of U; the final state."""
+        rows, chunks, _, value_dim = self.solved.u.shape
+        heads = self.state.shape[1]
+        length = triton.cdiv(chunks, self.cut.segments)
+        segments = triton.cdiv(chunks, length)
+        sizes = (self.k.shape[1], chunks, length, segments, heads, *self.k.shape[2:], value_dim)
+        starts = self.state if segments == 1 else self._starts(sizes)
+        final = torch.empty_like(self.state)
+        x = self.solved
+        grid = (rows * segments * triton.cdiv(value_dim, self.cut.columns),)
+        _walk[grid](
+            self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out, scale, *sizes,
+            READ=read, **self._blocks(),
+        )  # fmt: skip
+        return final
+
+    def _starts(self, sizes: tuple[int, ...]) -> Tensor:
+        """The true start of every segment, [B H, segments, Dk, Dv]."""
+        x, segments, (key_dim, value_dim) = self.solved, sizes[3], sizes[-2:]
+        rows, columns = x.u.shape[0], self.cut.columns
+        ends = torch.empty(rows, segments - 1, key_dim, value_dim + key_dim, dtype=torch.float32, device=x.u.device)
+        grid = (rows * (segments - 1) * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns)),)
+        blocks = self._blocks() | dict(STAGES=min(self.cut.stages, self.s.stages))  # so that two run at once
+        _ends[grid](self.k, x.w, x.u, x.fade, x.keep, self.state, ends, *sizes, **blocks)
+        return join(self.state, ends, self.s)
+
+    def _blocks(self) -> dict[str, Any]:
+        blocks = dict(C=CHUNK, BK=self.s.key_block, BV=self.cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
+        return blocks | dict(STAGES=self.cut.stages, num_warps=self.s.warps)
+
+
+def walk_states(k: Tensor, solved: Solved, state: Tensor, s: Setting) -> tuple[Tensor, Tensor]:
+    """States before each chunk [B H, N, Dk, Dv], and the final one; V' is then in solved.u."""
+    rows, chunks, _, value_dim = solved.u.shape
+    states = torch.empty(rows, chunks, state.shape[2], value_dim, dtype=s.kept, device=k.device)
+    cut = cut_for(chunks, rows, value_dim, s, k.device, wide=False)
+    return states, Walk(k, solved, state, s, cut).run(states, k, states, 1.0, read=False)
+
+
+def walk_outputs(
+    q: Tensor, k: Tensor, solved: Solved, state: Tensor, s: Setting, *, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, H, Dv] in dtype, and the final state."""
+    rows, chunks, _, value_dim = solved.u.shape
+    out = torch.empty(*q.shape[:3], value_dim, dtype=dtype, device=q.device)
+    cut = cut_for(chunks, rows, value_dim, s, k.device, wide=True)
+    return out, Walk(k, solved, state, s, cut).run(out, q, out, scale, read=True)
