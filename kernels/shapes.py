@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -22,10 +23,14 @@ class Shapes:
     positive: tuple[str, ...] = ()
     groups: tuple[str, str] | None = None
 
+    @cached_property
+    def _named(self) -> list[tuple[str, str]]:
+        return re.findall(r"(\w+) \[([^\]]*)\]", self.wants)
+
     def check(self, *tensors: Tensor | None) -> dict[str, int]:
         """The size of each letter. None stands for an optional tensor that is not given. Raises ValueError."""
         sizes: dict[str, int] = {}
-        named = re.findall(r"(\w+) \[([^\]]*)\]", self.wants)
+        named = self._named
         fits = len(named) == len(tensors)
         for (_, letters), tensor in zip(named, tensors, strict=False):
             if tensor is not None:

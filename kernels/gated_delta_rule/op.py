@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.registration import register
 from tcal_compiler.kernels.shapes import Shapes
 
 from . import dispatch
 
+FORWARD, BACKWARD = "tcal::gated_delta_rule", "tcal::gated_delta_rule_backward"
 SHAPES = Shapes(
     "gated_delta_rule",
     "q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g [B,T,H], beta [B,T,H], initial_state [B,H,Dk,Dv]",
@@ -23,7 +25,6 @@ SHAPES = Shapes(
 )
 
 
-@torch.library.custom_op("tcal::gated_delta_rule", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -33,13 +34,15 @@ def _forward(
     return out.contiguous(), state.contiguous()
 
 
-@_forward.register_fake
+register(FORWARD, _forward)
+
+
+@torch.library.register_fake(FORWARD)
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float) -> Any:
     # new_empty, not empty_like: the kernel's results are contiguous whatever the strides of v
     return v.new_empty(*q.shape[:3], v.shape[3]), initial_state.new_empty(initial_state.shape)
 
 
-@torch.library.custom_op("tcal::gated_delta_rule_backward", mutates_args=())
 def _backward(
     d_out: Tensor,
     d_state: Tensor,
@@ -57,7 +60,10 @@ def _backward(
     return dq, dk, dv, dg, dbeta, dstate
 
 
-@_backward.register_fake
+register(BACKWARD, _backward)
+
+
+@torch.library.register_fake(BACKWARD)
 def _(
     d_out: Tensor,
     d_state: Tensor,
@@ -81,7 +87,7 @@ def _grad(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]
     return (*torch.ops.tcal.gated_delta_rule_backward(d_out, d_state, *ctx.saved_tensors, ctx.scale), None)
 
 
-_forward.register_autograd(_grad, setup_context=_setup)
+torch.library.register_autograd(FORWARD, _grad, setup_context=_setup)
 
 
 def _fold(size: int, dim: int | None, x: Tensor) -> Tensor:
@@ -90,7 +96,7 @@ def _fold(size: int, dim: int | None, x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-@_forward.register_vmap
+@torch.library.register_vmap(FORWARD)
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     *tensors, scale = args
     folded = (_fold(info.batch_size, d, x) for d, x in zip(in_dims, tensors, strict=False))

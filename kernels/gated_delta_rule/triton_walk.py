@@ -201,7 +201,8 @@ class Walk:
         rows, columns = x.u.shape[0], self.cut.columns
         ends = torch.empty(rows, segments - 1, key_dim, value_dim + key_dim, dtype=torch.float32, device=x.u.device)
         grid = (rows * (segments - 1) * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns)),)
-        blocks = self._blocks() | dict(STAGES=min(self.cut.stages, self.s.stages))  # so that two run at once
+        stages = self.cut.stages if self.s.key_block <= 64 else self.s.stages  # two programs run at once
+        blocks = self._blocks() | dict(STAGES=stages)
         _ends[grid](self.k, x.w, x.u, x.fade, x.keep, self.state, ends, *sizes, **blocks)
         return join(self.state, ends, self.s)
 
