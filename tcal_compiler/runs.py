@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .api import STAGES, Source, check_length, convert, open_source, write_report
+from .api import STAGES, convert, write_report
 from .config import load_config
 from .distillation import student_weights
 from .errors import ConfigError, DataError, RunFolderError, StageError
@@ -42,6 +42,7 @@ from .runtime.statistics import attention_statistics
 from .runtime.student import Student, make_student
 from .runtime.text_stream import TextStream
 from .runtime.weights import load_weights
+from .source import Source, check_length, open_source
 from .variants import model_file, require_variant, run_tokenizer, variant_checks
 
 
