@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from .config import Config
 from .conversion import Conversion
 from .errors import ConfigError, StageError, TcalError
 from .inputs import check_names
 from .passes.capture import require_causal
+from .passes.types import Plan
 from .progress import Progress
 from .recorded import reading
 from .report import PLOTS_HINT, can_plot, render_report
@@ -22,7 +25,7 @@ from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.sources import CalibrationText
 from .scoring import scored_plan
-from .source import check_device, check_length, choose_plan, open_source
+from .source import Source, check_device, check_length, choose_plan, open_source
 
 STAGES = ("plan", "calibrate", "align", "distill", "export")
 T = TypeVar("T")
@@ -50,6 +53,50 @@ def report_file(run: Path) -> Path:
     return page if (page := run / "report.html").is_file() else run / "report.md"
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a conversion starts from, all of it checked. chosen: None for a policy that measures the sites first."""
+
+    source: Source
+    record: TeacherRecord
+    text: CalibrationText
+    ids: Tensor
+    chosen: Plan | None
+    device: torch.device
+
+
+def prepare(
+    teacher: str,
+    *,
+    out: Path,
+    config: Config,
+    tokenizer: str | None,
+    allow_pickle: bool,
+    plan: Path | None,
+    until: str,
+    device: str,
+    progress: Progress,
+) -> Job:
+    """Checks everything that a conversion is given, and reads it; writes nothing. Raises TcalError for bad input."""
+    if until not in STAGES:
+        raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
+    check_names(config.calib.text, teacher=teacher, tokenizer=tokenizer, out=out)
+    place, text = check_device(device), CalibrationText.of(config.calib.text, default=CALIBRATION_TEXT)
+    if until == "export":
+        check_supported(config.export)
+    check_output(out)
+    progress.say(f"loading {teacher}")
+    source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    assert source.tokenizer is not None
+    record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
+    check_output(out, record)
+    check_length(config.calib.length, source, "calib.length")
+    ids = text.sequences(source.tokenizer, count=config.calib.rows, length=config.calib.length)
+    chosen = choose_plan(source.scan, config, out, plan)
+    require_causal(source.capture)
+    return Job(source, record, text, ids, chosen, place)
+
+
 def convert(
     teacher: str,
     *,
@@ -74,38 +121,34 @@ def convert(
         TcalError: bad input, before the folder is touched; or a stage that failed, with the last good stage kept.
     """
     config, progress, out = config or Config(), progress or Progress(quiet=True), Path(out)
-    if until not in STAGES:
-        raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
-    check_names(config.calib.text, teacher=teacher, tokenizer=tokenizer, out=out)
-    place, text = check_device(device), CalibrationText.of(config.calib.text, default=CALIBRATION_TEXT)
-    if until == "export":
-        check_supported(config.export)
-    check_output(out)
-    progress.say(f"loading {teacher}")
-    source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
-    assert source.tokenizer is not None
-    record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
-    check_output(out, record)
-    check_length(config.calib.length, source, "calib.length")
-    ids = text.sequences(source.tokenizer, count=config.calib.rows, length=config.calib.length)
-    chosen = choose_plan(source.scan, config, out, plan)
-    require_causal(source.capture)
+    job = prepare(
+        teacher,
+        out=out,
+        config=config,
+        tokenizer=tokenizer,
+        allow_pickle=allow_pickle,
+        plan=plan,
+        until=until,
+        device=device,
+        progress=progress,
+    )
+    source = job.source
     with RunFolder.create_or_open(
         out,
-        teacher_fingerprint=record.fingerprint,
-        teacher_source=record.source,
+        teacher_fingerprint=job.record.fingerprint,
+        teacher_source=job.record.source,
         teacher_kind=source.teacher.kind,
         vocab_size=source.capture.vocab_size,
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
         run.on_again = lambda stage, why: progress.say(f"stage {stage} runs again: {why}")
-        score = lambda: scored_plan(run, source, ids, config, place, progress, reuse=resume)  # noqa: E731
-        chosen = chosen or _guarded("score", score)
+        score = lambda: scored_plan(run, source, job.ids, config, job.device, progress, reuse=resume)  # noqa: E731
+        chosen = job.chosen or _guarded("score", score)
         progress.say(
             f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
         )
-        work = Conversion(source, chosen, ids, text, config, run, progress, place)
+        work = Conversion(source, chosen, job.ids, job.text, config, run, progress, job.device)
         for name in STAGES[: STAGES.index(until) + 1]:
             _guarded(name, getattr(work, name))
         write_report(run, progress)

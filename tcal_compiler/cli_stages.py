@@ -19,6 +19,7 @@ from .cli_options import (
     Device,
     DistillSteps,
     DistillTokens,
+    DryRun,
     Dtype,
     Force,
     Init,
@@ -51,19 +52,31 @@ def _convert(
     from .recorded import settings_before
 
     config_file, plan = options.pop("config"), options.pop("plan")
-    run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device", "resume")}
+    run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device")}
+    dry, resume = options.pop("dry_run"), options.pop("resume")
     progress = Progress(quiet=options.pop("quiet"))
     settings, tokenizer = settings_before(out)
     if settings:
         progress.say(f"{out} goes on with its own settings where none is given")
     run_options["tokenizer"] = run_options["tokenizer"] or tokenizer
     config = load_config(config_file, {"policy": policy, **options}, settings)
-    path = convert(teacher, out=out, config=config, plan=plan, until=until, progress=progress, **run_options)
+    what: dict[str, Any] = {"out": out, "config": config, "plan": plan, "until": until, "progress": progress}
+    if dry:
+        _dry_run(teacher, what | run_options, json_out=json_out)
+        return
+    path = convert(teacher, resume=resume, **what, **run_options)
     if json_out:
         print((path / "tcal.json").read_text(encoding="utf-8"))
         return
     print(f"{path}: {until} is complete. Report: {report_file(path)}")
     print(f'Try: tcal generate {path} "Once upon a time"' if until == "export" else f"Plan: {path / 'plan.toml'}")
+
+
+def _dry_run(teacher: str, options: dict[str, Any], *, json_out: bool) -> None:
+    from .dry_run import dry_run
+
+    found = dry_run(teacher, **options)
+    print(json.dumps(found.as_json(), indent=1) if json_out else found.text())
 
 
 def _stage_command(until: str, description: str) -> Callable[..., None]:
@@ -87,6 +100,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
         allow_pickle: Pickle = False,
         device: Device = "cpu",
         restart: Again = False,
+        dry_run: DryRun = False,
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
@@ -107,6 +121,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
             "allow_pickle": allow_pickle,
             "device": device,
             "resume": not restart,
+            "dry_run": dry_run,
             "quiet": quiet,
         }
         _convert(until, teacher, out, policy, options=options, json_out=as_json)
