@@ -18,7 +18,7 @@ from .errors import TcalError
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Stages and tools, one by one."
 )
-compile_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+compile_app = typer.Typer(add_completion=True, pretty_exceptions_enable=False)
 
 compile_app.command()(cli_stages.compile_command)
 COMMANDS: dict[str, Callable[..., None]] = {

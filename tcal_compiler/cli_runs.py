@@ -26,7 +26,9 @@ def evaluate(
     text: Annotated[str, typer.Option(help="text that was not calibrated on")],
     length: Annotated[Optional[int], typer.Option(help="tokens of a sequence; default as calibrated", min=2)] = None,  # noqa: UP045
     sequences: Annotated[int, typer.Option(help="at most so many sequences", min=1)] = 32,
-    student_only: Annotated[bool, typer.Option("--student-only", help="skip the naive and initialised copies")] = False,
+    student_only: Annotated[
+        bool, typer.Option("--student-only", help="skip the naive, initialised and aligned copies")
+    ] = False,
     teacher: TeacherAgain = None,
     tokenizer: Tokenizer = None,
     allow_pickle: Pickle = False,
@@ -91,8 +93,9 @@ def generate(
     top_p: Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens of this mass")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="seed of the draws", min=0)] = 0,
     dtype: Annotated[Optional[str], typer.Option(help="which export: fp16, int8 or int4; default float32")] = None,  # noqa: UP045
+    as_json: Json = False,
 ) -> None:
-    """Streams text from the ONNX student in ONNX Runtime."""
+    """Streams text from the ONNX student in ONNX Runtime; with --json it comes at the end."""
     from .runs import generate_text
 
     pieces = generate_text(
@@ -105,20 +108,27 @@ def generate(
         seed=seed,
         dtype=dtype,
     )
+    if as_json:
+        print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, indent=1))
+        return
     print(prompt + next(pieces, ""), end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
 
-def report(run: RunArg) -> None:
-    """Writes report.md, which it prints, and report.html, which has the plots too."""
+def report(run: RunArg, as_json: Json = False) -> None:
+    """Writes report.md, which it prints, and report.html, which has the plots too; with --json says where they are."""
     from .api import write_report
     from .runtime.run_folder import RunFolder
 
     with RunFolder.open_existing(run, write=True) as opened:
         opened.record("plan")
         write_report(opened, Progress())
+        if as_json:
+            files = {name: opened.path / f"report.{name}" for name in ("md", "html")}
+            print(json.dumps({name: str(f) if f.is_file() else None for name, f in files.items()}, indent=1))
+            return
         print((opened.path / "report.md").read_text(encoding="utf-8"))
 
 
@@ -126,8 +136,9 @@ def compare(
     run: RunArg,
     other: Annotated[Path, typer.Argument(help="run folder to put beside it")],
     html: Annotated[Optional[Path], typer.Option(help="page to write, with plots side by side")] = None,  # noqa: UP045
+    as_json: Json = False,
 ) -> None:
-    """Prints the reports of two run folders side by side, what differs first."""
+    """Prints the reports of two run folders side by side, what differs first; with --json only what differs."""
     from .runs import compare_runs
 
-    print(compare_runs(run, other, page=html))
+    print(compare_runs(run, other, page=html, as_json=as_json))

@@ -177,6 +177,7 @@ def distill(
     device: Device = "cpu",
     no_export: Annotated[bool, typer.Option("--no-export", help="leave program and ONNX model as they are")] = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Distils the whole student of a run folder from its teacher, then renews its program and ONNX model.
 
@@ -198,7 +199,9 @@ def distill(
         until="distill" if no_export else "export",
         progress=Progress(quiet=quiet),
     )
-    if path is not None:
+    if path is not None and as_json:
+        print((path / "tcal.json").read_text(encoding="utf-8"))
+    elif path is not None:
         print(f"{path}: distillation is complete. Report: {report_file(path)}")
 
 

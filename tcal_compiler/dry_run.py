@@ -13,12 +13,9 @@ from .errors import ConfigError
 from .passes.choose import FORWARD, budget_of, choose, scored_by
 from .passes.types import Plan, SiteScan
 from .progress import Progress, clock
-from .report import can_plot
 from .runtime.distill import check_train
 from .runtime.meter import Meter, Time
 from .trial import StageCost, Trial
-
-PLOTS = 7  # of a report
 
 
 @dataclass(frozen=True)
@@ -103,23 +100,6 @@ def _stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
     return Plan(even.keep, even.convert, policy), models
 
 
-def _report() -> StageCost:
-    """Two plots are drawn, the first of which loads matplotlib."""
-    with Meter() as first:
-        _draw()
-    with Meter() as second:
-        _draw()
-    return StageCost("report", first.time + second.time * (PLOTS - 1), max(first.peak, second.peak), 120_000)
-
-
-def _draw() -> None:
-    if can_plot():
-        from .report.blocks import Plot
-        from .report.svg import draw
-
-        draw(Plot("trial", lambda axes: axes.plot([1, 2], label="trial")))
-
-
 def dry_run(
     teacher: str,
     *,
@@ -166,7 +146,7 @@ def dry_run(
             if name == "calibrate" and models:
                 stages.insert(1, trial.score(models))
         progress.say("dry run: a piece of the report")
-        stages.append(_report())
+        stages.append(trial.report())
     sites = [s.summary() | {"becomes": "softmax" if s.index in chosen.keep else "gated delta net"} for s in scan.sites]
     refused = [asdict(r) for r in scan.rejected]
     return DryRun(job.source.teacher.source, sites, refused, chosen, not models, stages, whole.time)

@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from .config import Config
 from .passes.capture import capture_program
 from .passes.make_stateful import make_stateful
 from .passes.types import Plan
+from .report import can_plot
 from .runtime.align import GroupTrainer
 from .runtime.calibrate import half_lives, initialise
 from .runtime.config import TrainConfig
@@ -39,6 +42,7 @@ EXPORT_START = 300  # nodes
 SAVED_PROGRAM = 0.3  # torch.export.save, in torch.export of the same graph
 # ONNX Runtime against PyTorch takes so many times the comparison of the stateful graph in float64 with the whole one.
 PARITY = 1.6
+PLOTS, REPORT_BYTES = 7, 120_000  # of a report
 SAMPLE = 32 * 2**20  # bytes that are hashed to measure how fast that is
 
 
@@ -76,6 +80,7 @@ class Trial:
         self.groups: list[SiteGroup] = []
         self.before = 0  # memory of the stage before
         self.peak = 0  # of calibrate's pieces
+        self.held = 0  # bytes that export leaves behind
 
     @cached_property
     def writing(self) -> Time:
@@ -198,14 +203,15 @@ class Trial:
         return StageCost("align", time, peak + self._beyond, files, scratch)
 
     def distill(self) -> StageCost:
-        after = self._beyond
+        with Meter() as before:  # what alignment trained on is given back only after the stage has begun
+            after = self._beyond
         self.groups = []
         gc.collect()
         config = self.config.distill.in_steps(self.config.calib.length)
         if not (config.active and self.chosen.convert):
             with Meter() as m:
                 pass
-            return StageCost("distill", m.time, m.peak + after)
+            return StageCost("distill", m.time, before.peak + after)
         counted = torch.ones(len(self.sample), self.sample.shape[1] - 1, dtype=torch.bool)
         with Meter() as setup:
             trainer = Distiller(self.student, self.sample, counted, train=self.take, config=config)
@@ -214,7 +220,7 @@ class Trial:
         time = setup.time + trained.whole(config, self.config.calib.holdout / self.held) + self.writing * self.weights
         state, saves = _bytes(trainer.state()), counts(config)[1]
         time += self.writing * (state * saves)
-        peak = max(setup.peak, trained.peak)
+        peak = max(before.peak + after, setup.peak, trained.peak)
         return StageCost("distill", time, peak, self.weights, state if saves else 0)
 
     def export(self) -> StageCost:
@@ -235,7 +241,29 @@ class Trial:
         parity = (checked.time - plain.time) * PARITY
         time = program.time * (1 + SAVED_PROGRAM) + graph.time + checked.time + onnx + parity
         peak = max(m.peak for m in (program, graph, checked)) + self.weights  # beside ONNX Runtime's own
+        self.held = self.weights
         return StageCost("export", time + self.writing * (3 * self.weights), max(self.before, peak), 2 * self.weights)
+
+    def report(self) -> StageCost:
+        """Two plots are drawn, the first of which loads matplotlib. What export made is still held beside the student."""
+        with Meter() as first:
+            _draw()
+        with Meter() as second:
+            _draw()
+        peak = max(first.peak, second.peak) + self.held
+        return StageCost("report", first.time + second.time * (PLOTS - 1), peak, REPORT_BYTES)
+
+
+def _draw() -> None:
+    if can_plot():
+        from .report.blocks import Plot
+        from .report.svg import draw
+
+        def fill(axes: Any) -> None:
+            mesh = axes.pcolormesh([[1.0, 20.0]] * 8, norm="log")
+            axes.figure.colorbar(mesh, ax=axes)
+
+        draw(Plot("trial", fill))
 
 
 @dataclass(frozen=True)
@@ -256,10 +284,11 @@ def _training(config: TrainConfig, step: Callable[[int], object], score: Callabl
         score()
     with Meter() as first:
         step(0)
-    done, more = 0, Time()
+    more: list[Time] = []
     peak = max(scored.peak, first.peak)
-    while done == 0 or (done < 8 and more.seconds < 4):
+    while len(more) < 2 or (len(more) < 9 and sum(t.seconds for t in more) < 8):
         with Meter() as m:
             step(1)
-        done, more, peak = done + 1, more + m.time, max(peak, m.peak)
-    return _Trained(first.time, more * (1 / done), scored.time, peak)
+        more, peak = [*more, m.time], max(peak, m.peak)
+    middle = Time(median(t.seconds for t in more), median(t.cpu_seconds for t in more))
+    return _Trained(first.time, middle, scored.time, peak)
