@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tcal_compiler.api import CALIBRATION_TEXT, Source, open_source
+from tcal_compiler.api import CALIBRATION_TEXT
 from tcal_compiler.passes.choose import SCORED, choose
 from tcal_compiler.passes.types import Plan
 from tcal_compiler.progress import Progress
@@ -34,6 +34,7 @@ from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.score_sites import Trials, initial_student, planned_student, score_sites
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import collect_taps
+from tcal_compiler.source import Source, open_source
 
 
 def arguments() -> argparse.Namespace:

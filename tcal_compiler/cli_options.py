@@ -49,6 +49,9 @@ Pickle = Annotated[
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Again = Annotated[bool, typer.Option("--restart", help="run every stage anew")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="say plan, time, memory and disk of every stage, and write nothing")
+]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
 Dtype = Annotated[Optional[str], typer.Option(help="weights of the variant: fp16, int8 or int4")]  # noqa: UP045
 MaxKl = Annotated[

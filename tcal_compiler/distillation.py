@@ -20,7 +20,7 @@ from .runtime.token_cache import cached_rows
 from .runtime.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
-    from .api import Conversion
+    from .conversion import Conversion
 
 ALIGNED, DISTILLED, CURVE = "weights.safetensors", "distilled.safetensors", "distillation.json"
 

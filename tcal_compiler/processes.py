@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .api import check_device
 from .progress import Progress
 from .runs import distill_run
 from .runtime.parallel import Group, barrier, joined, launched
 from .runtime.run_files import LOCK_NAME
+from .source import check_device
 
 
 def distill_in_processes(

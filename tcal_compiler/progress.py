@@ -51,7 +51,7 @@ class Progress:
             state["shown"] = now
             rate = (done - state["first"]) / max(now - started, 1e-9)
             left = (total - done) / rate if rate > 0 else math.inf
-            text = f"{what}: {done}/{total}, {rate:.3g}/s, {_clock(left)} left"
+            text = f"{what}: {done}/{total}, {rate:.3g}/s, {clock(left)} left"
             if tokens:
                 text += f", {rate * tokens:.0f} tokens/s"
             if not math.isnan(state["loss"]):
@@ -67,7 +67,8 @@ class Progress:
         return update
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .api import STAGES, Source, check_length, convert, open_source, write_report
+from .api import STAGES, convert, write_report
 from .config import load_config
-from .distillation import student_weights
+from .distillation import ALIGNED, DISTILLED, student_weights
 from .errors import ConfigError, DataError, RunFolderError, StageError
 from .passes.capture import capture_program, example_ids
 from .passes.make_stateful import make_stateful
@@ -27,7 +27,7 @@ from .recorded import (
     training_checks,
 )
 from .report import can_plot
-from .report.compare import compare_html, compare_markdown
+from .report.compare import compare_html, compare_json, compare_markdown
 from .report.facts import Facts
 from .runtime import data
 from .runtime.evaluate import EvalResult, evaluate
@@ -42,6 +42,7 @@ from .runtime.statistics import attention_statistics
 from .runtime.student import Student, make_student
 from .runtime.text_stream import TextStream
 from .runtime.weights import load_weights
+from .source import Source, check_length, open_source
 from .variants import model_file, require_variant, run_tokenizer, variant_checks
 
 
@@ -89,7 +90,7 @@ def evaluate_run(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, EvalResult]:
-    """Perplexity and KL of teacher, student and (baselines) naive and initialised copies on a text.
+    """Perplexity and KL of teacher, student and (baselines) naive, initialised and, of a distilled one, aligned copies.
 
     length: tokens of a sequence, default the calibration's. Fewer sequences are used when the text is short. The result
     is recorded in the run folder. Raises DataError when the text was calibrated on, or holds less than one sequence.
@@ -113,7 +114,13 @@ def evaluate_run(
             run.require("calibrate")
             initial = make_student(source.capture, source.scan, plan)
             load_weights(initial, run.path / "initial.safetensors")
-            models = {"naive": _naive(source, plan).logits, "initialised": initial.logits} | models
+            copies = {"naive": _naive(source, plan).logits, "initialised": initial.logits}
+            if student_weights(run).name == DISTILLED:
+                run.require("align")
+                aligned = make_student(source.capture, source.scan, plan)
+                load_weights(aligned, run.path / ALIGNED)
+                copies["aligned"] = aligned.logits
+            models = copies | models
         try:
             results = evaluate(
                 ids,
@@ -138,8 +145,10 @@ def _record_eval(run: RunFolder, text: Path, length: int, count: int, results: d
             stage.evidence["results"] = {n: asdict(r) for n, r in results.items()}
 
 
-def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None) -> str:
+def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None, as_json: bool = False) -> str:
     """The reports of two run folders side by side as Markdown; with a path for page, as HTML into that file too.
+
+    as_json: instead of the Markdown, what differs and the figures that runs are compared by.
 
     Raises RunFolderError for a folder without a plan, and ConfigError when the page cannot be made or written.
     """
@@ -158,7 +167,7 @@ def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = N
         except OSError as e:
             what = f"{page} cannot be written: {e.strerror or e}"
             raise ConfigError("--html", what, "a file in a folder that exists") from e
-    return compare_markdown(*both)
+    return compare_json(*both) if as_json else compare_markdown(*both)
 
 
 def verify_run(

@@ -25,7 +25,7 @@ from .runtime.select_sites import Sets, SetScores, forward_path, sets_from_rows
 from .runtime.student import Student
 
 if TYPE_CHECKING:
-    from .api import Source
+    from .source import Source
 
 
 class Scoring:

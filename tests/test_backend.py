@@ -17,11 +17,11 @@ from torch._dynamo.utils import counters
 
 from examples.tiny_torch_teacher import factory
 from tcal_compiler import Config, backend, convert
-from tcal_compiler.api import open_source
 from tcal_compiler.errors import ConfigError, DataError, RunFolderError, UnsupportedModelError
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.runtime.student import make_student
 from tcal_compiler.runtime.weights import load_weights
+from tcal_compiler.source import open_source
 
 VOCAB = 256
 

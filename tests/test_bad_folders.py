@@ -92,8 +92,8 @@ def test_a_disk_that_fills_up_in_a_stage(shared_run, tmp_path, stage, monkeypatc
     """The stages before it stay complete, and the same command goes on when there is room again."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     place = {
-        "plan": "tcal_compiler.api.plan_to_toml",
-        "calibrate": "tcal_compiler.api.save_weights",
+        "plan": "tcal_compiler.conversion.plan_to_toml",
+        "calibrate": "tcal_compiler.conversion.save_weights",
         "align": "tcal_compiler.resume.Checkpoint.save",
         "export": "tcal_compiler.runtime.program_file.torch.export.save",
     }[stage]
@@ -142,7 +142,7 @@ def test_memory_that_runs_out_is_a_stage_error(tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("tcal_compiler.api.collect_taps", fail)
+    monkeypatch.setattr("tcal_compiler.conversion.collect_taps", fail)
     result = compile_(TINY, *BYTES, out=tmp_path / "run")
     refused(result, "StageError", "stage calibrate", "out of memory", "--calib-sequences")
 

@@ -7,7 +7,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from html import escape
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from command_line import BYTES, HELD_OUT, SMALL, TINY, call, done, refused
 from safetensors.numpy import load_file
@@ -286,29 +284,3 @@ def test_runs_that_are_compared_share_their_scales(shared_run):
 
     far = edited(run, edit)
     assert plots.shared_scales([run, far]).distance[1] == 1000.0 > plots.shared_scales([run]).distance[1]
-
-
-FRAME = """<!doctype html><iframe id=f srcdoc="{}" style="width:{}px;height:900px;border:0"></iframe><script>
-f.onload = () => {{
-  const d = f.contentDocument, r = [...d.querySelectorAll("svg")].map(s => s.getBoundingClientRect());
-  document.title = JSON.stringify([d.documentElement.scrollWidth - d.documentElement.clientWidth,
-    r.length, Math.min(...r.map(b => b.width)), Math.min(...r.map(b => b.height))]);
-}}</script>"""
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_no_sideways_scrolling_in_a_browser(shared_run, tmp_path, width):
-    done("tcal", "compare", shared_run, shared_run, "--html", tmp_path / "both.html")
-    for source, count in ((shared_run / "report.html", 6), (tmp_path / "both.html", 12)):
-        frame = tmp_path / "frame.html"
-        frame.write_text(FRAME.format(escape(source.read_text()), width))
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        shown = subprocess.run(
-            [str(BROWSER), *options, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120
-        )
-        title = re.search(r"<title>([^<]*)</title>", shown.stdout)
-        assert title, shown.stderr[-2000:]
-        overflow, found, narrowest, lowest = json.loads(title[1])
-        assert overflow <= 0 and found == count and narrowest > 250 and lowest > 150

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from . import markdown, page
 from .blocks import Block, Table
 from .facts import Facts
@@ -45,12 +47,17 @@ def _figures(run: Facts) -> dict[str, str]:
     return found
 
 
-def _glance(a: Facts, b: Facts) -> list[Block]:
+def _rows(a: Facts, b: Facts) -> list[list[str]]:
+    """Settings that differ, then all figures: what, of the first run, of the second."""
     settings, figures = ([make(r) for r in (a, b)] for make in (_settings, _figures))
     rows = [[k, *(s.get(k, "") for s in settings)] for k in settings[0] | settings[1]]
     rows = [r for r in rows if r[1] != r[2]]
     rows += [[k, *(f.get(k, "") for f in figures)] for k in figures[0] | figures[1]]
-    return [Table(["what", a.name, b.name], rows)]
+    return rows
+
+
+def _glance(a: Facts, b: Facts) -> list[Block]:
+    return [Table(["what", a.name, b.name], _rows(a, b))]
 
 
 def _layers(a: Facts, b: Facts, scales: Scales) -> list[Block]:
@@ -80,6 +87,12 @@ def _parts(a: Facts, b: Facts) -> list[Part]:
 def compare_html(a: Facts, b: Facts) -> str:
     """Needs matplotlib."""
     return page.page(TITLE, [page.section(*part) for part in _parts(a, b)])
+
+
+def compare_json(a: Facts, b: Facts) -> str:
+    """At a glance, as JSON."""
+    rows = [{"what": what, "first": one, "second": two} for what, one, two in _rows(a, b)]
+    return json.dumps({"first": a.name, "second": b.name, "rows": rows}, indent=1)
 
 
 def compare_markdown(a: Facts, b: Facts) -> str:

@@ -49,7 +49,7 @@ def _table(table: Table) -> str:
         for r in table.rows
     ]
     body = "\n".join(f"<tr>{r}</tr>" for r in rows)
-    wide = ' class="wide"' if len(table.head) > 4 else ""  # on a narrow screen each row becomes a list
+    wide = ' class="wide"' if len(table.head) > 3 else ""  # on a narrow screen each row becomes a list
     return f"<table{wide}><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 

@@ -327,8 +327,8 @@ def test_a_half_converted_student_learns_and_carries_its_state(name: str):
 @pytest.mark.parametrize("name", ["broadcast groups", "bmm", "one key head", "written out"])
 def test_verify_measures_a_first_site_that_was_written_out(name):
     """q, k and v of some spellings stand in the student's graph only."""
-    from tcal_compiler.api import Source
     from tcal_compiler.runs import _statistics_checks
+    from tcal_compiler.source import Source
 
     capture, scan = scanned(name)
     (check,) = _statistics_checks(Source(None, None, capture, scan))

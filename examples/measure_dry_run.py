@@ -1,0 +1,118 @@
+"""What tcal-compile --dry-run says against what is then measured: time, CPU time and peak memory of each stage.
+
+python examples/measure_dry_run.py --model "embedded: embedded --calib-sequences 16 --align-steps 40" \
+    --json docs/results/dry-run.json
+
+Each model's dry run and conversion run one after the other, each in a process of its own. Other work on the machine
+between the two shows in the times, less in CPU times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("seconds", "cpu_seconds", "peak_bytes")
+
+
+def convert_measured(words: list[str], out: Path, found: Path) -> None:
+    """tcal-compile with every stage metered; writes {stage: {seconds, cpu_seconds, peak_bytes}}."""
+    from tcal_compiler import api, cli
+    from tcal_compiler.conversion import Conversion
+    from tcal_compiler.runtime.meter import Meter
+
+    measured: dict[str, dict[str, float]] = {}
+
+    def metered(stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Meter() as m:
+                result = work(*args, **kwargs)
+            measured[stage] = dict(zip(COLUMNS, (m.time.seconds, m.time.cpu_seconds, m.peak), strict=True))
+            return result
+
+        return run
+
+    api.prepare = metered("load", api.prepare)
+    api.write_report = metered("report", api.write_report)
+    for stage in api.STAGES:
+        setattr(Conversion, stage, metered(stage, getattr(Conversion, stage)))
+    sys.argv = ["tcal-compile", *words, "-o", str(out), "--quiet"]
+    with contextlib.suppress(SystemExit):
+        cli.compile_main()
+    if set(measured) != {"load", *api.STAGES, "report"}:
+        raise SystemExit(f"the conversion ended after {list(measured)}")
+    found.write_text(json.dumps(measured))
+
+
+def estimate(words: list[str]) -> dict[str, Any]:
+    code = "from tcal_compiler.cli import compile_main; compile_main()"
+    command = [sys.executable, "-c", code, *words, "--dry-run", "--json", "--quiet"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure(words: list[str]) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory(prefix="tcal-dry-run-") as place:
+        found = Path(place) / "found.json"
+        child = [sys.executable, __file__, "--convert", str(found), "--", *words]
+        subprocess.run(child, check=True, capture_output=True)
+        measured: dict[str, dict[str, float]] = json.loads(found.read_text())
+        files = sum(f.stat().st_size for f in (Path(place) / "run").rglob("*") if f.is_file())
+    seconds, cpu = (sum(s[c] for s in measured.values()) for c in COLUMNS[:2])
+    peak = max(s["peak_bytes"] for s in measured.values())
+    whole = {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "file_bytes": files}
+    return measured | {"in all": whole}
+
+
+def environment() -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    packages = {n: version(n) for n in ("torch", "transformers", "onnx", "onnxruntime")}
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    machine = {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "threads": threads}
+    return {"python": platform.python_version(), **packages, **machine, "commit": commit}
+
+
+def compared(words: list[str]) -> dict[str, Any]:
+    said, seen = estimate(words), measure(words)
+    rows = {r["stage"]: r for r in [*said["stages"], said["total"]]}
+    stages = {
+        name: {c: [round(rows[name][c], 3), round(value, 3)] for c, value in found.items()}
+        for name, found in seen.items()
+    }
+    return {"command": shlex.join(["tcal-compile", *(Path(w).name for w in words)]), "stages": stages} | {
+        "dry_run_seconds": said["dry_run"]["seconds"]
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", action="append", default=[], metavar="NAME: WORDS", help="of tcal-compile, without -o")
+    p.add_argument("--json", type=Path)
+    p.add_argument("--convert", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.convert:
+        convert_measured(args.words, args.convert.with_name("run"), args.convert)
+        return
+    body: dict[str, Any] = {"environment": environment(), "dry_runs": {}}
+    for model in args.model:
+        name, words = model.split(":", 1)
+        body["dry_runs"][name] = compared(shlex.split(words))
+        for stage, row in body["dry_runs"][name]["stages"].items():
+            print(name, stage, {c: f"{a:.4g} said, {b:.4g} seen" for c, (a, b) in row.items()}, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

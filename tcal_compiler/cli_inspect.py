@@ -1,0 +1,43 @@
+"""Commands that look and write nothing: inspect and doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+from .cli_options import (
+    Json,
+    Pickle,
+    TeacherArg,
+)
+
+
+def inspect(teacher: TeacherArg = "embedded", allow_pickle: Pickle = False, as_json: Json = False) -> None:
+    """Lists the attention cores of TEACHER: what can be converted, and why the others cannot. Writes nothing."""
+    from .source import open_source
+
+    source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
+    sites, refused = [s.summary() for s in source.scan.sites], [asdict(r) for r in source.scan.rejected]
+    if as_json:
+        print(json.dumps({"sites": sites, "refused": refused}, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(*[k.replace("_", " ") for k in (sites[0] if sites else {"site": 0})])
+    for s in sites:
+        table.add_row(*["-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in s.values()])
+    console.print(table)
+    for r in refused:
+        console.print(f"refused: {r['layer'] or r['node']}: {r['reason']}", markup=False)
+    console.print(f"{len(sites)} sites can be converted, {len(refused)} are refused.", markup=False)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Versions, and every kernel against float64 on this machine."""
+    from .doctor import examine
+
+    findings = examine()
+    print(json.dumps(findings, indent=1) if as_json else "\n".join(f"{n}: {v}" for n, v in findings.items()))

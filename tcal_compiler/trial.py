@@ -1,0 +1,294 @@
+"""What each stage of a conversion will cost: its own code on one batch of the teacher's own text, counted up.
+
+Nothing is written. Times are counted up by sequences, sites, steps and scores; memory is what the trial held at most,
+and what the whole text will hold beyond that.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .passes.capture import capture_program
+from .passes.make_stateful import make_stateful
+from .passes.types import Plan
+from .report import can_plot
+from .runtime.align import GroupTrainer
+from .runtime.calibrate import half_lives, initialise
+from .runtime.config import TrainConfig
+from .runtime.distill import Distiller
+from .runtime.logits import split_model
+from .runtime.meter import Meter, Time
+from .runtime.onnx_export import context_length
+from .runtime.score_sites import sum_losses
+from .runtime.student import make_student
+from .runtime.taps import LivePairs, SiteGroup, collect_taps, stored_pairs
+from .runtime.weights import changed_names, unique_state
+from .source import Source
+
+# What the trial does not run of the export stage, by what it does run: docs/results.md, dry run, has the measurements.
+# torch.onnx.export takes so many times what torch.export takes for a node, and torch.export begins with a fixed part.
+ONNX_NODE = 6.5
+EXPORT_START = 300  # nodes
+SAVED_PROGRAM = 0.3  # torch.export.save, in torch.export of the same graph
+# ONNX Runtime against PyTorch takes so many times the comparison of the stateful graph in float64 with the whole one.
+PARITY = 1.6
+PLOTS, REPORT_BYTES = 7, 120_000  # of a report
+SAMPLE = 32 * 2**20  # bytes that are hashed to measure how fast that is
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """peak: bytes of resident memory. files: bytes that stay in the run folder; scratch: those there for a while."""
+
+    stage: str
+    time: Time
+    peak: int
+    files: int = 0
+    scratch: int = 0
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def counts(config: TrainConfig) -> tuple[int, int]:
+    """Scores, the one before the first step included, and checkpoints of a training stage."""
+    steps = range(1, config.steps + 1)
+    return 1 + sum(map(config.scores_after, steps)), sum(map(config.saves_after, steps))
+
+
+class Trial:
+    """Runs a piece of every stage, in the order of the stages; each method is asked for once, in that order."""
+
+    def __init__(self, source: Source, plan: Plan, ids: Tensor, config: Config) -> None:
+        """ids [N, T]: the calibration sequences, the held-out ones last."""
+        calib = config.calib
+        self.source, self.chosen, self.ids, self.config = source, plan, ids, config
+        self.take, self.held = min(calib.batch, calib.kept), min(calib.batch, calib.holdout)
+        self.sample = torch.cat([ids[: self.take], ids[calib.sequences : calib.sequences + self.held]])
+        self.text: Meter  # of the taps
+        self.groups: list[SiteGroup] = []
+        self.before = 0  # memory of the stage before
+        self.peak = 0  # of calibrate's pieces
+        self.held = 0  # bytes that export leaves behind
+
+    @cached_property
+    def writing(self) -> Time:
+        """Of one byte: it is written, and read again for its sha256."""
+        block = bytes(SAMPLE)
+        with Meter() as m:
+            hashlib.sha256(block).hexdigest()
+        return m.time * (2 / SAMPLE)
+
+    @cached_property
+    def weights(self) -> int:
+        return _bytes(unique_state(self.student))
+
+    def stage(self, name: str) -> StageCost:
+        """Of a stage of api.STAGES."""
+        cost: StageCost = getattr(self, name)()
+        self.before = cost.peak
+        return cost
+
+    def plan(self) -> StageCost:
+        with Meter() as m:
+            pass
+        return StageCost("plan", m.time, m.peak)
+
+    def _teacher_pass(self, rows: int) -> Time:
+        """Of collect_taps over so many sequences."""
+        size, first = len(self.sample), min(self.config.calib.batch, len(self.sample))
+        if len(self._marks) == 1:
+            return self.text.time * (rows / size)
+        each = (self._marks[-1] - self._marks[0]) * (1 / (size - first))
+        return (self.text.time + each * (rows - size)).at_least(self.text.time * (min(rows, size) / size))
+
+    def _first_site(self, group: SiteGroup, rows: int) -> Time:
+        part = replace(group, sites=group.sites[:1], names=group.names[:1], x=group.x[:1, :rows], y=group.y[:1, :rows])
+        with Meter() as m:
+            initialise(self.student, [part], init=self.config.init, seed=0, batch=self.config.calib.batch)
+        self.peak = max(self.peak, m.peak)
+        return m.time
+
+    def _initialisation(self, group: SiteGroup, rows: int) -> Time:
+        """Of one site on so many sequences: a line through two measurements, the first run being a warm-up."""
+        _, more, less = (self._first_site(group, n) for n in (self.take, self.take + self.held, self.take))
+        each = (more - less) * (1 / self.held)
+        return (less + each * (rows - self.take)).at_least(less * (min(rows, self.take) / self.take))
+
+    def calibrate(self) -> StageCost:
+        calib, self._marks = self.config.calib, list[Time]()
+        with Meter() as self.text:
+            self.student = make_student(self.source.capture, self.source.scan, self.chosen)
+            if self.chosen.convert:
+                self.groups = collect_taps(
+                    self.student,
+                    self.source.capture.gm,
+                    self.sample,
+                    batch=calib.batch,
+                    progress=lambda *_: self._marks.append(Time.now()),
+                )
+        time, self.peak = self.text.time, self.text.peak
+        if self.groups:
+            time = self._teacher_pass(calib.kept + calib.holdout)
+            self.sites = [(len(g.sites), self._initialisation(g, calib.kept)) for g in self.groups]
+            for number, each in self.sites:
+                time += each * number
+        changed = changed_names(self.student)
+        files = _bytes({n: t for n, t in unique_state(self.student).items() if n in changed})
+        return StageCost("calibrate", time + self.writing * files, self.peak + self._beyond, files)
+
+    @property
+    def _values(self) -> int:
+        """Bytes of the teacher's values that the trial holds."""
+        return sum((t.numel() * t.element_size() for g in self.groups for t in (g.x, g.y)), 0)
+
+    @property
+    def _beyond(self) -> int:
+        """Bytes of the teacher's values that the whole text has beyond the trial's."""
+        return round(self._values * ((self.config.calib.kept + self.config.calib.holdout) / len(self.sample) - 1))
+
+    def score(self, models: int) -> StageCost:
+        """Of a policy that measures so many trial models, by what calibrate measured."""
+        calib, sites = self.config.calib, len(self.source.scan.sites)
+        time = self._teacher_pass(calib.sequences)
+        number = sum(n for n, _ in self.sites)
+        for n, each in self.sites:
+            time += each * (n * sites / number)
+        teacher, args = split_model(self.source.capture.gm), self.source.capture.inputs(self.sample)
+        with Meter() as m, torch.no_grad():
+            student = make_student(self.source.capture, self.source.scan, self.chosen)
+        with Meter() as one, torch.no_grad():
+            sum_losses(split_model(student.gm), teacher, [args], [teacher.hidden(args)])
+        share = self.config.score.sequences / len(self.sample)
+        beyond = round(self._values * (calib.sequences * sites / number / len(self.sample) - 1))
+        return StageCost("score", time + (m.time + one.time * share) * models, max(self.peak, one.peak) + beyond)
+
+    def align(self) -> StageCost:
+        config, files = self.config.align, self.weights
+        time, scratch = self.writing * files, 0
+        if not (config.steps and self.groups):
+            with Meter() as m:
+                pass
+            return StageCost("align", time + m.time, m.peak + self._beyond + files, files)
+        live = self.config.calib.init_sequences is not None
+        pairs = LivePairs(self.student, self.groups, self.ids) if live else stored_pairs(self.groups)
+        index = torch.arange(min(config.batch, self.config.calib.sequences)) % (len(self.ids) if live else self.take)
+        with Meter() as setup:
+            trainers = [GroupTrainer(self.student, g, self.take, config) for g in self.groups]
+
+        def step(number: int) -> None:
+            for t, (x, y) in zip(trainers, pairs(index), strict=True):
+                t.step(number, x, y, 0)
+
+        trained = _training(config, step, lambda: [t.score() for t in trainers])
+        with Meter() as last:
+            half_lives(self.student, self.groups, batch=self.config.calib.batch)
+        share = self.config.calib.holdout / self.held
+        time += setup.time + trained.whole(config, share) + last.time
+        state = sum(_bytes(t.state("")) for t in trainers)
+        if counts(config)[1]:
+            time, scratch = time + self.writing * (state * counts(config)[1]), state
+        peak = max(setup.peak, trained.peak, last.peak + files)
+        return StageCost("align", time, peak + self._beyond, files, scratch)
+
+    def distill(self) -> StageCost:
+        with Meter() as before:  # what alignment trained on is given back only after the stage has begun
+            after = self._beyond
+        self.groups = []
+        gc.collect()
+        config = self.config.distill.in_steps(self.config.calib.length)
+        if not (config.active and self.chosen.convert):
+            with Meter() as m:
+                pass
+            return StageCost("distill", m.time, before.peak + after)
+        counted = torch.ones(len(self.sample), self.sample.shape[1] - 1, dtype=torch.bool)
+        with Meter() as setup:
+            trainer = Distiller(self.student, self.sample, counted, train=self.take, config=config)
+        index = torch.arange(config.batch) % self.take
+        trained = _training(config, lambda n: trainer.step(n, index), trainer.score)
+        time = setup.time + trained.whole(config, self.config.calib.holdout / self.held) + self.writing * self.weights
+        state, saves = _bytes(trainer.state()), counts(config)[1]
+        time += self.writing * (state * saves)
+        peak = max(before.peak + after, setup.peak, trained.peak)
+        return StageCost("distill", time, peak, self.weights, state if saves else 0)
+
+    def export(self) -> StageCost:
+        config = self.config.export
+        gc.collect()
+        with Meter() as program:
+            exported = self.student.export()
+        with Meter() as graph:
+            run = exported.module()
+            flat = capture_program(exported, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
+        longest, bounded = context_length(config, self.source.teacher.info), config.bounded_windows
+        with Meter() as plain:
+            unchecked = make_stateful(flat, verify=False, max_length=longest, bounded=bounded)
+        with Meter() as checked:
+            make_stateful(flat, max_length=longest, bounded=bounded)
+        each = program.time * (1 / (EXPORT_START + len(exported.graph.nodes)))
+        onnx = each * (ONNX_NODE * len(unchecked.gm.graph.nodes))
+        parity = (checked.time - plain.time) * PARITY
+        time = program.time * (1 + SAVED_PROGRAM) + graph.time + checked.time + onnx + parity
+        peak = max(m.peak for m in (program, graph, checked)) + self.weights  # beside ONNX Runtime's own
+        self.held = self.weights
+        return StageCost("export", time + self.writing * (3 * self.weights), max(self.before, peak), 2 * self.weights)
+
+    def report(self) -> StageCost:
+        """Two plots are drawn, the first of which loads matplotlib. What export made is still held beside the student."""
+        with Meter() as first:
+            _draw()
+        with Meter() as second:
+            _draw()
+        peak = max(first.peak, second.peak) + self.held
+        return StageCost("report", first.time + second.time * (PLOTS - 1), peak, REPORT_BYTES)
+
+
+def _draw() -> None:
+    if can_plot():
+        from .report.blocks import Plot
+        from .report.svg import draw
+
+        def fill(axes: Any) -> None:
+            mesh = axes.pcolormesh([[1.0, 20.0]] * 8, norm="log")
+            axes.figure.colorbar(mesh, ax=axes)
+
+        draw(Plot("trial", fill))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    first: Time
+    step: Time
+    score: Time
+    peak: int
+
+    def whole(self, config: TrainConfig, share: float) -> Time:
+        """Of the stage; share: held-out sequences over those that the trial scored."""
+        return self.first + self.step * (config.steps - 1) + self.score * (counts(config)[0] * share)
+
+
+def _training(config: TrainConfig, step: Callable[[int], object], score: Callable[[], object]) -> _Trained:
+    """A score as before the first step, the first step, which makes the optimiser's state, and some more."""
+    with Meter() as scored:
+        score()
+    with Meter() as first:
+        step(0)
+    more: list[Time] = []
+    peak = max(scored.peak, first.peak)
+    while len(more) < 2 or (len(more) < 9 and sum(t.seconds for t in more) < 8):
+        with Meter() as m:
+            step(1)
+        more, peak = [*more, m.time], max(peak, m.peak)
+    middle = Time(median(t.seconds for t in more), median(t.cpu_seconds for t in more))
+    return _Trained(first.time, middle, scored.time, peak)
