@@ -245,7 +245,7 @@ class Trial:
         return StageCost("export", time + self.writing * (3 * self.weights), max(self.before, peak), 2 * self.weights)
 
     def report(self) -> StageCost:
-        """Two plots are drawn, the first of which loads matplotlib. What export made is still held beside the student."""
+        """Two plots are drawn, the first of which loads matplotlib. What export made is still held."""
         with Meter() as first:
             _draw()
         with Meter() as second:

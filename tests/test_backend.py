@@ -102,6 +102,7 @@ def test_the_student_is_made_once(tiny, shared_run, monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_the_model_and_the_random_state_stay_as_they_are(tiny, shared_run):
     before, state = copy.deepcopy(tiny.state_dict()), torch.get_rng_state()
     grads = [p.requires_grad for p in tiny.parameters()]

@@ -32,6 +32,7 @@ def test_two_texts_with_weights(tmp_path):
     assert json.loads((out / "tcal.json").read_text())["stages"]["calibrate"] != manifest["stages"]["calibrate"]
 
 
+@pytest.mark.slow
 def test_more_sequences_than_the_initialisation_uses(tmp_path):
     file, out = tmp_path / "c.toml", tmp_path / "run"
     words = ("tcal", "align", TINY, *BYTES, *SMALL, "--policy", "keep=0", "-o", out, "--config", file)

@@ -94,6 +94,7 @@ def test_doctor():
     assert "gated_delta_rule" in done("tcal", "doctor")
 
 
+@pytest.mark.slow
 def test_an_edited_plan_is_followed_until_another_policy_is_asked_for(tmp_path):
     out, plan = tmp_path / "run", tmp_path / "run" / "plan.toml"
 

@@ -72,6 +72,7 @@ def test_an_edited_plan_of_a_scored_policy_is_followed(tmp_path):
     assert manifest(out)["plan"] | {"convert": None} == {"keep": [0], "policy": "ar:0", "convert": None}
 
 
+@pytest.mark.slow
 def test_forward_selection_is_kept_for_other_budgets(tmp_path, monkeypatch):
     made, planned = [], select_sites.planned_student
     monkeypatch.setattr(select_sites, "planned_student", lambda *args: (made.append(args[2].keep), planned(*args))[1])
