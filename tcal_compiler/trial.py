@@ -80,7 +80,7 @@ class Trial:
         self.groups: list[SiteGroup] = []
         self.before = 0  # memory of the stage before
         self.peak = 0  # of calibrate's pieces
-        self.held = 0  # bytes that export leaves behind
+        self.left = 0  # bytes that export leaves behind
 
     @cached_property
     def writing(self) -> Time:
@@ -241,16 +241,16 @@ class Trial:
         parity = (checked.time - plain.time) * PARITY
         time = program.time * (1 + SAVED_PROGRAM) + graph.time + checked.time + onnx + parity
         peak = max(m.peak for m in (program, graph, checked)) + self.weights  # beside ONNX Runtime's own
-        self.held = self.weights
+        self.left = self.weights
         return StageCost("export", time + self.writing * (3 * self.weights), max(self.before, peak), 2 * self.weights)
 
     def report(self) -> StageCost:
-        """Two plots are drawn, the first of which loads matplotlib. What export made is still held."""
+        """Two plots are drawn, the first of which loads matplotlib; what export made is still held."""
         with Meter() as first:
             _draw()
         with Meter() as second:
             _draw()
-        peak = max(first.peak, second.peak) + self.held
+        peak = max(first.peak, second.peak) + self.left
         return StageCost("report", first.time + second.time * (PLOTS - 1), peak, REPORT_BYTES)
 
 
