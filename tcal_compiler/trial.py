@@ -35,7 +35,7 @@ from .runtime.taps import LivePairs, SiteGroup, collect_taps, stored_pairs
 from .runtime.weights import changed_names, unique_state
 from .source import Source
 
-# What the trial does not run of the export stage, by what it does run: docs/results.md, dry run, has the measurements.
+# What the trial does not run of the export stage, by what it does run: fitted on the embedded teacher and SmolLM2-135M.
 # torch.onnx.export takes so many times what torch.export takes for a node, and torch.export begins with a fixed part.
 ONNX_NODE = 6.5
 EXPORT_START = 300  # nodes
