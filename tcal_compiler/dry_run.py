@@ -88,6 +88,7 @@ def _stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
     """A plan of as many sites at even distances, and the trial models of a policy that measures them.
 
     For a bound on the KL nothing is known: no site stays softmax, and every set that forward may ask for is counted.
+    Raises ConfigError where every site stays softmax.
     """
     budget, sites = budget_of(scan, policy), len(scan.sites)
     if budget.nats is not None:
@@ -95,6 +96,9 @@ def _stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
     else:
         sets = ((tuple(range(n)), math.nan) for n in range(sites + 1))
         kept = asked = len(budget.pick(scan, ((tuple(scan.sites[i].index for i in k), kl) for k, kl in sets))[-1][0])
+    if kept == sites:
+        what = f"{policy} keeps all {sites} sites, so that no piece of its scores can be run"
+        raise ConfigError("--policy", what, "all, the same plan without scores")
     models = 1 + sum(range(sites - asked + 1, sites + 1)) if scored_by(policy) == FORWARD else sites
     even = choose(scan, f"uniform:{kept}")
     return Plan(even.keep, even.convert, policy), models

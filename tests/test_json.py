@@ -202,6 +202,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(tmp_path, monkeypatch):
 def test_a_dry_run_goes_no_further_than_bad_input(tmp_path):
     words = ("tcal", "plan", TINY, *BYTES, "--dry-run", "-o", tmp_path / "run", *SMALL)
     refused(call(*words, "--policy", "keep=7"), "ConfigError", "[7]")
+    refused(call(*words, "--policy", "kl:4"), "ConfigError", "all 4 sites")
     refused(call(*words, "--calib", tmp_path / "none.txt"), "DataError", "none.txt")
     assert contents(tmp_path) == {}
 

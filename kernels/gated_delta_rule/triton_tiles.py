@@ -53,7 +53,7 @@ class Setting:
     dot: Any  # type of the operands of products
     gate: Any  # type in which g is summed
     precision: str  # of products of float32 operands
-    kept: torch.dtype  # of V', dR, states and pairs between kernels; the inverse stays float32
+    kept: torch.dtype  # of U, W, P, V', dR, states, pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int
     solve_warps: int
@@ -69,7 +69,7 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
     """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
     float32: three tf32 products for one, and g summed in float64. q and v as `as_kernels_take` returns them.
 
-    Shared memory sets value_block and stages; each row was run on an H100 with Triton 3.6. bfloat16 products with 256
+    Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
     """
     key_block = max(16, triton.next_power_of_2(q.shape[-1]))

@@ -5,8 +5,9 @@ linear in S, so a long sequence with few heads is cut into segments that are wal
 1. ends: of every segment but the last its end N from a start of zero (the first: from the true one), and M, its end
    from a start of the unit matrix without values, so that it takes S to M S + N.
 2. join: the true start of every segment, one after another.
-3. walk: every segment from its true start.
-One segment is the third launch alone. V' overwrites U. Sums and the state are float32.
+3. walk: every segment from its true start. It reads the outputs, O = scale (e^c q) S + P V'; or, for a backward, it
+   stores the states before each chunk, and V' in place of U.
+One segment is the third launch alone. Sums and the state are float32.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def join(state: Tensor, ends: Tensor, s: Setting) -> Tensor:
 
 @dataclass(frozen=True)
 class Walk:
-    """The launches of a walk."""
+    """A walk over the chunks of all sequences: its data and its launches."""
 
     k: Tensor  # [B, T, K, Dk]
     solved: Solved
@@ -179,7 +180,11 @@ class Walk:
     cut: Cut
 
     def run(self, states: Tensor, q: Tensor, out: Tensor, scale: float, *, read: bool) -> Tensor:
-        """Fills out, or states [B H, N, Dk, Dv] before each chunk and V' in place of U; the final state."""
+        """The final state [B, H, Dk, Dv].
+
+        read: fills out [B, T, H, Dv]; else states [B H, N, Dk, Dv], before each chunk, and V' in place of U. What
+        is not filled is never touched, so that any tensor may stand for it.
+        """
         rows, chunks, _, value_dim = self.solved.u.shape
         heads = self.state.shape[1]
         length = triton.cdiv(chunks, self.cut.segments)
