@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
@@ -64,8 +66,8 @@ def arguments() -> argparse.Namespace:
         type=schedule,
         action="append",
         default=[],
-        metavar="A[+D]",
-        help="alignment steps from closed-form, then D steps of distillation on the same sequences; repeat",
+        metavar="[INIT:]A[+D]",
+        help="A alignment steps from INIT (closed-form), then D steps of distillation on the same sequences; repeat",
     )
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--lr-new", type=float, help="peak rate of gates and norms; default as in tcal-compile")
@@ -80,6 +82,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--distill-batch", type=int, help="sequences in a step of distillation; default: --batch")
     p.add_argument("--distill-lr-gdn", type=float, help="default as in tcal-compile")
     p.add_argument("--distill-lr-other", type=float, help="default as in tcal-compile")
+    p.add_argument("--distill-dtype", choices=["captured", "bfloat16"], default="captured", help="of products")
     p.add_argument("--weight-decay", type=float, help="of the teacher's projections; default as in tcal-compile")
     p.add_argument("--noise", type=float, help="on the sites' inputs; default as in tcal-compile")
     p.add_argument("--seed", type=int, default=0)
@@ -88,10 +91,30 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def schedule(text: str) -> tuple[int, int]:
-    """ "300" -> (300, 0); "880+120" -> (880, 120)."""
-    align_steps, _, distill_steps = text.partition("+")
-    return int(align_steps), int(distill_steps or 0)
+@dataclass(frozen=True)
+class Schedule:
+    """Where a student starts, and how many steps it is trained."""
+
+    init: InitName
+    align: int
+    distill: int
+
+    @property
+    def name(self) -> str:
+        parts = [] if self.init == "closed-form" else [self.init]
+        parts += [f"aligned-{self.align}"] if self.align or not parts else []
+        return "-".join([*parts, f"distilled-{self.distill}"] if self.distill else parts)
+
+    @property
+    def spelled(self) -> str:
+        return f"{self.init}:{self.align}+{self.distill}"
+
+
+def schedule(text: str) -> Schedule:
+    """ "300": closed-form, 300 steps of alignment; "880+120" and 120 of distillation; "naive:0+120" no alignment."""
+    init, _, steps = text.rpartition(":")
+    aligned, _, distilled = steps.partition("+")
+    return Schedule(TypeAdapter(InitName).validate_python(init or "closed-form"), int(aligned), int(distilled or 0))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -112,8 +135,8 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.seconds: dict[str, float] = {}
         self.taps: list[SiteGroup] = []
-        self.start: tuple[Student, list[SiteGroup], dict[str, torch.Tensor]] | None = None
-        self.found: dict[tuple[int, float | None], tuple[dict[str, torch.Tensor], float]] = {}
+        self.starts: dict[InitName, tuple[Student, list[SiteGroup], dict[str, torch.Tensor]]] = {}
+        self.found: dict[tuple[InitName, int, float | None], tuple[dict[str, torch.Tensor], float]] = {}
         teacher = self.timed("load", lambda: load_teacher(args.teacher))
         tokenizer = load_tokenizer(teacher)
         self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))
@@ -175,23 +198,26 @@ class Bench:
         )
         return student, groups
 
-    def aligned(self, steps: int, lr_teacher: float | None) -> tuple[Student, float]:
-        """A student after alignment from closed-form, and its error on the held-out calibration sequences."""
-        if self.start is None:
-            student, groups = self.initialised("closed-form")
-            self.start = student, groups, {n: p.detach().clone() for n, p in student.gm.named_parameters()}
-        student, groups, values = self.start
-        key = steps, lr_teacher
+    def aligned(self, plan: Schedule, lr_teacher: float | None) -> tuple[Student, float]:
+        """A student after alignment and its error on the held-out calibration sequences, NaN without a step."""
+        if plan.init not in self.starts:
+            student, groups = self.initialised(plan.init)
+            values = {n: p.detach().clone() for n, p in student.gm.named_parameters()}
+            self.starts[plan.init] = student, groups, values
+        student, groups, values = self.starts[plan.init]
+        key, steps = (plan.init, plan.align, lr_teacher), plan.align
         set_weights(student, self.found[key][0] if key in self.found else values)
         if key in self.found:
             return student, self.found[key][1]
+        if not steps:
+            return student, math.nan
         given = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher, "weight_decay": self.args.weight_decay}
         given["noise"] = self.args.noise
         config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         live = LivePairs(student, groups, self.ids[: self.args.sequences]) if self.args.init_sequences else None
         student, curve = self.timed(
-            f"align {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
+            f"align from {plan.init} {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
             lambda: align(student, groups, train=self.kept, config=config, seed=self.args.seed, live=live),
         )
         torch.set_float32_matmul_precision("highest")
@@ -201,19 +227,22 @@ class Bench:
         self.found[key] = {n: p.detach().clone() for n, p in student.gm.named_parameters()}, best
         return student, best
 
-    def distilled(self, student: Student, steps: int) -> Student:
+    def distilled(self, student: Student, plan: Schedule) -> Student:
         """The student after distillation on the sequences that it was aligned on; every prediction counts."""
+        steps = plan.distill
         rates = {"lr_gdn": self.args.distill_lr_gdn, "lr_other": self.args.distill_lr_other}
         config = DistillConfig(
             steps=steps,
             batch=self.args.distill_batch or self.args.batch,
             score_every=max(1, steps // 4),
+            teacher_dtype=self.args.distill_dtype,
+            student_dtype=self.args.distill_dtype,
             **{k: v for k, v in rates.items() if v is not None},
         )
         counts = torch.ones(len(self.ids), self.args.length - 1, dtype=torch.bool)
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(
-            f"distil {steps} steps",
+            f"distil {plan.name}",
             lambda: distill(student, self.ids, counts, train=self.args.sequences, config=config, seed=self.args.seed),
         )
         torch.set_float32_matmul_precision("highest")
@@ -259,19 +288,17 @@ def main() -> None:
     bench = Bench(args)
     students = {init: bench.initialised(init)[0] for init in args.init}
     rates: list[float | None] = args.lr_teacher or [None]
-    for i, (steps, more) in enumerate(args.steps):
+    for i, plan in enumerate(args.steps):
         if i == 0 and len(rates) > 1:
-            rates = [min(rates, key=lambda rate: bench.aligned(args.steps[0][0], rate)[1])]
-        student, _ = bench.aligned(steps, rates[0])
-        name = f"aligned-{steps}"
-        if more:
-            student, name = bench.distilled(student, more), f"{name}-distilled-{more}"
-        students[name] = replace(student, gm=copy.deepcopy(student.gm))
+            rates = [min(rates, key=lambda rate: bench.aligned(args.steps[0], rate)[1])]
+        student, _ = bench.aligned(plan, rates[0])
+        student = bench.distilled(student, plan) if plan.distill else student
+        students[plan.name] = replace(student, gm=copy.deepcopy(student.gm))
     scores = bench.timed("evaluation", lambda: bench.score(students))
     if args.json:
         given = {k: Path(v).name if k in ("calib", "teacher") else v for k, v in vars(args).items() if k != "json"}
         given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
-        given["steps"] = ["+".join(str(n) for n in pair if n) or "0" for pair in args.steps]
+        given["steps"] = [plan.spelled for plan in args.steps]
         given["lr_teacher_used"] = rates[0]
         body = {
             "arguments": given,
