@@ -35,7 +35,7 @@ demo: env
 	@echo "With plots: $(RUN)/report.html"
 
 test: env
-	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow" tests
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow" tests
 
 test-slow: env
 	$(PY) -m pytest -n 2 -q -m slow tests

@@ -33,6 +33,8 @@ from .weights import load_weights
 WHERE = "the compiled model"
 SHORTEST = 8  # tokens of a calibration sequence
 BATCH = 8  # sequences in one forward of the teacher
+BATCHES = "the calibration batches"
+BATCHES_HINT = f"a list of int64 token ids [B, T] of one length T from {SHORTEST} on, at least 2 sequences together"
 _SPELLING = ("module", "causal")  # facts of a site that a module and an exported program of it may spell differently
 
 
@@ -61,16 +63,18 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
-def student_of_run(capture: Capture, path: str | os.PathLike[str]) -> Student:
-    """The aligned student of a run folder on the graph of its own teacher, in float32 on the CPU.
+def student_of_run(module: nn.Module, path: str | os.PathLike[str]) -> Student:
+    """The aligned student of a run folder on the module's captured graph, in float32 on the CPU.
 
     Raises:
+        UnsupportedModelError: the module cannot be exported.
         RunFolderError: no run folder, not aligned yet, damaged, or of another teacher; the difference is named.
     """
     with RunFolder.open_existing(Path(path)) as run:
         for stage in ("calibrate", "align"):
             for name, problem in run.changed(stage).items():
                 raise RunFolderError(str(run.path / name), problem, "the same tcal-compile command makes it again")
+        capture = capture_live(module)
         if capture.fingerprint != run.manifest.teacher.fingerprint:
             raise RunFolderError(
                 str(run.path),
@@ -87,7 +91,6 @@ def student_of_run(capture: Capture, path: str | os.PathLike[str]) -> Student:
 
 def student_of_batches(
     module: nn.Module,
-    capture: Capture,
     batches: Sequence[Tensor],
     *,
     policy: str,
@@ -98,7 +101,6 @@ def student_of_batches(
     """A conversion in memory, on the module's device: plan, statistics, initial values, alignment.
 
     Args:
-        capture: the module's, from capture_live; it is moved to the module's device.
         batches: int64 token ids [B, T], all of one length T. The last eighth of the sequences only scores.
 
     Raises:
@@ -107,7 +109,11 @@ def student_of_batches(
     config = config or AlignConfig()
     if wrong := [f"{n} is {_describe(p)}" for n, p in module.named_parameters() if p.dtype != torch.float32]:
         raise UnsupportedModelError(WHERE, f"{wrong[0]}; float32 weights are converted", "model.float()")
-    ids = _token_ids(batches, capture.vocab_size, live_teacher(module, WHERE).info["context_length"])
+    ids = _token_ids(batches, live_teacher(module, WHERE).info["context_length"])
+    capture = capture_live(module)
+    if int(ids.min()) < 0 or int(ids.max()) >= capture.vocab_size:
+        what = f"hold ids {ids.min()} to {ids.max()}, but the vocabulary has {capture.vocab_size}"
+        raise DataError(BATCHES, what, BATCHES_HINT)
     student = make_student(capture, scan := find_attention(capture), choose(scan, policy))
     require_causal(capture)
     for gm in (capture.gm, student.gm):
@@ -123,10 +129,9 @@ def student_of_batches(
     return student
 
 
-def _token_ids(batches: Sequence[Tensor], vocab_size: int, context: int | None) -> Tensor:
+def _token_ids(batches: Sequence[Tensor], context: int | None) -> Tensor:
     """All sequences [N, T], on the CPU."""
-    where = "the calibration batches"
-    hint = f"a list of int64 token ids [B, T] of one length T from {SHORTEST} on, at least 2 sequences together"
+    where, hint = BATCHES, BATCHES_HINT
     if any(t.dtype != torch.int64 or t.dim() != 2 for t in batches) or len({t.shape[1] for t in batches}) != 1:
         raise DataError(where, f"are {_some(map(_describe, batches)) or 'none'}", hint)
     ids = torch.cat([t.cpu() for t in batches])
@@ -134,8 +139,6 @@ def _token_ids(batches: Sequence[Tensor], vocab_size: int, context: int | None) 
         raise DataError(where, f"hold {len(ids)} sequences of {ids.shape[1]} tokens", hint)
     if context is not None and ids.shape[1] > context:
         raise DataError(where, f"are {ids.shape[1]} tokens long, but the model's context holds {context}", hint)
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise DataError(where, f"hold ids {ids.min()} to {ids.max()}, but the vocabulary has {vocab_size}", hint)
     return ids
 
 

@@ -32,7 +32,7 @@ from .passes.graph import move_to
 from .passes.types import Capture
 from .runtime.config import AlignConfig, InitName, StrictModel
 from .runtime.live import WHERE as MODEL
-from .runtime.live import capture_live, device_of, student_of_batches, student_of_run
+from .runtime.live import device_of, student_of_batches, student_of_run
 
 NAME = "tcal"
 ANOTHER_FUNCTION = 1e-2  # of the largest logit: far above rounding and TF32, far below any other use of the logits
@@ -135,27 +135,25 @@ def prepare(module: nn.Module, options: BackendOptions) -> Prepared:
         with torch.random.fork_rng(
             devices=[]
         ):  # new layers take random numbers, which the user's program must not miss
-            capture = capture_live(module)
             if options.student is not None:
-                student = student_of_run(capture, options.student)
+                student = student_of_run(module, options.student)
             else:
                 assert options.calibrate is not None and options.policy is not None
                 student = student_of_batches(
                     module,
-                    capture,
                     options.calibrate,
                     policy=options.policy,
                     init=options.init,
                     seed=options.seed,
                     config=options.align,
                 )
-        for gm in (capture.gm, student.gm):
+        for gm in (student.capture.gm, student.gm):
             move_to(gm, device)
         for p in student.gm.parameters():
             p.requires_grad_(False)
     mode = options.inductor_mode if options.compiler == "inductor" else None
     forward = torch.compile(student.gm.forward, backend=options.compiler, dynamic=True, fullgraph=True, mode=mode)
-    return Prepared(capture, forward, versions, options)
+    return Prepared(student.capture, forward, versions, options)
 
 
 class StudentCall:
@@ -225,7 +223,8 @@ def tcal(
 ) -> Callable[..., Any]:
     """What torch.compile calls with each of Dynamo's graphs; options as in BackendOptions."""
     try:
-        return StudentCall(read_call(graph, example_inputs), graph, read_options(options, mode))
+        wanted = read_options(options, mode)
+        return StudentCall(read_call(graph, example_inputs), graph, wanted)
     except TcalError as error:
         return _raises(error)
 

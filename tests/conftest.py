@@ -19,6 +19,23 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tests run on several processes, and their tensors are small
 
 
+# The files that take longest, first, so that no process is left alone with one of them at the end (make test gives
+# whole files to its processes in this order).
+LONGEST = ["runtime/test_onnx", "test_backend", "test_bad_folders", "passes/test_to_sdpa", "test_cli"]
+LONGEST += ["passes/test_make_stateful", "runtime/test_windowed_cache", "passes/test_find_attention", "test_bad_input"]
+LONGEST += ["test_distill_command", "test_variants", "kernels/test_gated_delta_step", "test_report"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(here).with_suffix("").as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory) -> Path:
     """The tiny teacher, converted from end to end once for all test processes: do not edit."""

@@ -17,11 +17,17 @@ from tiny_models import TinyModel, program_of
 # Output folders
 
 
+@pytest.fixture(scope="module")
+def planned_once(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("planned") / "run"
+    done("tcal", "plan", TINY, *BYTES, "-o", place, *SMALL)
+    return place
+
+
 @pytest.fixture
-def planned(tmp_path) -> Path:
+def planned(planned_once, tmp_path) -> Path:
     """A run of the tiny teacher that has only its plan."""
-    done("tcal", "plan", TINY, *BYTES, "-o", tmp_path / "planned", *SMALL)
-    return tmp_path / "planned"
+    return Path(shutil.copytree(planned_once, tmp_path / "planned"))
 
 
 def test_output_that_is_something_else(tmp_path):
@@ -87,7 +93,7 @@ def test_a_second_process_on_a_run_folder(planned):
 # Full disks
 
 
-@pytest.mark.parametrize("stage", ["plan", "calibrate", "align", "export"])
+@pytest.mark.parametrize("stage", ["plan", "calibrate", pytest.param("align", marks=pytest.mark.slow), "export"])
 def test_a_disk_that_fills_up_in_a_stage(shared_run, tmp_path, stage, monkeypatch):
     """The stages before it stay complete, and the same command goes on when there is room again."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -119,7 +125,7 @@ def test_a_disk_that_fills_up_in_a_stage(shared_run, tmp_path, stage, monkeypatc
         assert "is complete" in done(*words)
 
 
-@pytest.mark.parametrize("size", ["16k", "700k", "2m"])
+@pytest.mark.parametrize("size", ["16k", "700k", pytest.param("2m", marks=pytest.mark.slow)])
 def test_a_disk_that_is_really_full(tmp_path, size):
     place = tmp_path / "disk"
     place.mkdir()

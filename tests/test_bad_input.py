@@ -12,6 +12,28 @@ import torch
 from command_line import ASSETS, BYTES, TINY, call, compile_, done, refused
 from tiny_models import VOCAB, Bag, TinyModel, program_of
 
+from tcal_compiler import api
+
+
+@pytest.fixture(autouse=True)
+def _open_the_tiny_teacher_once(monkeypatch):
+    """What is refused behind the teacher's loading is refused before anything changes it."""
+    real = api.open_source
+
+    def once(spec: str, **options: object):
+        if spec != TINY:
+            return real(spec, **options)
+        key = tuple(sorted(options.items()))
+        if key not in _OPENED:
+            _OPENED[key] = real(spec, **options)
+        return _OPENED[key]
+
+    monkeypatch.setattr(api, "open_source", once)
+
+
+_OPENED: dict[object, object] = {}
+
+
 # Teachers
 
 
@@ -190,6 +212,7 @@ def test_calibration_texts(tmp_path, name, raw, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_longer_sequences_than_the_context(tmp_path):
     long = ("--calib-length", "5000", "--calib-sequences", "1")
     result = compile_("embedded", *long, out=tmp_path / "run")

@@ -61,9 +61,8 @@ def test_eval_and_report(finished):
     assert text.strip() == (finished / "report.md").read_text().strip()
     assert "3 sequences of 64 tokens" in text and "| student |" in text
     one = ("--length", "32", "--sequences", "1", "--student-only")
-    assert set(json.loads(done("tcal", "eval", finished, "--text", HELD_OUT, *one, "--json"))) == {"teacher", "student"}
     plain = done("tcal", "eval", finished, "--text", HELD_OUT, *one)  # one sequence has no standard error
-    assert "teacher" in plain and "student" in plain and done("tcal", "report", finished)
+    assert "teacher" in plain and "student" in plain and "naive" not in plain and done("tcal", "report", finished)
 
 
 def test_verify_repeats_every_check_and_finds_a_changed_byte(finished):

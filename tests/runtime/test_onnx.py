@@ -134,6 +134,7 @@ def test_hybrid_equals_torch(hybrid: Deployed):
     assert_parity(hybrid)
 
 
+@pytest.mark.slow
 def test_a_window_equals_torch_and_holds_no_more_than_it_needs(windowed: Deployed):
     graph = onnx.load(windowed.artifact.path).graph
     (node,) = (n for n in graph.node if n.op_type == "GroupQueryAttention")
@@ -151,6 +152,7 @@ def test_the_plain_form_equals_torch_and_grows(plain: Deployed):
     assert not share_flag(plain)
 
 
+@pytest.mark.slow
 def test_the_plain_form_of_a_window_equals_torch(plain_windowed: Deployed):
     ops = Counter(n.op_type for n in onnx.load(plain_windowed.artifact.path).graph.node)
     assert ops["GroupQueryAttention"] == 0
@@ -232,7 +234,11 @@ def test_the_function_alone_gives_the_same_numbers(hybrid: Deployed, tmp_path: P
     assert_parity(replace(hybrid, artifact=replace(hybrid.artifact, path=path)))
 
 
-@pytest.mark.parametrize("name", ["hybrid", "windowed", "plain", "plain_windowed", "all_converted"])
+EVERY = ["hybrid", "plain", "all_converted"]
+EVERY += [pytest.param(name, marks=pytest.mark.slow) for name in ("windowed", "plain_windowed")]
+
+
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("chunks", [(25,), (7, 1, 17), (1, 24)], ids=str)
 def test_padded_batches_are_single_runs_in_the_runtime(
     name: str, chunks: tuple[int, ...], request: pytest.FixtureRequest
@@ -251,7 +257,7 @@ def test_padded_batches_are_single_runs_in_the_runtime(
         np.testing.assert_allclose(logits[seen.numpy()], expected.numpy(), atol=3e-5)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "windowed", "plain", "all_converted"])
+@pytest.mark.parametrize("name", EVERY)
 def test_batched_generation_is_single_generation(name: str, request: pytest.FixtureRequest):
     deployed: Deployed = request.getfixturevalue(name)
     session = OnnxSession(deployed.artifact.folder, threads=1)
