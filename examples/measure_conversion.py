@@ -83,6 +83,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--distill-lr-gdn", type=float, help="default as in tcal-compile")
     p.add_argument("--distill-lr-other", type=float, help="default as in tcal-compile")
     p.add_argument("--distill-dtype", choices=["captured", "bfloat16"], default="captured", help="of products")
+    p.add_argument("--distill-compile", action="store_true", help="distill.compile = true")
     p.add_argument("--weight-decay", type=float, help="of the teacher's projections; default as in tcal-compile")
     p.add_argument("--noise", type=float, help="on the sites' inputs; default as in tcal-compile")
     p.add_argument("--seed", type=int, default=0)
@@ -237,6 +238,7 @@ class Bench:
             score_every=max(1, steps // 4),
             teacher_dtype=self.args.distill_dtype,
             student_dtype=self.args.distill_dtype,
+            compile=self.args.distill_compile,
             **{k: v for k, v in rates.items() if v is not None},
         )
         counts = torch.ones(len(self.ids), self.args.length - 1, dtype=torch.bool)

@@ -20,7 +20,7 @@ from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
 from .divergence import Objective
-from .logits import SUMS, Losses, SplitModel, compare, in_bfloat16, split_model
+from .logits import SUMS, Losses, SplitModel, compare, compiled, in_bfloat16, split_model
 from .parallel import SOLO, Group
 from .recompute import recompute_between
 from .student import Student
@@ -97,6 +97,8 @@ class Distiller:
         if c.checkpoint_activations:
             assert isinstance(student.body, GraphModule)
             student = replace(student, body=recompute_between(student.body, [s.y for s in self.student.sites]))
+        if c.compile:
+            student, teacher = compiled(student, "student"), compiled(teacher, "teacher")
         if c.student_dtype == "bfloat16":
             student = in_bfloat16(student, "student")
         return student, in_bfloat16(teacher, "teacher") if c.teacher_dtype == "bfloat16" else teacher

@@ -98,6 +98,23 @@ def in_bfloat16(model: SplitModel, whose: str) -> SplitModel:
     return replace(model, body=body)
 
 
+def compiled(model: SplitModel, whose: str) -> SplitModel:
+    """The same with its body compiled by Inductor when it first runs, in one graph; the head stays as it is.
+
+    Running it raises StageError when it cannot be compiled here. whose: "teacher" or "student".
+    """
+    forward = torch.compile(model.body, fullgraph=True)
+
+    def body(*args: Tensor) -> tuple[Tensor, ...]:
+        try:
+            return forward(*args)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            what = f"the {whose} cannot be compiled: {str(e).strip().splitlines()[0]}"
+            raise StageError("distill", what, "distill.compile = false; on a CPU Inductor needs a C++ compiler") from e
+
+    return replace(model, body=body)
+
+
 SUMS = ("divergence", "kl", "nll", "hidden")
 
 

@@ -207,7 +207,7 @@ class Trial:
             after = self._beyond
         self.groups = []
         gc.collect()
-        config = self.config.distill.in_steps(self.config.calib.length)
+        config = self.config.distill.in_steps(self.config.calib.length).model_copy(update={"compile": False})
         if not (config.active and self.chosen.convert):
             with Meter() as m:
                 pass

@@ -287,3 +287,25 @@ def test_later_options_leave_the_identity_of_older_runs():
 def test_unknown_values_are_refused(values):
     with pytest.raises(ConfigError, match=f"distill.{next(iter(values))}"):
         build_config({"distill": values}, "test")
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_curve(undisturbed):
+    """Within rounding; and the same again when the steps are split by a checkpoint."""
+    saved: list[TrainState] = []
+    _, curve = run(start(), with_(compile=True), save=lambda s: saved.append(copy.deepcopy(s)))
+    for mine, eager in zip(curve, undisturbed[2], strict=True):
+        assert mine["held_out"] == pytest.approx(eager["held_out"], rel=1e-4)
+    _, again = run(start(), with_(compile=True), resume=saved[4])
+    assert again == curve
+
+
+def test_what_cannot_be_compiled_is_a_stage_error(monkeypatch):
+    def fail(*_: object, **__: object):
+        raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    with pytest.raises(StageError, match="(?s)cannot be compiled.*distill.compile = false"):
+        run(start(), with_(compile=True))
+    with pytest.raises(ValueError, match="compile and checkpoint_activations"):
+        DistillConfig(steps=1, compile=True, checkpoint_activations=True)
