@@ -215,13 +215,11 @@ class Bench:
         given = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher, "weight_decay": self.args.weight_decay}
         given["noise"] = self.args.noise
         config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
-        torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         live = LivePairs(student, groups, self.ids[: self.args.sequences]) if self.args.init_sequences else None
         student, curve = self.timed(
             f"align from {plan.init} {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
             lambda: align(student, groups, train=self.kept, config=config, seed=self.args.seed, live=live),
         )
-        torch.set_float32_matmul_precision("highest")
         means = [[sum(p[k].values()) / len(p[k]) for k in ("train", "held_out")] for p in curve]
         print("  error on trained, held-out: " + ", ".join(f"{t:.4f} {h:.4f}" for t, h in means), flush=True)
         best = min(h for _, h in means)
@@ -242,12 +240,10 @@ class Bench:
             **{k: v for k, v in rates.items() if v is not None},
         )
         counts = torch.ones(len(self.ids), self.args.length - 1, dtype=torch.bool)
-        torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
         student, curve = self.timed(
             f"distil {plan.name}",
             lambda: distill(student, self.ids, counts, train=self.args.sequences, config=config, seed=self.args.seed),
         )
-        torch.set_float32_matmul_precision("highest")
         print("  held-out KL: " + ", ".join(f"{p['kl']:.4f}" for p in curve), flush=True)
         return student
 

@@ -20,7 +20,7 @@ from .config import AlignConfig
 from .optimizer import StackedMuon
 from .student import Student
 from .taps import LivePairs, SiteGroup, stored_pairs
-from .training import Save, TrainState, batch_indices, learning_rate
+from .training import Save, TrainState, batch_indices, learning_rate, products_for
 
 NEW = "mixer."  # gates, norms and rates of a mixer
 # Short memories: the noise of a step's gradient is small, and a run has few steps.
@@ -198,6 +198,22 @@ def align(
 
     Raises StageError when a loss is not finite; the state last saved stays usable.
     """
+    with products_for(next(student.gm.parameters()).device):
+        curve = _run(student, groups, train, config, seed, live, resume, save, progress)
+    return replace(student, stage="aligned"), curve
+
+
+def _run(
+    student: Student,
+    groups: list[SiteGroup],
+    train: int,
+    config: AlignConfig,
+    seed: int,
+    live: LivePairs | None,
+    resume: TrainState | None,
+    save: Save | None,
+    progress: Callable[[int, int, float], None] | None,
+) -> list[dict[str, object]]:
     trainers = [GroupTrainer(student, g, train, config) for g in groups]
     pairs, sequences = (live, len(live.ids)) if live else (stored_pairs(groups), train)
     state = resume or TrainState(0)
@@ -228,4 +244,4 @@ def align(
             progress(done, config.steps, float(losses.mean()) if done % 10 == 0 or done == config.steps else math.nan)
     for t in trainers:
         t.write_back()
-    return replace(student, stage="aligned"), state.curve
+    return state.curve

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import zlib
+from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tcal_compiler.errors import DataError
 
-from .tokenizer import TokenizerLike
+from .tokenizer import TokenizerLike, encode_each
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 _WINDOW = 200  # characters of a hashed window, white space normalised
@@ -163,20 +164,20 @@ def _encode(
     docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token ids [N], and the number of each one's document [N]; an eos belongs to the document that it ends."""
-    ids: list[int] = []
+    ids = array("q")
     ends: list[int] = []
-    for i, doc in enumerate(docs):
+    for i, found in enumerate(encode_each(tokenizer, docs)):
         if i and eos is not None:
             ids.append(eos)
         if i:
             ends.append(len(ids))
-        ids.extend(tokenizer.encode(doc))
+        ids.extend(found)
         if most is not None and len(ids) >= most:
             break
     if not ids:
         raise DataError("text", f"{len(docs)} documents hold no token", "another text or tokenizer")
     document = torch.bucketize(torch.arange(len(ids)), torch.tensor(ends, dtype=torch.int64), right=True)
-    return torch.tensor(ids, dtype=torch.int64), document
+    return torch.frombuffer(ids, dtype=torch.int64).clone(), document
 
 
 def encode_rows(

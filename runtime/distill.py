@@ -24,7 +24,7 @@ from .logits import SUMS, Losses, SplitModel, compare, compiled, in_bfloat16, sp
 from .parallel import SOLO, Group
 from .recompute import recompute_between
 from .student import Student
-from .training import Save, TrainState, batch_indices, learning_rate
+from .training import Save, TrainState, batch_indices, learning_rate, products_for
 from .weights import site_names
 
 HINT = "lower distill.lr_gdn and distill.lr_other in --config FILE"
@@ -250,6 +250,19 @@ def distill(
         what = f"none of the {len(ids) - train} held-out sequences has a prediction that counts"
         raise StageError("distill", what, "a larger calib.holdout, or a longer calibration text")
     trainer = Distiller(student, ids, counts, train=train, config=config, group=group)
+    with products_for(trainer.device):
+        curve = _run(trainer, seed, resume, save, progress)
+    return replace(student, stage="distilled"), curve
+
+
+def _run(
+    trainer: Distiller,
+    seed: int,
+    resume: TrainState | None,
+    save: Save | None,
+    progress: Callable[[int, int, float], None] | None,
+) -> list[dict[str, object]]:
+    train, config = trainer.train, trainer.config
     state = resume or TrainState(0)
     if resume:
         trainer.load_state(resume.tensors)
@@ -269,4 +282,4 @@ def distill(
         if progress:
             progress(done, config.steps, loss)
     trainer.write(trainer.best)
-    return replace(student, stage="distilled"), state.curve
+    return state.curve

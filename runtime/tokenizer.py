@@ -14,6 +14,7 @@ from tcal_compiler.errors import DataError
 
 BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_BLOCK = 64  # texts
 _PROBE = "A word, \u00e9\u4e2d"
 _LEAST_COVERAGE = 0.9  # vocabularies are padded by a few per cent; a tokenizer that covers less is suspicious
 
@@ -90,6 +91,15 @@ class HfTokenizer:
         parts = [backend.to_str(), type(self.hf).__name__, str(self.eos_token_id)]
         parts += [version(name) for name in ("tokenizers", "transformers")]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def encode_each(tokenizer: TokenizerLike, texts: Sequence[str]) -> Iterator[list[int]]:
+    """encode of one text after the other; a transformers tokenizer takes _BLOCK of them at a time, on all cores."""
+    if not isinstance(tokenizer, HfTokenizer):
+        yield from (tokenizer.encode(text) for text in texts)
+        return
+    for i in range(0, len(texts), _BLOCK):
+        yield from tokenizer.hf(list(texts[i : i + _BLOCK]), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @contextlib.contextmanager

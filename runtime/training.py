@@ -4,9 +4,10 @@ from.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,18 @@ class TrainState:
 
 
 Save = Callable[[TrainState], None]
+
+
+@contextlib.contextmanager
+def products_for(device: torch.device) -> Iterator[None]:
+    """Inside, float32 matrix products on CUDA may round their factors to TensorFloat32; elsewhere nothing changes."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tcal_compiler import cli
 from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.data import (
     check_not_calibrated,
@@ -20,7 +21,7 @@ from tcal_compiler.runtime.data import (
     read_text,
     text_sha256,
 )
-from tcal_compiler.runtime.tokenizer import ByteTokenizer
+from tcal_compiler.runtime.tokenizer import ByteTokenizer, read_tokenizer
 
 DOCS = ["One text.\nTwo lines.", "Zwölf Boxkämpfer", 'a "quoted" one']
 
@@ -160,3 +161,10 @@ def test_another_text_is_accepted(tmp_path):
     check_not_calibrated(other, {"b": text_sha256(used)}, {"b": paragraph_hashes(used)})
     sample = paragraph_hashes(used)
     assert len(sample) == len(set(sample)) == 256 and sample == sorted(sample)
+
+
+def test_texts_encoded_together_are_texts_encoded_alone():
+    tokenizer = read_tokenizer(Path(cli.__file__).parent / "assets" / "teacher")
+    docs = [f"Document {n}, \u00e9\u4e2d. " * (n % 7) + "end" for n in range(150)]
+    expected = [i for doc in docs for i in [*tokenizer.encode(doc), 0]][:-1]
+    assert encode_documents(docs, tokenizer, 0).tolist() == expected

@@ -305,7 +305,7 @@ def test_what_cannot_be_compiled_is_a_stage_error(monkeypatch):
         raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no compiler"), None)
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    with pytest.raises(StageError, match="(?s)cannot be compiled.*distill.compile = false"):
+    with pytest.raises(StageError, match=r"(?s)cannot be compiled.*distill.compile = false"):
         run(start(), with_(compile=True))
     with pytest.raises(ValueError, match="compile and checkpoint_activations"):
         DistillConfig(steps=1, compile=True, checkpoint_activations=True)
