@@ -55,10 +55,20 @@ def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor
     return flat, lambda ids: flat.gm(*flat.inputs(ids))
 
 
-def _teacher_of(run: RunFolder, override: str | None, tokenizer: str | None, allow_pickle: bool) -> Source:
-    """The run's teacher; with a tokenizer only when one is named."""
+def _last_weights(run: RunFolder) -> str:
+    """The last stage that made the student as it now is: export, or distill or align where that was not exported."""
+    stages = run.manifest.stages
+    if "export" in stages and not run.manifest.made_before("export"):
+        return "export"
+    return "distill" if "distill" in stages else "align"
+
+
+def _teacher_of(
+    run: RunFolder, override: str | None, tokenizer: str | None, allow_pickle: bool, *, need_tokenizer: bool
+) -> Source:
+    """The run's teacher."""
     spec = override or recorded_teacher(run.path, run.manifest)
-    source = open_source(spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=tokenizer is not None)
+    source = open_source(spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=need_tokenizer)
     if source.capture.fingerprint != run.manifest.teacher.fingerprint:
         raise RunFolderError(
             str(run.path),
@@ -78,6 +88,13 @@ def _naive(source: Source, plan: Plan) -> Student:
     return student
 
 
+def _student_with(source: Source, plan: Plan, weights: Path) -> Callable[[Tensor], Tensor]:
+    """ids -> logits of the student with the weights in a file."""
+    student = make_student(source.capture, source.scan, plan)
+    load_weights(student, weights)
+    return student.logits
+
+
 def evaluate_run(
     path: str | Path,
     *,
@@ -92,34 +109,37 @@ def evaluate_run(
 ) -> dict[str, EvalResult]:
     """Perplexity and KL of teacher, student and (baselines) naive, initialised and, of a distilled one, aligned copies.
 
-    length: tokens of a sequence, default the calibration's. Fewer sequences are used when the text is short. The result
-    is recorded in the run folder. Raises DataError when the text was calibrated on, or holds less than one sequence.
+    length: tokens of a sequence, default the calibration's. Fewer sequences are used when the text is short. The
+    student is the exported program where that is of the present weights, else their graph. The result is recorded in
+    the run folder. Raises DataError when the text was calibrated on, or holds less than one sequence.
     """
     progress = progress or Progress(quiet=True)
     if sequences < 1 or (length is not None and length < 2):
         raise ConfigError("eval", f"{sequences} sequences of {length} tokens", "at least 1 sequence of 2 tokens")
     with RunFolder.open_existing(path, write=True) as run:
         data.check_not_calibrated(text, *calibrated_texts(run))
-        _, student = _student_program(run)
-        source = _teacher_of(run, teacher, tokenizer, allow_pickle)
+        last = _last_weights(run)
+        student = _student_program(run)[1] if last == "export" else None
+        need = student is None or tokenizer is not None
+        source = _teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=need)
         words = source.tokenizer or run_tokenizer(run)
         length = length or calibration_length(run)
         check_length(length, source, "--length")
         tokens = data.encode_documents(data.read_text(text), words, words.eos_token_id)
         count = max(1, min(sequences, len(tokens) // length))
         ids = data.pack(tokens, sequences=count, length=length, what=text)
-        models: dict[str, Callable[[Tensor], Tensor]] = {"student": student}
         plan = plan_of(run, source.scan)
+        if student is None:
+            run.require(last)
+            student = _student_with(source, plan, run.path / ALIGNED if last == "align" else student_weights(run))
+        models: dict[str, Callable[[Tensor], Tensor]] = {"student": student}
         if baselines and plan.convert:
             run.require("calibrate")
-            initial = make_student(source.capture, source.scan, plan)
-            load_weights(initial, run.path / "initial.safetensors")
-            copies = {"naive": _naive(source, plan).logits, "initialised": initial.logits}
-            if student_weights(run).name == DISTILLED:
+            copies = {"naive": _naive(source, plan).logits}
+            copies["initialised"] = _student_with(source, plan, run.path / "initial.safetensors")
+            if last != "align" and student_weights(run).name == DISTILLED:
                 run.require("align")
-                aligned = make_student(source.capture, source.scan, plan)
-                load_weights(aligned, run.path / ALIGNED)
-                copies["aligned"] = aligned.logits
+                copies["aligned"] = _student_with(source, plan, run.path / ALIGNED)
             models = copies | models
         try:
             results = evaluate(
@@ -131,14 +151,16 @@ def evaluate_run(
         except (IndexError, RuntimeError) as e:  # a table of positions that ends, or no memory left
             what = f"a model fails on sequences of {length} tokens: {str(e).splitlines()[0]}"
             raise StageError("eval", what, "a smaller --length") from e
-        _record_eval(run, Path(text), length, count, results)
+        _record_eval(run, last, Path(text), length, count, results)
         write_report(run, progress)
     return results
 
 
-def _record_eval(run: RunFolder, text: Path, length: int, count: int, results: dict[str, EvalResult]) -> None:
+def _record_eval(
+    run: RunFolder, last: str, text: Path, length: int, count: int, results: dict[str, EvalResult]
+) -> None:
     settings = {"length": length, "sequences": count, "models": sorted(results)}
-    inputs = {"export": run.stage_hash("export"), "text": data.text_sha256(text)}
+    inputs = {last: run.stage_hash(last), "text": data.text_sha256(text)}
     with run.stage("eval", config=settings, inputs=inputs) as stage:
         if not stage.done:
             stage.evidence = {"text": text.name, "path": str(text), "length": length, "sequences": count}
@@ -196,7 +218,7 @@ def verify_run(
         if any(not c.passed for c in checks):
             return checks
         progress.say("verify: teacher")
-        source = _teacher_of(run, teacher, tokenizer, allow_pickle)
+        source = _teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=tokenizer is not None)
         checks += source.capture.checks
         checks += _unconverted_checks(source)
         checks += _statistics_checks(source)
