@@ -120,11 +120,10 @@ def evaluate_run(
         data.check_not_calibrated(text, *calibrated_texts(run))
         last = _last_weights(run)
         student = _student_program(run)[1] if last == "export" else None
-        need = student is None or tokenizer is not None
-        source = _teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=need)
+        named = tokenizer is not None or student is None
+        source = _teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named)
         words = source.tokenizer or run_tokenizer(run)
-        length = length or calibration_length(run)
-        check_length(length, source, "--length")
+        check_length(length := length or calibration_length(run), source, "--length")
         tokens = data.encode_documents(data.read_text(text), words, words.eos_token_id)
         count = max(1, min(sequences, len(tokens) // length))
         ids = data.pack(tokens, sequences=count, length=length, what=text)
@@ -135,7 +134,7 @@ def evaluate_run(
         models: dict[str, Callable[[Tensor], Tensor]] = {"student": student}
         if baselines and plan.convert:
             run.require("calibrate")
-            copies = {"naive": _naive(source, plan).logits}
+            copies: dict[str, Callable[[Tensor], Tensor]] = {"naive": _naive(source, plan).logits}
             copies["initialised"] = _student_with(source, plan, run.path / "initial.safetensors")
             if last != "align" and student_weights(run).name == DISTILLED:
                 run.require("align")
@@ -148,7 +147,7 @@ def evaluate_run(
                 students=models,
                 progress=progress.bar("evaluation"),
             )
-        except (IndexError, RuntimeError) as e:  # a table of positions that ends, or no memory left
+        except (IndexError, RuntimeError) as e:  # positions end, or no memory left
             what = f"a model fails on sequences of {length} tokens: {str(e).splitlines()[0]}"
             raise StageError("eval", what, "a smaller --length") from e
         _record_eval(run, last, Path(text), length, count, results)
