@@ -339,7 +339,6 @@ class RunFolder:
         self._write(self.manifest.model_copy(update=new))  # the commit point
         self._ran.add(stage.name)
         self._publish()
-        remove_tree(self.path / SCRATCH_NAME / stage.name)
 
     def _note_made_from(self, name: str, record: StageRecord, inputs: Any) -> None:
         """What a complete stage was made from, which its inputs say: the record of an earlier program may not know."""
@@ -363,6 +362,8 @@ class RunFolder:
             files=self.record(pending.stage).files,
             remove=set(pending.remove).difference(owned),
         )
+        scratch = self.path / SCRATCH_NAME  # before the entry is gone, so that a kill in between leaves no rest
+        remove_tree(scratch if scratch.is_symlink() else scratch / pending.stage)
         with contextlib.suppress(OSError):  # if this write fails, the next open finds everything already moved
             self._write(self.manifest.model_copy(update={"pending": None}))
 

@@ -4,9 +4,10 @@ files: no file may grow beyond a limit (RLIMIT_FSIZE), which any user can set. t
 those who may mount, as with `unshare -rm python tests/fuzz/limits.py tmpfs`. memory: so much more address space than
 the process has when the command begins (RLIMIT_AS).
 
-Each try draws a limit and runs tcal-compile and tcal distill in it, on one run folder. A command may end well, with a
-typed error, or, of memory alone, killed by a signal. Whichever it is, stages that are complete have all their files,
-nothing half-written lies beside them, and the same command without the limit leaves the folder as it is without limits.
+Each try draws a limit and runs tcal-compile and tcal distill --no-export in it, on one run folder. A command may end
+well, with a typed error, or, of memory alone, killed by a signal. Whichever it is, stages that are complete have all
+their files, nothing half-written lies beside them, and the same command without the limit leaves the folder as it is
+without limits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from random import Random
 import small_run
 from crash import undisturbed
 
-BOTH = "compile,distill"
+BOTH = "compile,distill-only"
 LARGEST = {"files": 4 << 20, "tmpfs": 16 << 20, "memory": 1 << 30}  # bytes; with these, all is well
 SMALLEST = {"files": 8 << 10, "tmpfs": 16 << 10, "memory": 1 << 20}
 TYPED = re.compile(r"^(\w+Error): ([^:]*): ([^\n]*)\n  Try: ", re.MULTILINE)
@@ -49,10 +50,11 @@ class Story:
 
 @dataclass
 class Box:
-    """A limit. inside: sets it in the child. around: sets it about the child."""
+    """A limit. inside: sets it in the child. around: sets it about the child. may_die: a signal may end the child."""
 
     inside: Callable[[], None] = lambda: None
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    may_die: bool = False
 
 
 def limit_files(size: int) -> None:
@@ -64,20 +66,20 @@ def limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
 
 
-def ended(status: int, said: str) -> tuple[str, bool]:
-    """How a command ended, in words, and whether it may."""
+def ended(status: int, said: str) -> tuple[str, str]:
+    """How a command ended, in words and as one of "done", "typed", "died" and "fault"."""
     if os.WIFSIGNALED(status):
-        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}", True
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}", "died"
     if os.WEXITSTATUS(status) == 127 and "ABORT" in said:
-        return "ended by the C library", True
+        return "ended by the C library", "died"
     if status == 0:
-        return "done", True
+        return "done", "done"
     error = TYPED.search(said)
     if os.WEXITSTATUS(status) == 1 and error and "Traceback" not in said and "UNTYPED" not in said:
         kind = next((k for k in ("no space left", "out of memory") if k in error[3]), "another reason")
         where = error[2] if error[2].startswith("stage ") else "outside a stage"
-        return f"{error[1]}, {where}: {kind}", True
-    return f"exit {os.WEXITSTATUS(status)}", False
+        return f"{error[1]}, {where}: {kind}", "typed"
+    return f"exit {os.WEXITSTATUS(status)}", "fault"
 
 
 def half_written(out: Path, killed: bool) -> list[str]:
@@ -94,13 +96,12 @@ def half_written(out: Path, killed: bool) -> list[str]:
         return sorted(rest - {".lock"})
     with RunFolder.open_existing(out) as run:  # finishes a commit that was cut off, as any command does
         owned = {f for r in run.manifest.stages.values() for f in r.files} | {"tcal.json", ".lock"}
-        moved = {n for n in rest if n in owned}
-        return sorted({*run.verify_files(), *(rest - moved)})
+        return sorted({*run.verify_files(), *(rest - owned)})
 
 
-def one_try(work: Path, out: Path, steps: list[small_run.Step], box: Box, story: Story) -> None:
+def one_try(work: Path, out: Path, steps: list[small_run.Step], box: Box) -> Story:
     """The commands on one folder: each within the limit, then without it."""
-    log = work / "log"
+    log, story = work / "log", Story()
     for (name, words), step in zip(
         small_run.commands(work, out, ",".join(s.name for s in steps)).items(), steps, strict=True
     ):
@@ -108,16 +109,17 @@ def one_try(work: Path, out: Path, steps: list[small_run.Step], box: Box, story:
         with box.around():
             _, status = os.waitpid(small_run.start(words, log, box.inside), 0)
         said = log.read_text() if log.exists() else ""
-        how, allowed = ended(status, said)
+        how, kind = ended(status, said)
         story.ends[f"{name}: {how}"] += 1
-        if not allowed:
+        if kind == "fault" or (kind == "died" and not box.may_die):
             story.faults.append(f"{name}: {how}: {said[-1500:]}")
-        if rest := half_written(out, killed="by" in how):
+        if rest := half_written(out, killed=kind == "died"):
             story.faults.append(f"{name}: {how}: half-written: {rest}")
-        if how != "done" and (said := small_run.finish(words, log)):
+        if kind != "done" and (said := small_run.finish(words, log)):
             story.faults.append(f"without limit: {said}")
         if wrong := small_run.difference(small_run.made(out), step.made):
             story.faults.append(f"{name}: not as without limits: {wrong}")
+    return story
 
 
 @contextmanager
@@ -132,10 +134,10 @@ def small_disk(place: Path, size: int) -> Iterator[None]:
     resize(1 << 28)
 
 
-def starve(work: Path, kind: str, *, tries: int, seed: int, names: str = BOTH) -> Story:
+def starve(work: Path, kind: str, *, tries: int, seed: int) -> Story:
     """Runs the commands once without a limit, then `tries` times within one, below the folder work."""
     small_run.prepare(work)
-    story, steps, rng, place = Story(), undisturbed(work, names), Random(seed), work / "disk"
+    story, steps, rng, place = Story(), undisturbed(work, BOTH), Random(seed), work / "disk"
     low, high = math.log(SMALLEST[kind]), math.log(LARGEST[kind])
     for number in range(tries):
         size = int(math.exp(low + (high - low) * (number + rng.random()) / tries))
@@ -146,10 +148,12 @@ def starve(work: Path, kind: str, *, tries: int, seed: int, names: str = BOTH) -
         try:
             boxes = {
                 "files": Box(inside=partial(limit_files, size)),
-                "memory": Box(inside=partial(limit_memory, size)),
+                "memory": Box(inside=partial(limit_memory, size), may_die=True),
                 "tmpfs": Box(around=partial(small_disk, place, size)),
             }
-            one_try(work, place / "run", steps, boxes[kind], story)
+            found = one_try(work, place / "run", steps, boxes[kind])
+            story.ends += found.ends
+            story.faults += found.faults
         finally:
             if kind == "tmpfs":
                 subprocess.run(["umount", "-l", str(place)], check=True)

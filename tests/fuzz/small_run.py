@@ -38,13 +38,14 @@ Words = tuple[str, ...]
 
 
 def commands(work: Path, out: Path, names: str) -> dict[str, Words]:
-    """The words of the named commands (compile, align, distill, fp16, eval) on the run folder out."""
+    """The words of the named commands (keys of known) on the run folder out."""
     same = (str(work / "teacher.pt2"), "-o", str(out), "--config", str(work / "tcal.toml"), "--tokenizer", "bytes")
     text = str(ROOT / "tcal_compiler/assets/text/heldout.txt")
     known = {
-        "align": ("tcal", "align", *same),
+        "align": ("tcal", "align", *same, "--policy", "keep=0"),
         "compile": ("tcal-compile", *same),
         "distill": ("tcal", "distill", str(out), "--steps", "60"),
+        "distill-only": ("tcal", "distill", str(out), "--steps", "60", "--no-export"),
         "fp16": ("tcal", "export", str(out), "--dtype", "fp16"),
         "eval": ("tcal", "eval", str(out), "--text", text, "--sequences", "2"),
     }
@@ -80,6 +81,7 @@ def start(words: Words, log: Path, limit: Callable[[], None] = lambda: None) -> 
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # not those that a test replaced
         sys.argv = list(words)
         limit()
         try:
@@ -89,6 +91,7 @@ def start(words: Words, log: Path, limit: Callable[[], None] = lambda: None) -> 
             code = e.code or 0
         except BaseException as e:
             os.write(2, f"\nUNTYPED {type(e).__name__}: {e}\n".encode())
+        sys.stdout.flush()
     finally:
         os._exit(code if isinstance(code, int) else 1)
 
