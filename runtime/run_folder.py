@@ -272,12 +272,14 @@ class RunFolder:
             self.on_again(name, next(why for why, ok in zip(AGAIN, same, strict=True) if not ok))
         started = time.monotonic()
         stage = Stage(name, False, folder, scratch)
+        reserve = bytearray(1 << 20)  # given back when the stage fails: there is memory to clean up with
         try:
             self._publish()  # a disk that was full may have cut off the stage before
             self._make_folders(folder, scratch, keep=not redo)
             yield stage
             self._commit(stage, hashes, inputs, time.monotonic() - started)
         except BaseException as e:
+            del reserve
             pending = self.manifest.pending
             if pending is None or pending.folder != folder.name:
                 remove_tree(folder)
