@@ -14,8 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from tcal_compiler.errors import RunFolderError
 
+from .migrate import migrate
+
 MANIFEST_NAME = "tcal.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # what each version holds: migrate.py
 STAGE_NAME = r"^[a-z][a-z0-9_-]*$"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
 
@@ -150,7 +152,7 @@ def hash_file(path: Path) -> str:
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """The manifest in text.
+    """The manifest in text, in the present schema version whatever earlier one it was written in.
 
     Raises:
         RunFolderError: not JSON, of a newer schema, or not as the schema says.
@@ -165,7 +167,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         what = f"schema version {version} is newer than {SCHEMA_VERSION}, the newest that this program reads"
         raise RunFolderError(where, what, "a newer tcal-compile")
     try:
-        return Manifest.model_validate_json(text)
+        return migrate(Manifest.model_validate_json(text))
     except ValidationError as e:
         first = e.errors()[0]
         place = ".".join(str(p) for p in first["loc"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tcal_compiler.errors import RunFolderError, StageError
 
-from .durable import disk_full_error, is_disk_full, remove_tree
-from .manifest import MANIFEST_NAME, Manifest, TeacherRecord, check_relative, parse_manifest
+from .durable import disk_full_error, is_disk_full, remove_tree, sync
+from .manifest import MANIFEST_NAME, Manifest, TeacherRecord, check_relative, hash_file, parse_manifest
 
 LOCK_NAME = ".lock"
 SCRATCH_NAME = ".scratch"
@@ -65,6 +65,52 @@ def check_target(root: Path, rel: str) -> Path:
 def parents_below(root: Path, target: Path) -> list[Path]:
     """The folders between target and root, innermost first, without root."""
     return [p for p in target.parents if p != root and p.is_relative_to(root)]
+
+
+def publish(root: Path, folder: str, *, files: Iterable[str], remove: Iterable[str]) -> None:
+    """Move files from a folder below root to their names in root, delete others and the folder; may be repeated.
+
+    Raises:
+        RunFolderError: see check_target. OSError: what was not moved is moved when this is called again.
+    """
+    source, touched = root / folder, {root}
+    for rel in files:
+        links = [p for p in parents_below(root, source / rel) if p.is_symlink()]
+        if (source / rel).is_file() and not links:
+            target = check_target(root, rel)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / rel, target)
+            touched.update(parents_below(root, target))
+    for rel in remove:
+        target = check_target(root, rel)
+        target.unlink(missing_ok=True)
+        for parent in parents_below(root, target):
+            with contextlib.suppress(OSError):  # holds other files
+                parent.rmdir()
+    for place in touched:
+        sync(place)
+    remove_tree(source)
+
+
+class HashedFiles:
+    """Files below root, each hashed once and again only when it changed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._hashes: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def problem(self, rel: str, sha: str) -> str:
+        """What is wrong with a file whose sha256 should be sha; "" when nothing is."""
+        path = self._root / rel
+        if any(p.is_symlink() for p in (path, *parents_below(self._root, path))):
+            return "is a symbolic link"
+        if not path.is_file():
+            return "is missing"
+        s = path.stat()
+        stamp = (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        if self._hashes.get(rel, ((), ""))[0] != stamp:
+            self._hashes[rel] = stamp, hash_file(path)
+        return "" if self._hashes[rel][1] == sha else "has another sha256 than when its stage completed"
 
 
 def refuse_foreign(path: Path) -> None:

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 
 from tcal_compiler.errors import RunFolderError
 
-from .durable import FolderLock, disk_full_error, is_disk_full, remove_tree, sync, sync_tree, write_atomic
+from .durable import FolderLock, disk_full_error, is_disk_full, remove_tree, sync_tree, write_atomic
 from .manifest import (
     MANIFEST_NAME,
     STAGE_NAME,
@@ -48,7 +48,7 @@ from .run_files import (
     LOCK_NAME,
     NEW_MANIFEST,
     SCRATCH_NAME,
-    check_target,
+    HashedFiles,
     check_teacher,
     discard,
     has_files,
@@ -56,6 +56,7 @@ from .run_files import (
     new_files,
     os_error,
     parents_below,
+    publish,
     read_manifest,
     refuse_foreign,
     remove_empty,
@@ -97,7 +98,7 @@ class RunFolder:
         self._made: list[Path] = []  # folders made by this call, innermost first
         self._redo = False
         self._ran: set[str] = set()
-        self._hashes: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._files = HashedFiles(path)
         self.on_again: Callable[[str, str], None] = lambda stage, why: None  # before a complete stage runs again
 
     @classmethod
@@ -220,8 +221,7 @@ class RunFolder:
         """Files of a stage that are not what its record says: name -> what is wrong. Reads them once per change."""
         found = {}
         for rel, sha in self.record(name).files.items():
-            problem = self._problem(rel, sha)
-            if problem:
+            if problem := self._files.problem(rel, sha):
                 found[rel] = problem
         return found
 
@@ -266,17 +266,20 @@ class RunFolder:
         if old:
             same = old.config_hash == hashes[0], old.inputs_hash == hashes[1], not self.changed(name), not redo
             if all(same):
+                self._note_made_from(name, old, inputs)
                 yield Stage(name, True, self.path, scratch, dict(old.evidence))
                 return
             self.on_again(name, next(why for why, ok in zip(AGAIN, same, strict=True) if not ok))
         started = time.monotonic()
         stage = Stage(name, False, folder, scratch)
+        reserve = bytearray(1 << 20)  # given back when the stage fails: there is memory to clean up with
         try:
             self._publish()  # a disk that was full may have cut off the stage before
             self._make_folders(folder, scratch, keep=not redo)
             yield stage
             self._commit(stage, hashes, inputs, time.monotonic() - started)
         except BaseException as e:
+            del reserve
             pending = self.manifest.pending
             if pending is None or pending.folder != folder.name:
                 remove_tree(folder)
@@ -338,32 +341,31 @@ class RunFolder:
         self._write(self.manifest.model_copy(update=new))  # the commit point
         self._ran.add(stage.name)
         self._publish()
-        remove_tree(self.path / SCRATCH_NAME / stage.name)
+
+    def _note_made_from(self, name: str, record: StageRecord, inputs: Any) -> None:
+        """What a complete stage was made from, which its inputs say: the record of an earlier program may not know."""
+        made_from = self.manifest.stages_in(as_json(inputs), but=name)
+        if made_from != record.made_from:
+            stages = {**self.manifest.stages, name: record.model_copy(update={"made_from": made_from})}
+            try:
+                self._write(self.manifest.model_copy(update={"stages": stages}))
+            except OSError as e:
+                raise os_error(e, self.path) from e
 
     def _publish(self) -> None:
-        """Move the files of a committed stage to their names; may be repeated from any point."""
+        """Finish the commit of the pending stage; may be repeated from any point."""
         pending = self.manifest.pending
         if pending is None:
             return
-        record, source = self.record(pending.stage), self.path / pending.folder
-        touched = {self.path}
-        for rel in record.files:
-            links = [p for p in parents_below(self.path, source / rel) if p.is_symlink()]
-            if (source / rel).is_file() and not links:
-                target = check_target(self.path, rel)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source / rel, target)
-                touched.update(parents_below(self.path, target))
         owned = {rel for r in self.manifest.stages.values() for rel in r.files}
-        for rel in set(pending.remove) - owned:
-            target = check_target(self.path, rel)
-            target.unlink(missing_ok=True)
-            for parent in parents_below(self.path, target):
-                with contextlib.suppress(OSError):  # holds other files
-                    parent.rmdir()
-        for folder in touched:
-            sync(folder)
-        remove_tree(source)
+        publish(
+            self.path,
+            pending.folder,
+            files=self.record(pending.stage).files,
+            remove=set(pending.remove).difference(owned),
+        )
+        scratch = self.path / SCRATCH_NAME  # before the entry is gone, so that a kill in between leaves no rest
+        remove_tree(scratch if scratch.is_symlink() else scratch / pending.stage)
         with contextlib.suppress(OSError):  # if this write fails, the next open finds everything already moved
             self._write(self.manifest.model_copy(update={"pending": None}))
 
@@ -373,18 +375,6 @@ class RunFolder:
         for entry in self.path.glob(".tmp-*"):
             remove_tree(entry)
         (self.path / NEW_MANIFEST).unlink(missing_ok=True)
-
-    def _problem(self, rel: str, sha: str) -> str:
-        path = self.path / rel
-        if any(p.is_symlink() for p in (path, *parents_below(self.path, path))):
-            return "is a symbolic link"
-        if not path.is_file():
-            return "is missing"
-        s = path.stat()
-        stamp = (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-        if self._hashes.get(rel, ((), ""))[0] != stamp:
-            self._hashes[rel] = stamp, hash_file(path)
-        return "" if self._hashes[rel][1] == sha else "has another sha256 than when its stage completed"
 
     def _write(self, manifest: Manifest) -> None:
         text = manifest.model_dump_json(indent=2)

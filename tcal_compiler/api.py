@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import Config
 from .conversion import Conversion
-from .errors import ConfigError, StageError, TcalError
+from .errors import ConfigError, TcalError
 from .inputs import check_names
 from .passes.capture import require_causal
 from .passes.types import Plan
@@ -20,6 +20,7 @@ from .progress import Progress
 from .recorded import reading
 from .report import PLOTS_HINT, can_plot, render_report
 from .runtime.manifest import TeacherRecord, package_version
+from .runtime.memory import is_out_of_memory, out_of_memory_error
 from .runtime.onnx_export import check_supported
 from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
@@ -151,22 +152,17 @@ def convert(
         work = Conversion(source, chosen, job.ids, job.text, config, run, progress, job.device)
         for name in STAGES[: STAGES.index(until) + 1]:
             _guarded(name, getattr(work, name))
-        write_report(run, progress)
+        _guarded("report", lambda: write_report(run, progress))
     return out
-
-
-_NO_MEMORY = ("not enough memory", "allocate memory")  # PyTorch on the CPU raises a plain RuntimeError
 
 
 def _guarded(name: str, stage: Callable[[], T]) -> T:
     """Out of memory becomes a typed error; everything else passes."""
     try:
         return stage()
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        raise StageError(
-            f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences, or --batch"
-        ) from e
-    except RuntimeError as e:
-        if isinstance(e, TcalError) or not any(words in str(e) for words in _NO_MEMORY):
+    except TcalError:
+        raise
+    except Exception as e:
+        if not is_out_of_memory(e):
             raise
-        raise StageError(f"stage {name}", f"out of memory: {str(e).splitlines()[0]}", "fewer --calib-sequences") from e
+        raise out_of_memory_error(f"stage {name}", e) from e

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 import typer
 
 from . import cli_inspect, cli_runs, cli_stages
 from .errors import TcalError
+from .runtime.memory import is_out_of_memory, out_of_memory_error
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Stages and tools, one by one."
@@ -49,8 +52,7 @@ def _run(target: typer.Typer) -> None:
     except TcalError as e:
         if debug:
             raise
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        sys.exit(1)
+        _fail(e)
     except (KeyboardInterrupt, SystemExit) as e:
         if isinstance(e, SystemExit) and e.code != 130:  # what typer makes of Ctrl-C
             raise
@@ -59,6 +61,15 @@ def _run(target: typer.Typer) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as e:
+        if debug or not is_out_of_memory(e):
+            raise
+        _fail(out_of_memory_error(Path(sys.argv[0]).name, e))
+
+
+def _fail(e: TcalError) -> NoReturn:
+    print(f"{type(e).__name__}: {e}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _prepare_process() -> None:

@@ -1,15 +1,14 @@
-"""Kills a small conversion at random moments of every stage: `python tests/fuzz/crash.py --rounds 12`.
+"""Kills a small conversion at random moments of every stage: `python tests/fuzz/crash.py --rounds 1 --seed 0`.
 
-A round is one run folder. Its process gets SIGKILL once while the teacher loads and once in each stage, at a random
-moment of it; each time the same command goes on. Then the run has to be the one that was never killed: the same bytes
-in every file, no other file, and no complete stage run again.
+A round is one run folder and five commands on it: tcal-compile, tcal distill, tcal export --dtype fp16, tcal eval.
+Each command's process gets SIGKILL once before its first stage and once in each stage that it makes, at a random moment
+of it; each time the same command is given again. Then the folder has to be what it is without kills: the same bytes in
+every file, no other file, and no stage that was complete made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -22,17 +21,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-OPTIONS = {
-    "policy": "keep=0",
-    "calib": {"sequences": 4, "length": 32, "holdout": 2, "batch": 2},
-    "align": {"steps": 60, "batch": 2, "checkpoint_every": 5, "score_every": 10},
-}
+import small_run
+
+ALL = "compile,distill,fp16,eval"
+START, BETWEEN = "start", "between stages"
 
 
 @dataclass
 class Story:
-    """What happened. kills: by the stage that was running. late: moments at which everything was already done."""
+    """What happened. kills: by the stage that ran, or "start". late: moments at which the command had ended."""
 
     kills: Counter[str] = field(default_factory=Counter)
     late: int = 0
@@ -40,108 +37,77 @@ class Story:
     faults: list[str] = field(default_factory=list)
 
 
-def _start(teacher: Path, out: Path, until: str) -> int:
-    """The process id of a child that converts."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        from tcal_compiler import Config, convert
-        from tcal_compiler.progress import Progress
-
-        os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        config = Config.model_validate(OPTIONS)
-        convert(str(teacher), out=out, config=config, tokenizer="bytes", until=until, progress=Progress(quiet=False))
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def records(out: Path) -> dict[str, Any]:
-    """The manifest's stages; none where there is no manifest yet."""
-    file = out / "tcal.json"
-    return json.loads(file.read_text())["stages"] if file.exists() else {}
+def undisturbed(work: Path, names: str) -> list[small_run.Step]:
+    """Runs the commands once, in the folder work/reference."""
+    steps, before = [], small_run.records(work / "reference")
+    for name, words in small_run.commands(work, work / "reference", names).items():
+        started = time.monotonic()
+        if said := small_run.finish(words, work / "reference.log"):
+            raise RuntimeError(said)
+        whole, now = time.monotonic() - started, small_run.records(work / "reference")
+        stages = sorted((s for s, r in now.items() if before.get(s) != r), key=lambda s: s == "report")
+        seconds = {s: now[s]["seconds"] for s in stages}
+        step = small_run.Step(
+            name, {START: max(0.1, whole - sum(seconds.values()))} | seconds, small_run.made(work / "reference")
+        )
+        steps.append(step)
+        before = now
+    return steps
 
 
-def made(out: Path) -> dict[str, str]:
-    """sha256 of every file of the run folder but the manifest, the lock and the report, which tell times."""
-    files = [
-        p for p in out.rglob("*") if p.is_file() and p.name not in ("tcal.json", ".lock", "report.md", "report.html")
-    ]
-    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def finish(teacher: Path, out: Path, until: str) -> str:
-    """Converts without a kill; what the child said when it failed."""
-    _, status = os.waitpid(_start(teacher, out, until), 0)
-    return out.with_suffix(".log").read_text()[-2000:] if status else ""
-
-
-def _kill_once(teacher: Path, out: Path, until: str, after: str | None, delay: float) -> bool:
-    """Kills the child `delay` seconds after the stage `after` is complete; False when the child ended before."""
-    pid = _start(teacher, out, until)
-    since = time.monotonic() if after is None or after in records(out) else None
+def _kill_once(words: small_run.Words, out: Path, stage: str, delay: float) -> int:
+    """Kills the command `delay` seconds after it began, or began the stage; its process id, 0 when it ended before."""
+    pid = small_run.start(words, out.with_suffix(".log"))
+    since = time.monotonic() if stage == START else None
     while since is None or time.monotonic() - since < delay:
         if os.waitpid(pid, os.WNOHANG)[0]:
-            return False
-        if since is None and after in records(out):
+            return 0
+        if since is None and (out / f".tmp-{stage}-{pid}").exists():
             since = time.monotonic()
-        time.sleep(0.002)
+        time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    return pid if os.WIFSIGNALED(os.waitpid(pid, 0)[1]) else 0
 
 
-def one_round(
-    teacher: Path,
-    out: Path,
-    until: str,
-    rng: Random,
-    *,
-    reference: dict[str, str],
-    seconds: dict[str, float],
-    story: Story,
-) -> None:
-    """One run folder: a kill in each part of `seconds`, then the end."""
-    known: dict[str, Any] = {}
-    before: str | None = None
-    for part, longest in seconds.items():
-        delay = rng.uniform(0, longest)
-        if before in known:  # the teacher has to load again
-            delay += seconds["start"]
-        killed = _kill_once(teacher, out, until, before, delay)
-        now = records(out)
-        story.kills[next((s for s in seconds if s != "start" and s not in now), "done") if now else "start"] += killed
-        story.late += not killed
-        story.resumed += any((out / ".scratch").rglob("align.safetensors"))
-        story.faults += [f"{out.name}: stage {s} was run again" for s, r in known.items() if now.get(s) != r]
-        known, before = now, part if part != "start" else None
-    said = finish(teacher, out, until)
-    now, files = records(out), made(out)
-    story.faults += [f"{out.name}: {said}"] if said else []
-    story.faults += [f"{out.name}: stage {s} was run again" for s, r in known.items() if now.get(s) != r]
-    wrong = sorted(n for n in reference.keys() | files.keys() if reference.get(n) != files.get(n))
-    story.faults += [f"{out.name}: other files than without kills: {wrong}"] if wrong else []
+def _where(out: Path, pid: int, step: small_run.Step, before: dict[str, Any]) -> str:
+    """What a killed process was doing."""
+    running = [s for s in step.seconds if (out / f".tmp-{s}-{pid}").exists()]
+    begun = any(before.get(s) != r for s, r in small_run.records(out).items())
+    return running[0] if running else BETWEEN if begun else START
 
 
-def crash(work: Path, *, rounds: int, seed: int, until: str) -> Story:
-    """Converts once without a kill, then `rounds` times with kills, below the folder work."""
-    from tiny_models import TinyModel, program_of
+def disturb(words: small_run.Words, out: Path, step: small_run.Step, rng: Random, story: Story) -> None:
+    """One command: a kill in each of its parts, each time given again; then its end."""
+    before = small_run.records(out)
+    known, log = before, out.with_suffix(".log")
+    for part, seconds in [*step.seconds.items(), ("", 0.0)]:
+        log.unlink(missing_ok=True)
+        if part:
+            pid = _kill_once(words, out, part, rng.uniform(0, seconds))
+            story.late += not pid
+            if pid:
+                story.kills[_where(out, pid, step, before)] += 1
+        elif said := small_run.finish(words, log):
+            story.faults.append(f"{out.name}: {said}")
+        story.resumed += log.exists() and " goes on from step " in log.read_text()
+        now = small_run.records(out)
+        for stage, then in known.items():
+            complete = stage not in step.seconds or before.get(stage) != then
+            if complete and now.get(stage) != then:
+                story.faults.append(f"{out.name}: {step.name}: stage {stage} was made again")
+        known = now
+    if wrong := small_run.difference(small_run.made(out), step.made):
+        story.faults.append(f"{out.name}: {step.name}: not as without kills: {wrong}")
 
-    from tcal_compiler.runtime.program_file import save_program
 
-    teacher, story = work / "teacher.pt2", Story()
-    save_program(program_of(TinyModel(layers=2, vocab=256), 256), teacher)
-    started = time.monotonic()
-    if said := finish(teacher, work / "reference", until):
-        raise RuntimeError(said)
-    whole = time.monotonic() - started
-    took = {name: r["seconds"] for name, r in records(work / "reference").items() if name != "report"}
-    seconds = {"start": max(0.1, whole - sum(took.values())), **took}
+def crash(work: Path, *, rounds: int, seed: int, names: str = ALL) -> Story:
+    """Runs the commands once without a kill, then `rounds` times with kills, below the folder work."""
+    small_run.prepare(work)
+    story, steps = Story(), undisturbed(work, names)
     for number in range(rounds):
-        out = work / f"run{number}"
-        rng = Random(seed * 1000 + number)
-        one_round(teacher, out, until, rng, reference=made(work / "reference"), seconds=seconds, story=story)
+        out, rng = work / f"run{number}", Random(seed * 1000 + number)
+        for words, step in zip(small_run.commands(work, out, names).values(), steps, strict=True):
+            disturb(words, out, step, rng, story)
         shutil.rmtree(out)
     return story
 
@@ -149,20 +115,20 @@ def crash(work: Path, *, rounds: int, seed: int, until: str) -> Story:
 def main() -> None:
     """Prints how many moments hit which stage, and every fault; exit 1 when there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="JSON file of the figures of all seeds")
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-    import torch
-
-    torch.set_num_threads(1)
+    sys.path.insert(0, str(small_run.ROOT))
     with tempfile.TemporaryDirectory(prefix="crash-") as work:
-        story = crash(Path(work), rounds=args.rounds, seed=args.seed, until="export")
-    print(f"{sum(story.kills.values())} kills in {args.rounds} conversions: {dict(story.kills)}")
-    print(
-        f"{story.late} moments too late, {story.resumed} times with an alignment checkpoint, {len(story.faults)} faults"
-    )
-    print("\n".join(story.faults))
+        story = crash(Path(work), rounds=args.rounds, seed=args.seed)
+    kills, said = sum(story.kills.values()), dict(sorted(story.kills.items()))
+    print(f"{kills} kills in {args.rounds} run folders: {said}")
+    print(f"{story.late} moments too late, {story.resumed} times a training went on from a checkpoint")
+    print("\n".join([f"{len(story.faults)} faults", *story.faults]))
+    if args.record:
+        figures = {"rounds": args.rounds, "kills": said, "late": story.late, "resumed": story.resumed}
+        small_run.record(args.record, "kills", f"seed {args.seed}", figures | {"faults": story.faults})
     sys.exit(bool(story.faults))
 
 

@@ -115,8 +115,8 @@ def test_sequences_that_are_not_stored_are_trained_on_and_resume_exactly(tmp_pat
     rows = [i for index in seen for i in index.tolist()]
     assert len(set(rows)) == len(rows) == CONFIG.steps * CONFIG.batch and max(rows) >= TRAIN
     Checkpoint(tmp_path / "state").save(saved[5])
-    again, same, _ = go(resume=Checkpoint(tmp_path / "state").load())
-    assert same == curve
+    again, same, rest = go(resume=Checkpoint(tmp_path / "state").load())
+    assert same == curve and [i.tolist() for i in rest] == [i.tolist() for i in seen[6:]]
     assert all(torch.equal(t, final[n]) for n, t in again.items())
 
 

@@ -71,6 +71,23 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
             assert torch.equal(tensor, final[name]), (state.step, name)
 
 
+def test_a_resumed_run_takes_the_sequences_that_were_left(monkeypatch):
+    step, seen, saved = Distiller.step, [], []
+
+    def noted(self, number, index):
+        seen.append((number, index.tolist()))
+        return step(self, number, index)
+
+    monkeypatch.setattr(Distiller, "step", noted)
+    run(start(), save=lambda s: saved.append(copy.deepcopy(s)))
+    whole, left, done = list(seen), saved[3], saved[3].step
+    assert [n for n, _ in whole] == list(range(CONFIG.steps))
+    assert sorted(i for _, index in whole[:3] for i in index) == list(range(TRAIN))  # an epoch has each sequence once
+    seen.clear()
+    run(start(), resume=left)
+    assert seen == whole[done:] and len(seen) == 4
+
+
 def test_with_every_option_resuming_gives_the_same_bits(tmp_path):
     options = {"divergence": "js", "cross_entropy": 0.1, "hidden": 0.5, "temperature": 1.5, "patience": 2}
     options |= {

@@ -177,7 +177,7 @@ def test_another_teachers_folder_is_refused_and_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda m: m.update(schema_version=99), "99 is newer than 1"),
+        (lambda m: m.update(schema_version=99), "99 is newer than 2"),
         (lambda m: m.update(extra=1), "Extra inputs"),
         (lambda m: m.pop("teacher"), "at teacher: Field required"),
         (lambda m: m["stages"]["a"].update(files={"../x": "0" * 64}), "not a plain relative file name"),

@@ -53,6 +53,13 @@ def removed_through(run: Path, home: Path) -> None:
     pending(run, ".tmp-one-1", ("more/letter",))
 
 
+def scratch_removed_through(run: Path, home: Path) -> None:
+    (home / "one").mkdir()
+    (home / "one/deep").write_text("deep")
+    link(run / ".scratch", home)
+    pending(run, ".tmp-one-1")
+
+
 TRICKS: dict[str, Callable[[Path, Path], None]] = {
     "new manifest is a link": lambda run, home: link(run / ".tcal.json.new", home / "letter"),
     "manifest is a link": lambda run, home: ((run / "tcal.json").unlink(), link(run / "tcal.json", home / "letter"))[0],
@@ -64,6 +71,7 @@ TRICKS: dict[str, Callable[[Path, Path], None]] = {
     "another's temporary folder is a link": lambda run, home: link(run / ".tmp-taps-x", home),
     "a pending file lies outside": published_from,
     "a file to remove lies outside": removed_through,
+    "scratch of a pending stage lies outside": scratch_removed_through,
     "a stage's folder is a link": lambda run, home: link(run / "sub2", home),
 }
 
