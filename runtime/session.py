@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcal_compiler.errors import ConfigError, DataError, ExportError
+from tcal_compiler.passes.files import read_small
 
 from .onnx_export import CONFIG_FILE, FINGERPRINT, LEAST_RUNTIME, MODEL_FILE
 from .sampling import Sampler
@@ -276,7 +277,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
     if not path.is_file():
         return {}, False
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_small(path))
         model, search = config["model"], config.get("search", {})
         if not isinstance(model["context_length"], int) or not isinstance(model["vocab_size"], int):
             raise TypeError("context_length and vocab_size must be whole numbers")
