@@ -279,8 +279,9 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         config = json.loads(read_small(path))
         model, search = config["model"], config.get("search", {})
-        if not isinstance(model["context_length"], int) or not isinstance(model["vocab_size"], int):
-            raise TypeError("context_length and vocab_size must be whole numbers")
+        for name in ("context_length", "vocab_size"):
+            if type(model[name]) is not int or not 0 < model[name] < 1 << 40:
+                raise ValueError(f"{name} is {model[name]!r} and no number of tokens")
         return model, bool(search.get("past_present_share_buffer", False))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ExportError(str(path), f"is damaged: {type(e).__name__}: {e}", "export again") from e

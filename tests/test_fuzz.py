@@ -32,7 +32,7 @@ def test_mutated_files_are_read_or_refused(targets, tmp_path):
     assert len(targets) == 10
     for target in targets.values():
         (tmp_path / target.name).mkdir()
-        count = max(4, INPUTS * target.share // 1000) if target.name != "manifest" else 12  # whole reports
+        count = max(4, INPUTS * target.share // 1000)
         tally = fuzz.fuzz(target, count, seed=0, work=tmp_path / target.name)
         assert tally.findings == [] and sum(tally.outcomes.values()) == count
 
@@ -141,6 +141,12 @@ def test_a_configuration_of_the_session_that_is_too_deep_and_a_state_that_is_too
     (tmp_path / "onnx/genai_config.json").write_text('{"model": ' + "[" * 20_000)
     with pytest.raises(ExportError, match="RecursionError"):
         OnnxSession(tmp_path / "onnx")
+    config = json.loads((shared_run / "onnx/genai_config.json").read_text())
+    for length in (-(2**70), 2**63, 0, True):
+        config["model"]["context_length"] = length
+        (tmp_path / "onnx/genai_config.json").write_text(json.dumps(config))
+        with pytest.raises(ExportError, match="no number of tokens"):
+            OnnxSession(tmp_path / "onnx")
     session = OnnxSession(shared_run / "onnx")
     for rows in (1 << 40, 1 << 62):
         with pytest.raises(ExportError, match="cannot be held"):

@@ -178,9 +178,9 @@ def run_targets(run: Path, work: Path) -> list[Target]:
         return one_file(rng, tensors, mutate_safetensors)
 
     return [
-        Target("manifest", 130, new_manifest, read_manifest, (manifest,)),
-        Target("plan.toml", 250, lambda rng: one_file(rng, plan, mutate_bytes), _read_plan, (plan,)),
-        Target("safetensors", 205, new_tensors, read_tensors, each_alone(tensors)),
+        Target("manifest", 60, new_manifest, read_manifest, (manifest,)),
+        Target("plan.toml", 270, lambda rng: one_file(rng, plan, mutate_bytes), _read_plan, (plan,)),
+        Target("safetensors", 235, new_tensors, read_tensors, each_alone(tensors)),
         Target("onnx", 35, lambda rng: onnx_input(rng, onnx), _read_onnx, (onnx,)),
         Target("state", 20, lambda rng: one_file(rng, state, mutate_zip), _read_state, (state,)),
     ]
@@ -201,7 +201,7 @@ def teacher_targets(work: Path) -> list[Target]:
         return mutate_one(rng, checkpoint, list(checkpoint))
 
     targets = [
-        Target("text", 250, lambda rng: one_file(rng, texts, mutate_bytes), _read_text, each_alone(texts)),
+        Target("text", 270, lambda rng: one_file(rng, texts, mutate_bytes), _read_text, each_alone(texts)),
         Target("tokenizer", 50, new_tokenizer, _read_tokenizer, (tokenizer,)),
         Target("pt2", 30, lambda rng: one_file(rng, program, mutate_zip), _read_program, (program,)),
         Target("checkpoint", 15, new_checkpoint, _read_checkpoint, (checkpoint,)),
