@@ -123,14 +123,14 @@ def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
         raise DataError(str(path), "reading .parquet needs the pyarrow package", "pip install pyarrow") from e
     limit, number = _room(raw), 0
     try:
-        file = parquet.ParquetFile(io.BytesIO(raw))
+        file = parquet.ParquetFile(io.BytesIO(raw), pre_buffer=False)
         kinds = {f.name: f.type for f in file.schema_arrow}
         if "text" not in kinds:
             what = f'has no column "text"; columns: {", ".join(list(kinds)[:6])}'
             raise DataError(str(path), what, "rename the column that holds the text")
         if sum(_declared(file, "text")) > limit:
             raise _too_much(raw, path)
-        for batch in file.iter_batches(batch_size=_ROWS, columns=["text"]):
+        for batch in file.iter_batches(batch_size=_ROWS, columns=["text"], use_threads=False):
             for value in batch.column(0).to_pylist():
                 number += 1
                 if not isinstance(value, str):

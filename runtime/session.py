@@ -45,9 +45,12 @@ class OnnxSession:
             raise ExportError(str(self.path), "no such file", "tcal export writes it")
         self._config, shares_buffers = _read_config(self.path.with_name(CONFIG_FILE))
         self._session = _load(self.path, threads, optimized_path)
-        self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
         capacity = self._config["context_length"] if shares_buffers else None
-        self._slots = find_slots(self._session, str(self.path), capacity)
+        try:
+            self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
+            self._slots = find_slots(self._session, str(self.path), capacity)
+        except UnicodeDecodeError as e:
+            raise ExportError(str(self.path), f"is damaged: a name in it is no text: {e}", "export again") from e
         vocab = self._session.get_outputs()[0].shape[2]
         self.vocab_size: int = vocab if isinstance(vocab, int) else int(self._config["vocab_size"])
         self.context_length: int | None = self._config.get("context_length")
@@ -296,7 +299,8 @@ def _load(path: Path, threads: int | None, optimized_path: Path | None) -> Any:
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # Its fallback would try the same provider again, and print that to stdout.
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as e:  # ONNX Runtime raises its own types, which share no base
         version = tuple(int(p) for p in ort.__version__.split(".")[:2])
         newer = f"onnxruntime {LEAST_RUNTIME[0]}.{LEAST_RUNTIME[1]} or newer"

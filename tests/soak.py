@@ -2,20 +2,23 @@
 
 Sessions of one loaded model are made, forked, restored from snapshots in memory and on disk, and dropped, a dozen alive
 at a time. They answer prompts of mixed lengths, up to three at once token by token, and in padded batches, greedily or
-sampled. Every answer is
-compared with the one that its prompt got alone, in a session that had seen nothing else. Resident memory is read after
-every hundredth of the calls; behind the warm-up, the first fifth, it must stay flat. Exit 1 when an answer is wrong or
-memory grew by more than 8 MiB. Linux only.
+sampled. Every answer is compared with the one that its prompt got alone, in a session that had seen nothing else.
+
+Twenty times all sessions are dropped and resident memory is read; behind the warm-up, the first fifth, it must stay
+flat. Exit 1 when an answer is wrong or memory grew by more than 8 MiB. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -47,7 +50,7 @@ class Request:
 
 @dataclass
 class Soak:
-    """What was done and seen. memory: bytes resident after each hundredth of the calls."""
+    """What was done and seen. memory: bytes resident, after equal shares of the calls."""
 
     calls: int = 0
     tokens: int = 0
@@ -171,9 +174,9 @@ class Server:
         (self._batch if self.rng.random() < 0.2 else self._singles)()
 
 
-def run(folder: Path, *, calls: int, sessions: int, seed: int, requests: int = 60) -> Soak:
-    """Sessions are made at even distances over the calls."""
-    process = psutil.Process()
+def run(folder: Path, *, calls: int, sessions: int, seed: int, requests: int = 60, samples: int = 20) -> Soak:
+    """Sessions are made at even distances over the calls. Memory is read when none of them is alive."""
+    process, trim = psutil.Process(), partial(ctypes.CDLL(None).malloc_trim, 0)
     with TemporaryDirectory() as work:
         server = Server(folder, Random(seed), requests, Path(work))
         soak, started = server.soak, time.monotonic()
@@ -181,8 +184,12 @@ def run(folder: Path, *, calls: int, sessions: int, seed: int, requests: int = 6
             while soak.sessions * calls <= soak.calls * sessions and soak.sessions < sessions:
                 server.new_session()
             server.call()
-            if len(soak.memory) * calls < 100 * soak.calls:
+            if len(soak.memory) * calls < samples * soak.calls:
+                server.alive.clear()
+                gc.collect()
+                trim()
                 soak.memory.append(process.memory_info().rss)
+                server.new_session()
         soak.seconds = time.monotonic() - started
     return soak
 

@@ -153,6 +153,16 @@ def test_a_configuration_of_the_session_that_is_too_deep_and_a_state_that_is_too
             session.reset(batch=rows)
 
 
+@pytest.mark.parametrize("name", [b"MatMul", b"logits", b"input_ids", b"tcal_weights"])
+def test_names_in_a_model_that_are_no_text(shared_run, tmp_path, capsys, name):
+    shutil.copytree(shared_run / "onnx", tmp_path / "onnx")
+    file = tmp_path / "onnx/model.onnx"
+    file.write_bytes(file.read_bytes().replace(name, b"\xbf" * len(name)))
+    with pytest.raises(ExportError, match="utf-8"):
+        OnnxSession(tmp_path / "onnx")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_tokenizer_that_loads_but_cannot_encode(tmp_path):
     small_tokenizer(tmp_path)
     file = tmp_path / "tokenizer_config.json"

@@ -19,16 +19,16 @@ def test_answers_are_single_answers_and_sessions_are_freed(shared_run, monkeypat
         return other
 
     monkeypatch.setattr(OnnxSession, "fork", noted)
-    seen = soak.run(shared_run / "onnx", calls=100, sessions=20, seed=1, requests=16)
-    assert seen.wrong == [] and seen.calls >= 100 and seen.sessions == 20
+    seen = soak.run(shared_run / "onnx", calls=100, sessions=20, seed=1, requests=16, samples=5)
+    assert seen.wrong == [] and seen.calls >= 100 and seen.sessions >= 20
     assert min(seen.forks, seen.restored, seen.from_disk, seen.in_batches) > 0 and seen.tokens > 400
     gc.collect()
     assert len(made) == 0, "sessions that nothing uses are still there"
-    assert seen.grown() < 40 << 20  # the arenas have not seen every shape yet
+    assert seen.grown() < 16 << 20  # short: the runtime has not seen every shape yet
 
 
 def test_a_shared_state_and_a_leak_are_seen(shared_run, monkeypatch):
     kept: list[object] = []
     monkeypatch.setattr(OnnxSession, "fork", lambda self: (kept.append(np.ones(1 << 19)), self)[1])  # 4 MiB
-    seen = soak.run(shared_run / "onnx", calls=60, sessions=40, seed=1, requests=8)
+    seen = soak.run(shared_run / "onnx", calls=60, sessions=40, seed=1, requests=8, samples=5)
     assert seen.wrong != [] and seen.grown() > 60 << 20

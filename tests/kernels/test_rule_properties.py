@@ -162,7 +162,7 @@ def test_head_dims_up_to_256(key_dim, value_dim):
         assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=4.0)
 
 
-@pytest.mark.parametrize("tokens", [8192])
+@pytest.mark.parametrize("tokens", [1024, 8192, pytest.param(16384, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("g, beta", [(0.0, 1.0), (-1e-3, 0.9)])
 def test_long_sequences_stay_accurate(tokens, g, beta):
     args = make_args((1, tokens, 1, 1, 16, 16), torch.float32)
