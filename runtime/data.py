@@ -8,9 +8,8 @@ import json
 import re
 import zlib
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -128,7 +127,8 @@ def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
         if "text" not in kinds:
             what = f'has no column "text"; columns: {", ".join(list(kinds)[:6])}'
             raise DataError(str(path), what, "rename the column that holds the text")
-        if sum(_declared(file, "text")) > limit:
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        if sum(g.total_byte_size for g in groups) > limit:  # of one column, damage would end the process
             raise _too_much(raw, path)
         for batch in file.iter_batches(batch_size=_ROWS, columns=["text"], use_threads=False):
             for value in batch.column(0).to_pylist():
@@ -143,15 +143,6 @@ def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
     except (pyarrow.ArrowException, OSError, ValueError) as e:
         what = f"is no parquet file or is damaged: {str(e).splitlines()[0] if str(e) else e!r}"
         raise DataError(str(path), what, "copy the file again") from e
-
-
-def _declared(file: Any, column: str) -> Iterator[int]:
-    """Bytes of a column in each row group, as the file's own directory says."""
-    for group in range(file.metadata.num_row_groups):
-        row_group = file.metadata.row_group(group)
-        for i in range(row_group.num_columns):
-            if row_group.column(i).path_in_schema == column:
-                yield row_group.column(i).total_uncompressed_size
 
 
 def _json_lines(text: str, path: Path) -> Iterable[str]:
