@@ -45,10 +45,10 @@ lint: env
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p tcal_compiler
 
-# In an environment of its own; asks the vulnerability service of PyPI for the versions of constraints.txt.
+# In an environment of its own; asks the vulnerability service of PyPI, and fails where that knows a package not at all.
 audit:
 	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/pip install "pip-audit>=2.9"; }
-	.audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) .audit $(RUN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
