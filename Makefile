@@ -8,7 +8,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 TRITON := triton==3.9.0
 RUN := demo-run
 
-.PHONY: env demo test test-slow lint clean
+.PHONY: env demo test test-slow lint audit clean
 
 env: $(VENV)/.ready
 
@@ -45,6 +45,11 @@ lint: env
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p tcal_compiler
 
+# In an environment of its own; asks the vulnerability service of PyPI, and fails where that knows a package not at all.
+audit:
+	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/pip install "pip-audit>=2.9"; }
+	.audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
 clean:
-	rm -rf $(VENV) $(RUN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .audit $(RUN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

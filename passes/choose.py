@@ -13,6 +13,7 @@ import tomli_w
 from tcal_compiler.errors import ConfigError
 
 from .budget import BUDGETS, Budget, KeptSets, parse_budget, prefixes
+from .files import read_small
 from .types import Plan, SiteScan
 
 SCORED, FORWARD = ("kl", "ar", "greedy"), "forward"
@@ -114,7 +115,7 @@ def plan_to_toml(plan: Plan, scan: SiteScan) -> str:
 def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
     """Reads a plan back. Raises ConfigError when it is no plan of this teacher."""
     try:
-        body = tomllib.loads(path.read_text(encoding="utf-8"))
+        body = tomllib.loads(read_small(path).decode())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(
             str(path), f"cannot be read as a plan: {error}", "delete it, or write it anew with tcal plan"

@@ -24,8 +24,9 @@ _WINDOW = 200  # characters of a hashed window, white space normalised
 _SAMPLE = 256  # hashes kept of a text
 _ANCHOR_EVERY = 8  # one word in so many starts a window
 _MOST_TEXT = 32_000_000  # characters looked at for hashes
-_ROWS = 256  # of a parquet file at a time
-_PIECE = 1 << 12  # compressed bytes taken at a time: at most some 130 MB of text
+_ROWS = 64  # of a parquet file at a time
+_PIECE = 1 << 8  # compressed bytes taken at a time: at most 8 MiB of text
+_MOST_RATIO, _SMALL = 100, 8 << 20  # bytes of text for one of a file, and what is allowed whatever the file's size
 _OVERLAP = 0.5  # share of equal windows from which a text counts as calibrated on
 
 
@@ -61,7 +62,13 @@ def _decode(raw: bytes, path: Path) -> list[str]:
 
 
 def _read_bytes(path: Path) -> bytes:
+    """Raises DataError for what is no plain file, which might not end, or fills more than half of the free memory."""
     try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise DataError(str(path), "cannot be read: it is no plain file", "a file of text")
+        if size > psutil.virtual_memory().available // 2:
+            raise DataError(str(path), f"is {size} bytes, more than half of the free memory", "a part of the text")
         return path.read_bytes()
     except FileNotFoundError as e:
         raise DataError(str(path), "no such file", "check the path") from e
@@ -70,7 +77,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decompress(raw: bytes, path: Path) -> bytes:
-    """All frames of a zstd file, up to a quarter of the free memory: a few bytes may say that they stand for gigabytes.
+    """All frames of a zstd file, up to `_room`: a few bytes may say that they stand for gigabytes.
 
     The streaming reader would take a file that is cut off for one that ends early.
     """
@@ -79,7 +86,7 @@ def _decompress(raw: bytes, path: Path) -> bytes:
     except ModuleNotFoundError as e:
         raise DataError(str(path), "reading .zst needs the zstandard package", "pip install zstandard") from e
     parts: list[bytes] = []
-    at, limit = 0, psutil.virtual_memory().available // 4
+    at, limit = 0, _room(raw)
     while at < len(raw):
         frame = zstandard.ZstdDecompressor().decompressobj()
         while at < len(raw) and not frame.eof:
@@ -89,29 +96,41 @@ def _decompress(raw: bytes, path: Path) -> bytes:
                 raise DataError(str(path), f"is not zstd or is damaged: {e}", "copy the file again") from e
             at, limit = at + _PIECE, limit - len(parts[-1])
             if limit < 0:
-                what = f"is {len(raw)} bytes that become more than a quarter of the free memory"
-                raise DataError(str(path), what, "a part of the text")
+                raise _too_much(raw, path)
         if not frame.eof:
             raise DataError(str(path), "is truncated: its last frame is cut off", "copy the file again")
         at = min(at, len(raw)) - len(frame.unused_data)
     return b"".join(parts)
 
 
+def _room(raw: bytes) -> int:
+    """Bytes that a compressed file may become: text shrinks to a third or a tenth, never to a hundredth."""
+    return min(psutil.virtual_memory().available // 4, max(_SMALL, _MOST_RATIO * len(raw)))
+
+
+def _too_much(raw: bytes, path: Path) -> DataError:
+    what = f"is {len(raw)} bytes that become more than {_room(raw)}"
+    return DataError(str(path), what, "a part of the text, or the text itself without compression")
+
+
 def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
-    """The column "text", a batch of rows at a time, up to a quarter of the free memory."""
+    """The column "text", a batch of rows at a time, up to `_room`."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as e:
         raise DataError(str(path), "reading .parquet needs the pyarrow package", "pip install pyarrow") from e
-    limit, number = psutil.virtual_memory().available // 4, 0
+    limit, number = _room(raw), 0
     try:
-        file = parquet.ParquetFile(io.BytesIO(raw))
+        file = parquet.ParquetFile(io.BytesIO(raw), pre_buffer=False)
         kinds = {f.name: f.type for f in file.schema_arrow}
         if "text" not in kinds:
             what = f'has no column "text"; columns: {", ".join(list(kinds)[:6])}'
             raise DataError(str(path), what, "rename the column that holds the text")
-        for batch in file.iter_batches(batch_size=_ROWS, columns=["text"]):
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        if sum(g.total_byte_size for g in groups) > limit:  # of one column, damage would end the process
+            raise _too_much(raw, path)
+        for batch in file.iter_batches(batch_size=_ROWS, columns=["text"], use_threads=False):
             for value in batch.column(0).to_pylist():
                 number += 1
                 if not isinstance(value, str):
@@ -119,8 +138,7 @@ def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
                     raise DataError(f"{path}, row {number}", what, "a column of strings without nulls")
                 limit -= len(value)
                 if limit < 0:
-                    what = f"is {len(raw)} bytes that become more than a quarter of the free memory"
-                    raise DataError(str(path), what, "a part of the text")
+                    raise _too_much(raw, path)
                 yield value
     except (pyarrow.ArrowException, OSError, ValueError) as e:
         what = f"is no parquet file or is damaged: {str(e).splitlines()[0] if str(e) else e!r}"

@@ -36,6 +36,6 @@ def load_hashed(path: Path, *, hint: str) -> tuple[dict[str, Tensor], str]:
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
         if fingerprint(tensors, note) != sha:
             raise ValueError("another sha256 than when it was written")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+    except (OSError, MemoryError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise RunFolderError(str(path), f"cannot be read: {e}", hint) from e
     return tensors, note

@@ -162,6 +162,7 @@ def _check_archive(path: Path, *, allow_pickle: bool) -> None:
     """Checksums of every entry, no pickle and no text that becomes code: torch.export.load trusts what it finds."""
     try:
         with zipfile.ZipFile(path) as z:
+            _check_sizes(z.infolist(), path)
             bad, names = z.testzip(), Counter(n.lower() for n in z.namelist())
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as e:
         raise TeacherError(str(path), f"is damaged: {e}", "copy the file again") from e
@@ -184,6 +185,15 @@ def _check_archive(path: Path, *, allow_pickle: bool) -> None:
                     f"{name} holds pickled objects, which can run any code when loaded: {pickled[:3]}",
                     "export with plain tensors as parameters, buffers and inputs, or --allow-pickle if you trust it",
                 )
+
+
+def _check_sizes(entries: list[zipfile.ZipInfo], path: Path) -> None:
+    """torch compresses nothing, so entries that are larger than the file are no work of its."""
+    packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+    total, size = sum(e.file_size for e in entries), path.stat().st_size
+    if packed or total > size:
+        what = f"{packed[0]} is compressed" if packed else f"its entries have {total} bytes and the file {size}"
+        raise TeacherError(str(path), f"is an archive that torch did not write: {what}", EXPORT_HINT)
 
 
 def _check_text(name: str, content: bytes, path: Path) -> None:

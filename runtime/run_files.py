@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tcal_compiler.errors import RunFolderError, StageError
+from tcal_compiler.passes.files import read_small
 
 from .durable import disk_full_error, is_disk_full, remove_tree, sync
 from .manifest import MANIFEST_NAME, Manifest, TeacherRecord, check_relative, hash_file, parse_manifest
@@ -192,7 +193,11 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST_NAME
     if file.is_symlink() or not file.is_file():
         raise RunFolderError(str(file), "is a link or no file", "another output folder")
-    return parse_manifest(file.read_bytes(), str(file))
+    try:
+        text = read_small(file)
+    except OSError as e:
+        raise RunFolderError(str(file), f"cannot be read: {e.strerror}", "restore the file") from e
+    return parse_manifest(text, str(file))
 
 
 def check_teacher(manifest: Manifest, teacher: TeacherRecord, path: Path) -> None:

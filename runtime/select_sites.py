@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tcal_compiler.errors import RunFolderError, StageError
+from tcal_compiler.passes.files import read_small
 from tcal_compiler.passes.types import Capture, Plan, SiteScan
 
 from .durable import write_atomic
@@ -90,8 +91,8 @@ def _read(cache: Path) -> Sets:
     if not cache.is_file():
         return {}
     try:
-        return sets_from_rows(json.loads(cache.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as e:
+        return sets_from_rows(json.loads(read_small(cache)))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise RunFolderError(str(cache), f"cannot be read: {e}", "delete it: the sets are then measured again") from e
 
 

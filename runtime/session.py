@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcal_compiler.errors import ConfigError, DataError, ExportError
+from tcal_compiler.passes.files import read_small
 
 from .onnx_export import CONFIG_FILE, FINGERPRINT, LEAST_RUNTIME, MODEL_FILE
 from .sampling import Sampler
@@ -44,9 +45,12 @@ class OnnxSession:
             raise ExportError(str(self.path), "no such file", "tcal export writes it")
         self._config, shares_buffers = _read_config(self.path.with_name(CONFIG_FILE))
         self._session = _load(self.path, threads, optimized_path)
-        self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
         capacity = self._config["context_length"] if shares_buffers else None
-        self._slots = find_slots(self._session, str(self.path), capacity)
+        try:
+            self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
+            self._slots = find_slots(self._session, str(self.path), capacity)
+        except UnicodeDecodeError as e:
+            raise ExportError(str(self.path), f"is damaged: a name in it is no text: {e}", "export again") from e
         vocab = self._session.get_outputs()[0].shape[2]
         self.vocab_size: int = vocab if isinstance(vocab, int) else int(self._config["vocab_size"])
         self.context_length: int | None = self._config.get("context_length")
@@ -276,10 +280,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
     if not path.is_file():
         return {}, False
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_small(path))
         model, search = config["model"], config.get("search", {})
-        if not isinstance(model["context_length"], int) or not isinstance(model["vocab_size"], int):
-            raise TypeError("context_length and vocab_size must be whole numbers")
+        for name in ("context_length", "vocab_size"):
+            if type(model[name]) is not int or not 0 < model[name] < 1 << 40:
+                raise ValueError(f"{name} is {model[name]!r} and no number of tokens")
         return model, bool(search.get("past_present_share_buffer", False))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ExportError(str(path), f"is damaged: {type(e).__name__}: {e}", "export again") from e
@@ -294,7 +299,8 @@ def _load(path: Path, threads: int | None, optimized_path: Path | None) -> Any:
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # Its fallback would try the same provider again, and print that to stdout.
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as e:  # ONNX Runtime raises its own types, which share no base
         version = tuple(int(p) for p in ort.__version__.split(".")[:2])
         newer = f"onnxruntime {LEAST_RUNTIME[0]}.{LEAST_RUNTIME[1]} or newer"

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from tcal_compiler import errors
 from tcal_compiler.errors import DataError, TeacherError
 
+from .declared_size import check_folder, gguf_shell
 from .program_file import EXPORT_HINT, load_program, sniff
 from .tokenizer import (
     BYTES,
@@ -220,6 +221,7 @@ def _load_folder(folder: Path) -> _Loaded:
     }
     try:
         with quiet_transformers():
+            check_folder(config, folder)
             try:
                 model, report = loader.from_pretrained(str(folder), **options)
             except ValueError as e:
@@ -227,6 +229,8 @@ def _load_folder(folder: Path) -> _Loaded:
                     raise
                 options["attn_implementation"] = "eager"
                 model, report = loader.from_pretrained(str(folder), **options)
+    except TeacherError:
+        raise
     except Exception as e:  # safetensors and torch raise their own types for damaged shards
         files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")}
         raise TeacherError(
@@ -300,8 +304,7 @@ def _load_gguf(path: Path) -> _Loaded:
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
             _check_causal(config, path)
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            with torch.device("meta"):
-                shell = model_class(config)
+            shell = gguf_shell(config, model_class, path)
             tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=shell)["tensors"]
             model, report = model_class.from_pretrained(
                 None,

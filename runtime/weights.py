@@ -45,7 +45,7 @@ def load_weights(student: Student, path: Path) -> None:
 
     try:
         state = load_file(str(path))
-    except (OSError, SafetensorError) as e:
+    except (OSError, MemoryError, SafetensorError) as e:
         raise RunFolderError(str(path), f"cannot be read: {e}", "run tcal-compile again") from e
     own = student.state_dict()
     for name, tensor in state.items():

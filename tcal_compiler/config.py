@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from .errors import ConfigError
+from .passes.files import read_small
 from .runtime.config import AlignConfig, CalibConfig, DistillConfig, ExportConfig, InitName, ScoreConfig, StrictModel
 
 
@@ -81,7 +82,7 @@ def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, An
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(read_small(path).decode())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
             raise ConfigError(str(path), f"cannot be read as TOML: {e}", "a file with lines such as seed = 1") from None
     for key, value in (base or {}).items():

@@ -120,3 +120,11 @@ def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert str(citation["version"]) == project["version"] and citation["license"] == project["license"]
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_every_dependency_is_explained():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    rows = re.findall(r"^\| ([\w-]+) \|", (ROOT / "docs/dependencies.md").read_text(), re.M)
+    listed = [r for r in rows if r != "package"]
+    assert sorted(listed) == sorted({re.split(r"[<>=]", d)[0] for d in named})

@@ -1,13 +1,15 @@
 """Feeds mutated files to the compiler: `python tests/fuzz/fuzz.py --inputs 20000 --run RUN`.
 
 Each input may be accepted or refused with a TcalError. Anything else is a finding: another exception, a process that
-dies, more than 10 seconds, a write outside the input's folder, a socket, another process, or an unpickled object.
-An input is a function of target, seed and number alone, so a finding is repeated by its number.
+dies, more than 10 seconds, more memory than max(fuzz_watch.FLOOR, twice the bytes of the input's files), a write
+outside the input's folder, a socket, another process, or an unpickled object. An input is a function of target, seed
+and number alone, so a finding is repeated by its number. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -25,12 +27,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from fuzz_watch import FLOOR, Memory, Watch
+
 ROOT = Path(__file__).parents[2]
 MOST_SECONDS = 10.0
-MOST_MEMORY = 3 << 30  # address space that reading may add
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
-FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
+WARM_SECONDS = 100.0  # for the inputs that are not mutated, and what they import
+WARM = (1 << 64) - 1  # in place of an input's number, while those are read
+MOST_ADDRESSES = 3 << 30  # bytes of address space that reading may add: beyond, allocations fail
+
+COLUMNS = ("target", "inputs", "accepted", "refused, by error", "findings", "seconds", "slowest, s", "memory, MiB")
 
 
 @dataclass
@@ -41,47 +46,21 @@ class Tally:
     findings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     slowest: float = 0.0
+    most_memory: int = 0  # bytes that reading one input added
 
 
-class Watch:
-    """Audit hook that notes what must not happen while an input is read. Hooks stay for the life of the process."""
+def one(target: Any, files: dict[str, bytes], folder: Path, watch: Watch) -> tuple[str, int]:
+    """The outcome of one input, and bytes of memory that reading it added.
 
-    def __init__(self, allowed: Path) -> None:
-        self.allowed, self.active, self.seen = os.path.realpath(allowed), False, ""
-        sys.addaudithook(self)
-
-    def _outside(self, path: Any) -> bool:
-        if not isinstance(path, str | bytes | os.PathLike):
-            return False
-        real = os.path.realpath(os.fsdecode(path))
-        return not real.startswith(self.allowed) and real != os.devnull
-
-    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.active:
-            return
-        self.active = False
-        try:
-            bad = (
-                event in FORBIDDEN
-                or (event == "open" and isinstance(args[2], int) and args[2] & WRITES and self._outside(args[0]))
-                or (event in CHANGES and self._outside(args[0]) and not isinstance(args[-1], int))
-                or (event == "pickle.find_class" and not str(args[0]).startswith(("torch", "collections")))
-            )
-            if bad:
-                self.seen = f"{event} {args[:2]}"
-        finally:
-            self.active = True
-
-
-def one(target: Any, number: int, seed: int, folder: Path, watch: Watch | None) -> str:
-    """The outcome of one input: "accepted", the name of a typed error, or a finding that starts with "!"."""
+    An outcome is "accepted", the name of a typed error, or a finding that starts with "!".
+    """
     from fuzz_targets import put
 
     from tcal_compiler.errors import TcalError
 
-    put(folder, target.make(Random(f"{target.name} {seed} {number}")))
-    if watch is not None:
-        watch.active, watch.seen = True, ""
+    put(folder, files)
+    gc.collect()
+    memory, watch.active, watch.seen = Memory(), True, ""
     try:
         target.read(folder)
         outcome = "accepted"
@@ -92,25 +71,37 @@ def one(target: Any, number: int, seed: int, folder: Path, watch: Watch | None) 
         ours = [f for f in place if str(ROOT) in f.filename] or place
         outcome = f"!{type(e).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno}: {str(e)[:120]}"
     finally:
-        if watch is not None:
-            watch.active = False
-    return f"!{watch.seen}" if watch is not None and watch.seen else outcome
+        watch.active = False
+    added, size = memory.added(), sum(map(len, files.values()))
+    if watch.seen:
+        outcome = f"!{watch.seen}"
+    elif outcome[0] != "!" and added > max(FLOOR, 2 * size):
+        outcome = f"!memory: {added >> 20} MiB for {size} bytes, {outcome}"
+    return outcome, added
 
 
 def _child(target: Any, first: int, last: int, seed: int, folder: Path, board: memoryview, out: Path) -> None:
     """Reads the inputs of a range; the board tells the parent which one is being read."""
+    from fuzz_targets import put
+
     warnings.simplefilter("ignore")
-    limit = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + MOST_MEMORY
+    board[:8] = WARM.to_bytes(8, "little")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for files in target.seeds:  # loads libraries, which may take memory and make folders for their caches
+        put(folder, files)
+        target.read(folder)
+    gc.collect()
+    gc.freeze()  # what is loaded by now costs later collections no time
+    watch = Watch(folder)
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + MOST_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    watch = Watch(folder)
     with out.open("a") as log:
         for number in range(first, last):
             board[:8] = number.to_bytes(8, "little")
-            started = time.monotonic()
-            outcome = one(target, number, seed, folder, watch)
-            log.write(json.dumps([number, outcome, time.monotonic() - started]) + "\n")
+            files, started = target.make(Random(f"{target.name} {seed} {number}")), time.monotonic()
+            outcome, added = one(target, files, folder, watch)
+            log.write(json.dumps([number, outcome, time.monotonic() - started, added]) + "\n")
             log.flush()
     os._exit(0)
 
@@ -125,10 +116,11 @@ def _wait(pid: int, board: memoryview) -> str:
             return "" if code == 0 else f"!process ended with {code}"
         if bytes(board[:8]) != current:
             current, since = bytes(board[:8]), time.monotonic()
-        if time.monotonic() - since > MOST_SECONDS:
+        limit = WARM_SECONDS if current == WARM.to_bytes(8, "little") else MOST_SECONDS
+        if time.monotonic() - since > limit:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return f"!more than {MOST_SECONDS:.0f} s"
+            return f"!more than {limit:.0f} s"
         time.sleep(0.01)
 
 
@@ -157,15 +149,17 @@ def fuzz(target: Any, count: int, seed: int, work: Path, first: int = 0) -> Tall
             if not end:
                 break
             at = int.from_bytes(memory.buf[:8], "little")
+            if at == WARM:
+                raise RuntimeError(f"{target.name}: reading what nobody touched: {end}")
             ends[at] = end
             at += 1
     finally:
         memory.close()
         memory.unlink()
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    for number, outcome, seconds in [*rows, *((n, e, MOST_SECONDS) for n, e in ends.items())]:
+    for number, outcome, seconds, added in [*rows, *((n, e, MOST_SECONDS, 0) for n, e in ends.items())]:
         tally.outcomes[outcome.partition(" at ")[0]] += 1
-        tally.slowest = max(tally.slowest, seconds)
+        tally.slowest, tally.most_memory = max(tally.slowest, seconds), max(tally.most_memory, added)
         if outcome.startswith("!"):
             tally.findings.append(f"{target.name} {number}: {outcome[1:]}")
     outside = [p for p in (work / "sandbox").rglob("*") if not p.is_relative_to(folder) and p != folder.parent]
@@ -175,16 +169,25 @@ def fuzz(target: Any, count: int, seed: int, work: Path, first: int = 0) -> Tall
     return tally
 
 
+def row(name: str, tally: Tally) -> list[str]:
+    """A line of the table that `main` prints."""
+    refused = [f"{n} {c}" for n, c in sorted(tally.outcomes.items()) if n[0] != "!" and n != "accepted"]
+    counts = [sum(tally.outcomes.values()), tally.outcomes["accepted"], ", ".join(refused), len(tally.findings)]
+    spent = f"{tally.seconds:.0f}", f"{tally.slowest:.1f}", str(tally.most_memory >> 20)
+    return [name, *map(str, counts), *spent]
+
+
 def main() -> None:
     """Prints a table of counts, then the findings; exit 1 when there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="a finished run folder of a model with four layers")
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of each target's first input")
     parser.add_argument("--target", action="append", help="only these; all inputs are theirs")
     parser.add_argument("--number", type=int, help="read this one input in this process, with its traceback")
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests"), str(ROOT)]
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
     from fuzz_targets import make_targets, put
 
     work = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -196,18 +199,11 @@ def main() -> None:
             targets[0].read(work / "input")
             return
         total, failed = sum(t.share for t in targets), []
-        print("| target | inputs | accepted | refused, by error | findings | seconds | slowest input, s |")
-        print("|" + "---|" * 7)
+        print("|", " | ".join(COLUMNS), "|\n|" + "---|" * len(COLUMNS))
         for target in targets:
             count = round(args.inputs * target.share / total)
-            tally = fuzz(target, count, args.seed, work)
-            refused = ", ".join(
-                f"{n} {c}" for n, c in sorted(tally.outcomes.items()) if n[0] != "!" and n != "accepted"
-            )
-            numbers = (
-                f"{sum(tally.outcomes.values())} | {tally.outcomes['accepted']} | {refused} | {len(tally.findings)}"
-            )
-            print(f"| {target.name} | {numbers} | {tally.seconds:.0f} | {tally.slowest:.1f} |", flush=True)
+            print("|", " | ".join(row(target.name, tally := fuzz(target, count, args.seed, work, args.first))), "|")
+            sys.stdout.flush()
             failed += tally.findings
         print("\n".join(failed))
         sys.exit(bool(failed))

@@ -110,7 +110,7 @@ def mutate_zip(rng: Random, data: bytes) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         names = old.namelist()
-        likely = [n for n in names if n.endswith(".json")]
+        likely = [n for n in names if n.endswith(".json")] or names
         chosen = rng.choice(likely if rng.random() < 0.8 else names)
         kind = rng.random()
         for name in names:

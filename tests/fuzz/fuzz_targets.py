@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from fuzz_mutate import mutate_bytes, mutate_json_text, mutate_one, mutate_safetensors, mutate_zip
 from tiny_models import TinyModel, llama, lone_site, program_of, student_of
 
@@ -23,6 +25,7 @@ from tcal_compiler.runtime import data
 from tcal_compiler.runtime.program_file import load_program, save_program
 from tcal_compiler.runtime.run_folder import RunFolder
 from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.session_state import SessionState
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
 from tcal_compiler.runtime.tokenizer import ByteTokenizer, read_tokenizer
 from tcal_compiler.runtime.training import Checkpoint, TrainState
@@ -36,13 +39,14 @@ SCAN = SiteScan(tuple(replace(lone_site(), index=i) for i in range(4)), ())
 class Target:
     """make: a mutated input, as files by name. read: what a command does with them, in the folder that holds them.
 
-    share: of a thousand inputs of a whole run.
+    share: of a thousand inputs of a whole run. seeds: inputs that are not mutated, which reading has to accept.
     """
 
     name: str
     share: int
     make: Callable[[Random], dict[str, bytes]]
     read: Callable[[Path], None]
+    seeds: tuple[dict[str, bytes], ...] = ()
 
 
 def read_manifest(folder: Path) -> None:
@@ -78,6 +82,10 @@ def _read_onnx(folder: Path) -> None:
     list(session.generate([1, 2, 3], 2))
 
 
+def _read_state(folder: Path) -> None:
+    SessionState.load(folder / "state.npz")
+
+
 def _read_gguf(folder: Path) -> None:
     load_tokenizer(load_teacher(str(folder / "model.gguf")))
 
@@ -93,10 +101,15 @@ def run_folder_files(run: Path) -> dict[str, bytes]:
 
 
 def _texts() -> dict[str, bytes]:
+    import pyarrow
     import zstandard
+    from pyarrow import parquet
 
     lines = "".join(json.dumps({"text": line}) + "\n" for line in SMALL_TEXT.splitlines()).encode()
-    return {"a.txt": SMALL_TEXT.encode(), "a.jsonl": lines, "a.jsonl.zst": zstandard.ZstdCompressor().compress(lines)}
+    table = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": SMALL_TEXT.splitlines()}), table)
+    packed = zstandard.ZstdCompressor().compress(lines)
+    return {"a.txt": SMALL_TEXT.encode(), "a.jsonl": lines, "a.jsonl.zst": packed, "a.parquet": table.getvalue()}
 
 
 def small_tokenizer(folder: Path) -> None:
@@ -116,6 +129,10 @@ def small_tokenizer(folder: Path) -> None:
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def each_alone(files: dict[str, bytes]) -> tuple[dict[str, bytes], ...]:
+    return tuple({name: content} for name, content in files.items())
 
 
 def one_file(rng: Random, files: dict[str, bytes], mutate: Callable[..., bytes]) -> dict[str, bytes]:
@@ -143,6 +160,9 @@ def run_targets(run: Path, work: Path) -> list[Target]:
     Checkpoint(work / "align.safetensors").save(TrainState(3, dict(student.state_dict()), [{"step": 0}]))
     tensors = {n: (work / n).read_bytes() for n in ("weights.safetensors", "align.safetensors")}
     onnx = {n: (run / "onnx" / n).read_bytes() for n in ("model.onnx", "genai_config.json")}
+    values = (np.ones((1, 2, 3, 4), np.float32), np.ones((1, 2, 4, 4), np.float16))
+    SessionState(3, np.ones((1, 3), np.int64), values, "model").save(work / "state.npz")
+    state = {"state.npz": (work / "state.npz").read_bytes()}
     manifest, plan, name = run_folder_files(run), {"plan.toml": (run / "plan.toml").read_bytes()}, "tcal.json"
 
     def read_tensors(folder: Path) -> None:
@@ -151,11 +171,18 @@ def run_targets(run: Path, work: Path) -> list[Target]:
         else:
             Checkpoint(folder / "align.safetensors").load()
 
+    def new_manifest(rng: Random) -> dict[str, bytes]:
+        return manifest | {name: mutate_json_text(rng, manifest[name])}
+
+    def new_tensors(rng: Random) -> dict[str, bytes]:
+        return one_file(rng, tensors, mutate_safetensors)
+
     return [
-        Target("manifest", 150, lambda rng: manifest | {name: mutate_json_text(rng, manifest[name])}, read_manifest),
-        Target("plan.toml", 250, lambda rng: one_file(rng, plan, mutate_bytes), _read_plan),
-        Target("safetensors", 205, lambda rng: one_file(rng, tensors, mutate_safetensors), read_tensors),
-        Target("onnx", 35, lambda rng: onnx_input(rng, onnx), _read_onnx),
+        Target("manifest", 60, new_manifest, read_manifest, (manifest,)),
+        Target("plan.toml", 270, lambda rng: one_file(rng, plan, mutate_bytes), _read_plan, (plan,)),
+        Target("safetensors", 235, new_tensors, read_tensors, each_alone(tensors)),
+        Target("onnx", 35, lambda rng: onnx_input(rng, onnx), _read_onnx, (onnx,)),
+        Target("state", 20, lambda rng: one_file(rng, state, mutate_zip), _read_state, (state,)),
     ]
 
 
@@ -166,15 +193,23 @@ def teacher_targets(work: Path) -> list[Target]:
     small_tokenizer(work / "tokenizer")
     program, texts = {"model.pt2": (work / "model.pt2").read_bytes()}, _texts()
     checkpoint, tokenizer = _contents(work / "llama"), _contents(work / "tokenizer")
+
+    def new_tokenizer(rng: Random) -> dict[str, bytes]:
+        return mutate_one(rng, tokenizer, list(tokenizer))
+
+    def new_checkpoint(rng: Random) -> dict[str, bytes]:
+        return mutate_one(rng, checkpoint, list(checkpoint))
+
     targets = [
-        Target("text", 250, lambda rng: one_file(rng, texts, mutate_bytes), _read_text),
-        Target("tokenizer", 50, lambda rng: mutate_one(rng, tokenizer, list(tokenizer)), _read_tokenizer),
-        Target("pt2", 30, lambda rng: one_file(rng, program, mutate_zip), _read_program),
-        Target("checkpoint", 15, lambda rng: mutate_one(rng, checkpoint, list(checkpoint)), _read_checkpoint),
+        Target("text", 270, lambda rng: one_file(rng, texts, mutate_bytes), _read_text, each_alone(texts)),
+        Target("tokenizer", 50, new_tokenizer, _read_tokenizer, (tokenizer,)),
+        Target("pt2", 30, lambda rng: one_file(rng, program, mutate_zip), _read_program, (program,)),
+        Target("checkpoint", 15, new_checkpoint, _read_checkpoint, (checkpoint,)),
     ]
     gguf = gguf_seed(work)
     if gguf is not None:
-        targets.append(Target("gguf", 15, lambda rng: one_file(rng, {"model.gguf": gguf}, mutate_gguf), _read_gguf))
+        files = {"model.gguf": gguf}
+        targets.append(Target("gguf", 15, lambda rng: one_file(rng, files, mutate_gguf), _read_gguf, (files,)))
     return targets
 
 

@@ -149,7 +149,20 @@ def test_views_are_invisible_and_runs_repeat(shape, which, step):
         assert torch.equal(first[name], again[name]) and torch.equal(first[name], viewed[name]), name
 
 
-@pytest.mark.parametrize("tokens", [8192])
+@pytest.mark.parametrize("key_dim, value_dim", [(16, 256), (100, 192), (128, 128), (200, 96), (250, 250), (256, 16)])
+def test_head_dims_up_to_256(key_dim, value_dim):
+    """Outputs and gradients, in two pieces with carried state and in one, at dims of two and of others."""
+    args = make_args((1, 70, 2, 1, key_dim, value_dim), torch.float32)
+    exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
+    for name, x in with_gradients(op, args).items():
+        assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=4.0)
+    first, state = op([*tokens_of(args, slice(0, 33)), args[5]])
+    second, last = op([*tokens_of(args, slice(33, None)), state])
+    for name, x in (("o", torch.cat([first, second], 1)), ("state", last)):
+        assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=4.0)
+
+
+@pytest.mark.parametrize("tokens", [1024, 8192, pytest.param(16384, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("g, beta", [(0.0, 1.0), (-1e-3, 0.9)])
 def test_long_sequences_stay_accurate(tokens, g, beta):
     args = make_args((1, tokens, 1, 1, 16, 16), torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -124,6 +125,16 @@ def test_without_triton_nothing_fails(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not self_check.proved("an_op", nothing_to_check, 0, torch.float32, 64, 64)  # once
+
+
+def test_a_launch_that_fails_says_why_and_falls_back(monkeypatch):
+    def too_large(*_: object) -> dict[str, float]:
+        raise RuntimeError("out of resource: shared memory, Required: 163840, Hardware limit: 101376")
+
+    monkeypatch.setattr(self_check.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with pytest.warns(UserWarning, match=r"another_op runs in plain PyTorch .*Hardware limit: 101376"):
+        assert not self_check.proved("another_op", too_large, 0, torch.float32, 256, 256)
 
 
 def test_cpu_tensors_never_take_triton():

@@ -90,9 +90,14 @@ def test_a_small_file_that_becomes_gigabytes(tmp_path, monkeypatch):
     (tmp_path / "many.jsonl.zst").write_bytes(packed * 3)
     assert len(packed) > 4096 and len(read_text(tmp_path / "many.jsonl.zst")) == 27000
     (tmp_path / "bomb.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(bytes(1 << 26)))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 27))
-    with pytest.raises(DataError, match="bytes that become more than a quarter of the free memory"):
+    with pytest.raises(DataError, match=f"2067 bytes that become more than {8 << 20}"):
         read_text(tmp_path / "bomb.jsonl.zst")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    with pytest.raises(DataError, match=f"bytes that become more than {1 << 18}"):
+        read_text(tmp_path / "many.jsonl.zst")
+    (tmp_path / "long.txt").write_bytes(b"a" * (1 << 20))
+    with pytest.raises(DataError, match="more than half of the free memory"):
+        read_text(tmp_path / "long.txt")
 
 
 def test_missing_files_and_packages(tmp_path, monkeypatch):

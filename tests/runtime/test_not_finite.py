@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import DIM, HEADS, KV_HEADS, WIDTH, TinyModel, lone_site, program_of
+import torch.nn.functional as F
+from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, WIDTH, TinyModel, lone_site, program_of, student_of
 from torch import Tensor
 
 from tcal_compiler import Config, convert
 from tcal_compiler.errors import StageError, TeacherError, UnsupportedModelError
 from tcal_compiler.runtime import calibrate
 from tcal_compiler.runtime.align import GroupTrainer
+from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.program_file import save_program
 
@@ -86,6 +88,27 @@ def test_a_loss_stops_alignment_and_the_last_checkpoint_is_gone_on_from(teacher,
     step = GroupTrainer.step
     monkeypatch.setattr(GroupTrainer, "step", lambda self, n, *args: (steps.append(n), step(self, n, *args))[1])
     assert aligned(teacher, tmp_path / "run") == whole and steps == [6, 7, 8]
+
+
+def test_a_hundred_steps_of_fine_tuning_stay_finite_and_learn():
+    """Cross entropy from an initialised student on, all its weights at once."""
+    torch.manual_seed(0)
+    student = student_of(layers=1)
+    for site in student.converted:
+        naive_(student.gm.get_submodule(f"tcal_mixers.{site.index}"), torch.Generator().manual_seed(1))
+    weights = [p.requires_grad_() for p in student.gm.parameters()]
+    optimizer, losses = torch.optim.AdamW(weights, lr=3e-3), list[float]()
+    for step in range(100):
+        start = torch.randint(0, VOCAB, (2, 1), generator=torch.Generator().manual_seed(step))
+        ids = (start + 3 * torch.arange(16)) % VOCAB  # each token is the one before it, plus 3
+        logits = student.gm(ids)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(w.grad is None or bool(w.grad.isfinite().all()) for w in weights)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 1 < 3 < losses[0] and all(w.isfinite().all() for w in weights)
 
 
 def test_values_near_the_end_of_half_precision_do_not_overflow():
