@@ -16,9 +16,9 @@ from typing import Any
 HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
-`examples/bench_onnx.py`, `examples/bench_variants.py` and, from run folders, this script itself wrote. Each section
-names its command's arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration
-texts and scored texts are different files, and a scored text that was calibrated on is refused.
+`examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/measure_dry_run.py` and, from run folders, this script
+itself wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to the teacher in the
+same run. Calibration texts and scored texts are different files, and a scored text that was calibrated on is refused.
 """
 
 
@@ -118,6 +118,24 @@ def run_folder(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Seconds of each stage: {seconds}.", ""])
 
 
+def dry_runs(name: str, body: dict[str, Any]) -> str:
+    lines = [f"## {name}\n", _machine(body["environment"])]
+    for model, run in body["dry_runs"].items():
+        lines += [f"\n{model}: `{run['command']}`; the dry run took {run['dry_run_seconds']:.0f} s. Said / measured:\n"]
+        lines += ["| stage | time, s | CPU time, s | peak memory, MB |", "|---|---|---|---|"]
+        for stage, row in run["stages"].items():
+            cells = [_said_seen(row[c], 1) for c in ("seconds", "cpu_seconds")]
+            lines.append("| " + " | ".join([stage, *cells, _said_seen(row["peak_bytes"], 1e6)]) + " |")
+    note = body.get("note")
+    return "\n".join([*lines, *([f"\n{note}"] if note else []), ""])
+
+
+def _said_seen(pair: list[float], unit: float) -> str:
+    """With the error in per cent, where what was measured is not next to nothing."""
+    said, seen = (v / unit for v in pair)
+    return f"{said:.1f} / {seen:.1f}" + (f" ({100 * (said / seen - 1):+.0f}%)" if seen >= 1 else "")
+
+
 def copy_run(item: str, folder: Path) -> None:
     """Writes folder/NAME.json from the manifest of a run folder that was evaluated."""
     name, path = item.split("=", 1)
@@ -152,7 +170,7 @@ def main() -> None:
     parts = [HEAD]
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"decode": decode, "variant_decode": variants, "eval": run_folder}
+        kinds = {"decode": decode, "variant_decode": variants, "eval": run_folder, "dry_runs": dry_runs}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")

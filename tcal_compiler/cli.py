@@ -92,3 +92,7 @@ def main() -> None:
 def compile_main() -> None:
     """Entry point of `tcal-compile`."""
     _run(compile_app)
+
+
+if __name__ == "__main__":
+    main()

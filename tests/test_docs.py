@@ -100,19 +100,45 @@ def test_commands_that_are_shown_exist_with_their_options(page):
         assert {w for w in words if re.match(r"--?[a-z]", w)} <= known[name] | {"--debug"}, words
 
 
+SLOW = "<!-- slow -->\n"  # before a block that make test leaves out; a reader does not see it
+WITH_PYTHON = [p for p in PAGES if "```python" in p.read_text()]
+
+
+def run_blocks(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool) -> dict[str, object]:
+    """The page's Python, block after block in one namespace, in a folder that looks like a clone."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    for name in ("tcal_compiler", "examples"):
+        (place / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    found = re.findall(rf"^({SLOW})?```python\n(.*?)^```", page.read_text(), re.M | re.DOTALL)
+    assert len(found) == page.read_text().count("```python")
+    for mark, code in found:
+        if slow or not mark:
+            exec(compile(code, page.name, "exec", dont_inherit=True), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [p for p in WITH_PYTHON if p.name != "README.md"], ids=lambda p: p.name)
+def test_python_that_is_shown_runs(page, tmp_path, shared_run, monkeypatch):
+    (tmp_path / "run").symlink_to(shared_run)
+    assert run_blocks(page, tmp_path, monkeypatch, slow=False)
+
+
 def test_python_in_the_readme_runs(tmp_path, monkeypatch):
     import tcal_compiler
 
     convert = tcal_compiler.convert
-    (tmp_path / "tcal_compiler").symlink_to(ROOT / "tcal_compiler")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     monkeypatch.setattr(tcal_compiler, "convert", lambda *a, **k: convert(*a, until="plan", **k), raising=False)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.DOTALL)
-    assert len(blocks) == 3 and 'backend="tcal"' in blocks[2]  # needs a finished run: tests/test_backend.py
-    for code in blocks[:2]:
-        exec(compile(code, "README.md", "exec"), {})
+    run_blocks(ROOT / "README.md", tmp_path, monkeypatch, slow=False)
     assert (tmp_path / "teacher.pt2").stat().st_size > 100_000 and (tmp_path / "tiny-run/plan.toml").is_file()
+
+
+@pytest.mark.slow
+def test_python_in_the_readme_runs_to_the_end(tmp_path, monkeypatch, capsys):
+    names = run_blocks(ROOT / "README.md", tmp_path, monkeypatch, slow=True)
+    shapes = re.findall(r"torch\.Size\(\[2, (\d+), 256\]\)", capsys.readouterr().out)
+    assert shapes == ["9", "50", "200"] and (names["run"] / "onnx/model.onnx").is_file()
 
 
 def test_the_citation_is_of_this_version():

@@ -1,0 +1,95 @@
+"""Every example is run; those that convert a model from end to end are slow."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import ASSETS
+
+from tcal_compiler.runtime.session import OnnxSession
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ASSETS / "tiny/teacher.pt2")
+ELSEWHERE = {  # run by other tests, or by the makers of the files that they write
+    "bench_onnx": "test_bench_variants",
+    "bench_variants": "test_bench_variants",
+    "families": "its page, docs/families.md",
+    "family_models": "families",
+    "generate_genai": "test_genai",
+    "serve": "test_serve",
+    "tiny_torch_teacher": "test_teacher_assets",
+    "train_teacher": "test_teacher_assets",
+    "write_reference": "test_docs",
+    "write_results": "its page, docs/results.md",
+    "compare_policies": "its numbers in docs/method.md",
+    "measure_conversion": "docs/results.md",
+    "measure_dry_run": "docs/results.md",
+}
+HERE = {"convert_and_generate", "compile_in_place", "onnx_by_hand", "own_model", "stop_and_share", "walk_the_passes"}
+
+
+def test_no_example_is_forgotten():
+    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == HERE | set(ELSEWHERE)
+    assert not HERE & set(ELSEWHERE)
+
+
+def run(name: str, *words: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """An example's main in this process; what it printed."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    importlib.import_module(f"examples.{name}").main()
+    return capsys.readouterr().out
+
+
+def test_onnx_by_hand_is_our_session(shared_run, monkeypatch, capsys):
+    prompt = list(b"The old man")
+    words = (shared_run / "onnx", "--ids", *prompt, "--new-tokens", 12)
+    shown = run("onnx_by_hand", *words, monkeypatch=monkeypatch, capsys=capsys)
+    expected = list(OnnxSession(shared_run / "onnx").generate(prompt, 12))
+    assert list(map(int, shown.split())) == expected and len(set(expected)) > 2
+
+
+def test_walk_the_passes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    sys.modules.pop("examples.walk_the_passes", None)
+    walk = importlib.import_module("examples.walk_the_passes")
+    shown = capsys.readouterr().out
+    assert "keep (0,) convert (1,)" in shown and "past_key_values.1.recurrent_state" in shown
+    assert len(walk.curve) == 3 and walk.curve[-1]["held_out"]["1"] < walk.curve[0]["held_out"]["1"]
+    assert (walk.whole - walk.chunks).abs().max() < 1e-3 * walk.whole.abs().max()
+
+
+def test_own_model(tmp_path, monkeypatch, capsys):
+    shown = run("own_model", "--out", tmp_path / "own", "--until", "plan", monkeypatch=monkeypatch, capsys=capsys)
+    assert "1 stay softmax, 2 become Gated DeltaNet" in shown and (tmp_path / "own/run/plan.toml").is_file()
+
+
+def test_compile_in_place(shared_run, monkeypatch, capsys):
+    words = (shared_run, "--compiler", "eager")
+    shown = run("compile_in_place", *words, monkeypatch=monkeypatch, capsys=capsys)
+    lines = shown.strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["9", "50", "200"]
+    assert all(float(line.split()[-3]) > 1e-3 for line in lines)  # it is the student that answers
+
+
+@pytest.mark.slow
+def test_convert_and_generate(tmp_path, monkeypatch, capsys):
+    words = (TINY, tmp_path / "run", "The old", "--tokenizer", "bytes", "--sequences", 6, "--length", 48, "--steps", 4)
+    shown = run("convert_and_generate", *words, monkeypatch=monkeypatch, capsys=capsys)
+    assert shown.startswith("The old") and len(shown) > 20
+
+
+@pytest.mark.slow
+def test_stop_and_share(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples/stop_and_share.py"), str(tmp_path / "out")]
+    shown = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert "stopped with exit status 130" in shown.stdout and "stage align goes on from step" in shown.stderr
+    assert "distillation is complete" in shown.stdout
+    assert (tmp_path / "out/run/distilled.safetensors").is_file()
