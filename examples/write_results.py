@@ -100,22 +100,34 @@ def variants(name: str, body: dict[str, Any]) -> str:
 
 
 def run_folder(name: str, body: dict[str, Any]) -> str:
-    calib, align, e = body["config"]["calib"], body["config"]["align"], body["eval"]
+    calib, align, e = body["config"]["calib"], body["config"]["align"], body.get("eval")
     lines = [f"## {name}\n", f"Teacher {body['teacher']}, policy {body['policy']}, by tcal-compile and tcal eval;"]
-    lines[-1] += f" calibrated on {calib['sequences']} x {calib['length']} tokens of {body['calibrated_on']},"
+    lines[-1] += f" calibrated on {calib['sequences']} x {calib['length']} tokens of {body['calibrated_on']}, {body['config']['init']},"
     lines[-1] += f" aligned for {align['steps']} steps of {align['batch']} sequences, seed {body['config']['seed']}."
-    lines += [
-        f"Scored on {e['text']}: {e['sequences']} sequences of {e['length']} tokens.",
-        _machine(body["environment"]),
-        "",
-    ]
+    if d := body.get("distill"):
+        lines.append(_distilled(d, body["config"]["distill"]))
+    if e:
+        lines.append(f"Scored on {e['text']}: {e['sequences']} sequences of {e['length']} tokens.")
+    lines += [_machine(body["environment"]), ""]
+    seconds = f"Seconds of each stage: {', '.join(f'{k} {v}' for k, v in body['seconds'].items())}."
+    if not e:
+        return "\n".join([*lines, seconds, ""])
     lines += ["| model | perplexity | ratio | KL, nats per token |", "|---|---|---|---|"]
     base = e["results"]["teacher"]["perplexity"]
     for model, r in e["results"].items():
         cells = [model, f"{r['perplexity']:.2f}", f"{r['perplexity'] / base:.3f}"]
         lines.append("| " + " | ".join([*cells, f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]) + " |")
-    seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
-    return "\n".join([*lines, "", f"Seconds of each stage: {seconds}.", ""])
+    return "\n".join([*lines, "", seconds, ""])
+
+
+def _distilled(d: dict[str, Any], config: dict[str, Any]) -> str:
+    first, last, speed = d["curve"][0], d["curve"][-1], d["speed"]
+    return (
+        f"Distilled for {d['steps']} steps of {config['batch']} sequences, rates {config['lr_gdn']:g} at converted "
+        f"sites and {config['lr_other']:g} elsewhere, by {d['processes']} process(es): {speed['tokens']} tokens in "
+        f"{speed['seconds']:.0f} s, {speed['tokens_per_second']:.0f} a second; KL on the held-out calibration "
+        f"sequences {first['kl']:.4f} before, {last['kl']:.4f} after."
+    )
 
 
 def dry_runs(name: str, body: dict[str, Any]) -> str:
@@ -136,20 +148,21 @@ def _said_seen(pair: list[float], unit: float) -> str:
     return f"{said:.1f} / {seen:.1f}" + (f" ({100 * (said / seen - 1):+.0f}%)" if seen >= 1 else "")
 
 
-def copy_run(item: str, folder: Path) -> None:
-    """Writes folder/NAME.json from the manifest of a run folder that was evaluated."""
+def copy_run(item: str, folder: Path, machine: str) -> None:
+    """Writes folder/NAME.json from the manifest of a run folder."""
     name, path = item.split("=", 1)
     m = json.loads((Path(path) / "tcal.json").read_text(encoding="utf-8"))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    body = {
+    stages = m["stages"]
+    found = {n: e for n in ("eval", "distill") if (e := stages.get(n, {}).get("evidence"))}
+    found.get("eval", {}).pop("path", None)
+    body = found | {
         "teacher": Path(m["teacher"]["source"]).name,
         "policy": m["plan"]["policy"],
         "config": m["config"] | {"calib": m["config"]["calib"] | {"text": None}},
         "calibrated_on": ", ".join(m["stages"]["calibrate"]["evidence"]["text"]),
-        "eval": m["stages"]["eval"]["evidence"],
-        "seconds": {n: s["seconds"] for n, s in m["stages"].items()},
-        "environment": m["versions"]
-        | {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "commit when copied": commit},
+        "seconds": {n: s["seconds"] for n, s in stages.items()},
+        "environment": m["versions"] | {"machine": machine, "commit when copied": commit},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
@@ -164,13 +177,15 @@ def main() -> None:
     p.add_argument("folder", type=Path)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--run", action="append", default=[], metavar="NAME=RUN")
+    here = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    p.add_argument("--machine", default=here, help="where the runs were made; default: this one")
     args = p.parse_args()
     for item in args.run:
-        copy_run(item, args.folder)
+        copy_run(item, args.folder, args.machine)
     parts = [HEAD]
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"decode": decode, "variant_decode": variants, "eval": run_folder, "dry_runs": dry_runs}
+        kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")
