@@ -102,7 +102,8 @@ def variants(name: str, body: dict[str, Any]) -> str:
 def run_folder(name: str, body: dict[str, Any]) -> str:
     calib, align, e = body["config"]["calib"], body["config"]["align"], body.get("eval")
     lines = [f"## {name}\n", f"Teacher {body['teacher']}, policy {body['policy']}, by tcal-compile and tcal eval;"]
-    lines[-1] += f" calibrated on {calib['sequences']} x {calib['length']} tokens of {body['calibrated_on']}, {body['config']['init']},"
+    lines[-1] += f" calibrated on {calib['sequences']} x {calib['length']} tokens of {body['calibrated_on']},"
+    lines[-1] += f" {body['config']['init']},"
     lines[-1] += f" aligned for {align['steps']} steps of {align['batch']} sequences, seed {body['config']['seed']}."
     if d := body.get("distill"):
         lines.append(_distilled(d, body["config"]["distill"]))
