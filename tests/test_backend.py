@@ -228,7 +228,11 @@ def test_changed_weights(tiny, shared_run, name, words):
     [
         ({"num_hidden_layers": 3}, ("it has", r"layers\.2\.")),
         pytest.param({"num_hidden_layers": 1}, ("it lacks", r"layers\.1\.", "no others"), marks=pytest.mark.slow),
-        ({"intermediate_size": 64}, (r"mlp.down_proj.weight is float32 \[32, 64\]", r"\[32, 48\]")),
+        pytest.param(
+            {"intermediate_size": 64},
+            (r"mlp.down_proj.weight is float32 \[32, 64\]", r"\[32, 48\]"),
+            marks=pytest.mark.slow,
+        ),
         ({"tie_word_embeddings": False}, ("embed_tokens",)),
     ],
     ids=["deeper", "shallower", "wider", "untied"],

@@ -39,6 +39,7 @@ def test_a_kill_in_alignment_changes_nothing(undisturbed):
     assert story.faults == [] and story.kills == {"align": 1}
 
 
+@pytest.mark.slow
 def test_a_full_disk_changes_nothing(undisturbed):
     work, steps = undisturbed
     story = limits.one_try(work, work / "full", steps, limits.Box(inside=partial(limits.limit_files, 1 << 18)))

@@ -188,10 +188,10 @@ def assert_batch_equals_single_runs(stateful: StatefulGraph, exact: Callable[[Te
             torch.testing.assert_close(logits[i][mask[i] == 1], exact(row[None])[0], rtol=0, atol=1e-11)
 
 
-STUDENTS = [("llama", "keep=0"), ("llama", "none"), ("llama", "all"), ("rope(arange)", "keep=1"), ("mistral", "keep=0")]
+STUDENTS = [("llama", "keep=0"), ("llama", "none"), ("rope(arange)", "keep=1"), ("mistral", "keep=0")]
 
 
-@pytest.mark.parametrize("family, policy", STUDENTS)
+@pytest.mark.parametrize("family, policy", [*STUDENTS, pytest.param("llama", "all", marks=pytest.mark.slow)])
 def test_any_cut_is_one_pass_and_ragged_batches_are_single_runs(family: str, policy: str):
     capture, stateful = student(family, policy)
     kinds = {"all": {"softmax"}, "none": {"gdn"}}.get(policy, {"softmax", "gdn"})

@@ -325,7 +325,10 @@ def test_a_half_converted_student_learns_and_carries_its_state(name: str):
     assert all(c.passed and c.measured < 1e-9 for c in stateful.checks)
 
 
-@pytest.mark.parametrize("name", ["broadcast groups", "bmm", "one key head", "written out"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bmm", "one key head")]
+
+
+@pytest.mark.parametrize("name", ["broadcast groups", "written out", *SLOW])
 def test_verify_measures_a_first_site_that_was_written_out(name):
     """q, k and v of some spellings stand in the student's graph only."""
     from tcal_compiler.runs import _statistics_checks

@@ -271,7 +271,8 @@ def test_batched_generation_is_single_generation(name: str, request: pytest.Fixt
         assert session.generate_batch(prompts, 24, padding=side) == alone
 
 
-@pytest.mark.parametrize("opset", [22, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [22, 24])
 def test_other_opsets_give_the_same_numbers(hybrid: Deployed, tmp_path: Path, opset: int):
     """By the kernel and by the function, which must import the model's own opset."""
     artifact = export_onnx(hybrid.stateful, tmp_path / "kernel", config=ExportConfig(opset=opset))
