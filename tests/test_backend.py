@@ -160,8 +160,16 @@ def left_padded(model, ids):
     [
         (lambda model, ids: model(ids), ("cache of keys and values", "use_cache=False")),
         (lambda model, ids: model(ids, logits_to_keep=1, use_cache=False), (r"\[2, 1, 256\]", r"\[2, 9, 256\]")),
-        (lambda model, ids: model(ids, labels=ids.clone(), use_cache=False), ("labels int64",)),
-        (lambda model, ids: model(inputs_embeds=torch.ones(2, 9, 32), use_cache=False), ("inputs_embeds float32",)),
+        pytest.param(
+            lambda model, ids: model(ids, labels=ids.clone(), use_cache=False),
+            ("labels int64",),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda model, ids: model(inputs_embeds=torch.ones(2, 9, 32), use_cache=False),
+            ("inputs_embeds float32",),
+            marks=pytest.mark.slow,
+        ),
         (left_padded, ("attention_mask of row 1", "padding_side")),
     ],
     ids=["cache", "some logits", "labels", "embeddings", "padding on the left"],

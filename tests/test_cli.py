@@ -189,6 +189,7 @@ def test_help(words):
     assert "Usage" in done(*words)
 
 
+@pytest.mark.slow
 def test_embedded_is_the_default_teacher():
     found = json.loads(done("tcal", "inspect", "--json"))
     assert len(found["sites"]) >= 6 and (ASSETS / "teacher").is_dir()

@@ -69,6 +69,7 @@ def test_own_model(tmp_path, monkeypatch, capsys):
     assert "1 stay softmax, 2 become Gated DeltaNet" in shown and (tmp_path / "own/run/plan.toml").is_file()
 
 
+@pytest.mark.slow
 def test_compile_in_place(shared_run, monkeypatch, capsys):
     words = (shared_run, "--compiler", "eager")
     shown = run("compile_in_place", *words, monkeypatch=monkeypatch, capsys=capsys)

@@ -310,7 +310,9 @@ def test_statistics_see_what_the_teacher_sees(name: str, octaves: int):
     torch.testing.assert_close(stats.mass.sum(1), torch.ones(HEADS, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["capped window with sinks", "broadcast groups", "alibi of keys"])
+@pytest.mark.parametrize(
+    "name", ["capped window with sinks", "alibi of keys", pytest.param("broadcast groups", marks=pytest.mark.slow)]
+)
 def test_a_half_converted_student_learns_and_carries_its_state(name: str):
     capture, scan = scanned(name, layers=2, sharp=2.0)
     student = make_student(capture, scan, choose(scan, "keep=1"))
