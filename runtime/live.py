@@ -131,14 +131,15 @@ def student_of_batches(
 
 def _token_ids(batches: Sequence[Tensor], context: int | None) -> Tensor:
     """All sequences [N, T], on the CPU."""
-    where, hint = BATCHES, BATCHES_HINT
     if any(t.dtype != torch.int64 or t.dim() != 2 for t in batches) or len({t.shape[1] for t in batches}) != 1:
-        raise DataError(where, f"are {_some(map(_describe, batches)) or 'none'}", hint)
+        raise DataError(BATCHES, f"are {_some(map(_describe, batches)) or 'none'}", BATCHES_HINT)
     ids = torch.cat([t.cpu() for t in batches])
     if len(ids) < 2 or ids.shape[1] < SHORTEST:
-        raise DataError(where, f"hold {len(ids)} sequences of {ids.shape[1]} tokens", hint)
+        raise DataError(BATCHES, f"hold {len(ids)} sequences of {ids.shape[1]} tokens", BATCHES_HINT)
     if context is not None and ids.shape[1] > context:
-        raise DataError(where, f"are {ids.shape[1]} tokens long, but the model's context holds {context}", hint)
+        raise DataError(
+            BATCHES, f"are {ids.shape[1]} tokens long, but the model's context holds {context}", BATCHES_HINT
+        )
     return ids
 
 
