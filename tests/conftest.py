@@ -1,4 +1,6 @@
-"""Settings for all tests: Triton kernels run in its interpreter where there is no GPU; helpers can be imported."""
+"""Settings for all tests: Triton kernels run in its interpreter where there is no GPU, tests for one are skipped there;
+helpers can be imported.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

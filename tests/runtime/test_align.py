@@ -13,6 +13,7 @@ from tiny_models import VOCAB, student_of
 
 from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.graph import move_to
 from tcal_compiler.passes.rewrite_gdn import mixer_path
 from tcal_compiler.runtime.align import GroupTrainer, align
 from tcal_compiler.runtime.calibrate import initialise
@@ -29,8 +30,10 @@ CONFIG = AlignConfig(
 MIXED = ("is_causal", "window", "is_causal")  # a window makes no difference to the program, but to the group
 
 
-def start(init: str = "naive", core: object = "is_causal") -> tuple[Student, list[SiteGroup]]:
+def start(init: str = "naive", core: object = "is_causal", device: str = "cpu") -> tuple[Student, list[SiteGroup]]:
     student = student_of(core, "none", sharp=3.0)
+    for gm in (student.capture.gm, student.gm):
+        move_to(gm, torch.device(device))
     ids = example_ids(TRAIN + 2, 24, VOCAB, seed=1)
     groups = collect_taps(student, student.capture.gm, ids, batch=4)
     train = [replace(g, x=g.x[:, :TRAIN], y=g.y[:, :TRAIN]) for g in groups]
@@ -78,6 +81,21 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
         assert again == curve, state.step
         for name, tensor in weights(resumed).items():
             assert torch.equal(tensor, final[name]), (state.step, name)
+
+
+@pytest.mark.gpu
+def test_resuming_on_a_gpu_gives_the_same_weights_within_rounding(tmp_path):
+    saved: list[TrainState] = []
+    student, groups = start(core=MIXED, device="cuda")
+    _, curve = run(student, groups, save=lambda s: saved.append(copy.deepcopy(s)))
+    for state in saved[::3]:
+        Checkpoint(tmp_path / "state").save(state)
+        resumed, _ = start(core=MIXED, device="cuda")
+        _, again = run(resumed, groups, resume=Checkpoint(tmp_path / "state").load())
+        for a, b in zip(again, curve, strict=True):
+            assert a["step"] == b["step"] and a["held_out"] == pytest.approx(b["held_out"], rel=1e-5)
+        for name, tensor in weights(student).items():
+            torch.testing.assert_close(weights(resumed)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_values_computed_in_each_step_give_what_stored_ones_give(undisturbed):

@@ -12,6 +12,7 @@ from tiny_models import VOCAB, student_of
 from tcal_compiler.config import build_config
 from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.graph import move_to
 from tcal_compiler.runtime.config import DistillConfig
 from tcal_compiler.runtime.distill import Distiller, distill, stopped_at
 from tcal_compiler.runtime.initialize import naive_
@@ -28,11 +29,13 @@ CONFIG = DistillConfig(
 )
 
 
-def start(dtype: torch.dtype = torch.float32) -> Student:
+def start(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Student:
     student = student_of("is_causal", "keep=1", sharp=3.0, tied=True, bias=True)
     for s in student.converted:
         naive_(student.gm.get_submodule(f"tcal_mixers.{s.index}"), torch.Generator().manual_seed(0))
     student.gm.to(dtype)
+    for gm in (student.capture.gm, student.gm):
+        move_to(gm, torch.device(device))
     return student
 
 
@@ -69,6 +72,21 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
         assert again == curve, state.step
         for name, tensor in weights(resumed).items():
             assert torch.equal(tensor, final[name]), (state.step, name)
+
+
+@pytest.mark.gpu
+def test_resuming_on_a_gpu_gives_the_same_weights_within_rounding(tmp_path):
+    saved: list[TrainState] = []
+    student = start(device="cuda")
+    _, curve = run(student, save=lambda s: saved.append(copy.deepcopy(s)))
+    for state in saved[::2]:
+        Checkpoint(tmp_path / "state").save(state)
+        resumed = start(device="cuda")
+        _, again = run(resumed, resume=Checkpoint(tmp_path / "state").load())
+        assert [p["step"] for p in again] == [p["step"] for p in curve]
+        assert [p["kl"] for p in again] == pytest.approx([p["kl"] for p in curve], rel=1e-5)
+        for name, tensor in weights(student).items():
+            torch.testing.assert_close(weights(resumed)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_resumed_run_takes_the_sequences_that_were_left(monkeypatch):
