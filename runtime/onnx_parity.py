@@ -32,11 +32,13 @@ def check_parity(
 ) -> tuple[Check, ...]:
     """Compares model.onnx in ONNX Runtime with the stateful torch graph.
 
-    Logits may differ by 1e-4, or by twice the torch graph's own |float32 - float64| where that is more (needs a float64
-    copy of the weights). Greedy tokens must be equal; a check's detail says how telling that is.
+    The graph in float64 is the referee (it needs a float64 copy of the weights): ONNX Runtime's logits may be 1e-4 from
+    it, or twice as far as the same graph in float32 is, where that is more. Both rounding errors may have opposite
+    signs, so that the difference of the two float32 results, in a check's detail, can be the sum of them. Greedy tokens
+    must be equal; a check's detail says how telling that is.
 
     Args:
-        whole: ids [B, T] -> logits [B, T, V] of the student without state, compared as well.
+        whole: ids [B, T] -> logits [B, T, V] of the student without state, held to the same bound.
         prompts: token ids to continue greedily for new_tokens.
         length: tokens of the random sequences that logits are compared on.
     """
@@ -60,16 +62,16 @@ def _logit_checks(
     wide = replace(stateful, gm=widen_to_float64(stateful.gm))
     exact = run_chunks(wide, ids, chunkings[0], dtype=torch.float64)[0]
     noise = max((r - exact).abs().max().item() for r in runs)
-    allowed, detail = max(LEAST_TOLERANCE, 2 * noise), f"torch float32 is {noise:.2g} from float64"
-    found = [_onnx_logits(session, ids, c) for c in chunkings]
-    checks = [
-        Check(f"ONNX logits equal torch, {name}", (onnx - run).abs().max().item(), allowed, detail)
-        for name, onnx, run in zip(names, found, runs, strict=True)
-    ]
+    allowed = max(LEAST_TOLERANCE, 2 * noise)
+    checks = []
+    for name, chunks, run in zip(names, chunkings, runs, strict=True):
+        onnx = _onnx_logits(session, ids, chunks)
+        detail = f"torch float32 is {noise:.2g} from float64, and {(onnx - run).abs().max():.2g} from ONNX here"
+        checks.append(Check(f"ONNX logits equal torch, {name}", (onnx - exact).abs().max().item(), allowed, detail))
     if whole is not None:
         with torch.no_grad():
-            error = max((onnx - whole(ids)).abs().max().item() for onnx in found)
-        checks.append(Check("ONNX logits equal the whole-sequence student", error, allowed, detail))
+            error = (whole(ids) - exact).abs().max().item()
+        checks.append(Check("the whole-sequence student equals the graph with state", error, allowed))
     return checks
 
 

@@ -23,7 +23,7 @@ from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import copy_module
 from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful
-from tcal_compiler.runtime import onnx_export
+from tcal_compiler.runtime import onnx_export, onnx_parity
 from tcal_compiler.runtime.config import ExportConfig
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.onnx_export import OnnxArtifact, export_onnx
@@ -202,6 +202,21 @@ def test_parity_sees_a_model_that_differs(hybrid: Deployed):
         dict(wrong.gm.named_parameters())["tcal_mixers.1.dt_bias"].add_(0.5)
     checks = check_parity(hybrid.artifact, wrong, threads=1)
     assert not any(c.passed for c in checks)
+
+
+@pytest.mark.parametrize(("error", "passes"), [(-1e-3, True), (1.9e-3, True), (-2.1e-3, False)])
+def test_rounding_errors_of_opposite_signs_do_not_add_up(monkeypatch, error: float, passes: bool):
+    """Logits of torch in float32 are 0.001 from float64."""
+    stateful = StatefulGraph(torch.fx.GraphModule({}, torch.fx.Graph()), (), VOCAB)
+    runs = {torch.float64: 1.0, torch.float32: 1.001}
+    logits = torch.zeros(2, 40, VOCAB, dtype=torch.float64)
+    monkeypatch.setattr(onnx_parity, "widen_to_float64", lambda gm: gm)
+    monkeypatch.setattr(onnx_parity, "OnnxSession", lambda *a, **o: None)
+    monkeypatch.setattr(onnx_parity, "run_chunks", lambda *a, dtype: (logits + runs[dtype], ()))
+    monkeypatch.setattr(onnx_parity, "_onnx_logits", lambda *a: logits + 1 + error)
+    artifact = OnnxArtifact(Path("model.onnx"), "ort", 21, (), 64)
+    checks = check_parity(artifact, stateful, whole=lambda ids: logits + 1.0)
+    assert [c.passed for c in checks] == [passes] * 3 + [True] and checks[0].allowed == pytest.approx(2e-3)
 
 
 def optimized_ops(path: Path, tmp_path: Path) -> Counter[str]:
