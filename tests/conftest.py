@@ -5,6 +5,7 @@ helpers can be imported.
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ for folder in ("", "kernels", "fuzz"):  # import-mode=importlib does not do it
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 torch.set_num_threads(1)  # tests run on several processes, and their tensors are small
+gc.set_threshold(100_000, 50, 100)  # captures and exports make millions of objects that live: 5% of the time
 
 
 # The files that take longest, first, so that no process is left alone with one of them at the end (make test gives
