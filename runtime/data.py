@@ -10,6 +10,7 @@ import zlib
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -50,15 +51,19 @@ def read_text(path: str | Path) -> list[str]:
 
 def _decode(raw: bytes, path: Path) -> list[str]:
     """Documents of a .txt, .jsonl or .jsonl.zst file."""
+    text = _as_text(raw, path)
+    return [text] if path.name.endswith(".txt") else list(_json_lines(text, path))
+
+
+def _as_text(raw: bytes, path: Path) -> str:
     if path.name.endswith(".zst"):
         raw = _decompress(raw, path)
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
         what = f"is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start}, line {line}"
         raise DataError(str(path), what, "iconv -t utf-8") from e
-    return [text] if path.name.endswith(".txt") else list(_json_lines(text, path))
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -145,7 +150,23 @@ def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
         raise DataError(str(path), what, "copy the file again") from e
 
 
-def _json_lines(text: str, path: Path) -> Iterable[str]:
+def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl or .jsonl.zst file, each behind its place ("PATH, line N").
+
+    Raises:
+        DataError: missing, of another suffix, not UTF-8, a malformed line (with its number), or without a line.
+    """
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.zst")):
+        raise DataError(str(path), "has none of the suffixes .jsonl, .jsonl.zst", "rename or convert the file")
+    raw = _read_bytes(path)
+    rows = list(_json_objects(_as_text(raw, path), path, "one object on every line"))
+    if not rows:
+        raise DataError(str(path), f"holds no line ({len(raw)} bytes)", "a file with examples")
+    return rows
+
+
+def _json_objects(text: str, path: Path, hint: str) -> Iterable[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -153,11 +174,18 @@ def _json_lines(text: str, path: Path) -> Iterable[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise DataError(where, f"is not JSON: {e}", '{"text": "..."} on every line') from e
-        value = row.get("text") if isinstance(row, dict) else None
+            raise DataError(where, f"is not JSON: {e}", hint) from e
+        if not isinstance(row, dict):
+            raise DataError(where, f"is no object; seen: {type(row).__name__}", hint)
+        yield where, row
+
+
+def _json_lines(text: str, path: Path) -> Iterable[str]:
+    hint = '{"text": "..."} on every line'
+    for where, row in _json_objects(text, path, hint):
+        value = row.get("text")
         if not isinstance(value, str):
-            seen = f"keys {sorted(row)[:6]}" if isinstance(row, dict) else type(row).__name__
-            raise DataError(where, f'has no string under "text"; seen: {seen}', '{"text": "..."} on every line')
+            raise DataError(where, f'has no string under "text"; seen: keys {sorted(row)[:6]}', hint)
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as e:
@@ -252,19 +280,21 @@ def text_sha256(path: str | Path) -> str:
 
 
 def paragraph_hashes(path: str | Path) -> list[str]:
+    """document_hashes of a file's documents. Raises DataError: see read_text."""
+    return document_hashes(read_text(path))
+
+
+def document_hashes(docs: Iterable[str]) -> list[str]:
     """At most 256 hashes of 200-character windows, sorted: a sample that says how much two texts share.
 
     Windows begin at the start of each document and at words whose checksum is a multiple of 8, and the smallest
     hashes are kept (a bottom-k sketch). So two texts choose the same windows wherever they hold the same words,
     which windows at even distances would do only for files that are equal from the start. White space is normalised.
     A part of a text is found when it is at least some hundredths of it: below that the sample may hold none of it.
-
-    Raises:
-        DataError: see read_text.
     """
     found: set[str] = set()
     budget = _MOST_TEXT
-    for doc in read_text(path):
+    for doc in docs:
         text = " ".join(doc[: max(budget, 0)].split())
         budget -= len(doc)
         starts = [m.start() for m in re.finditer(r"\S+", text) if zlib.crc32(m[0].encode()) % _ANCHOR_EVERY == 0]
@@ -281,10 +311,13 @@ def check_not_calibrated(
     path: str | Path,
     calibrated_sha256: Mapping[str, str],
     calibrated_hashes: Mapping[str, Collection[str]] | None = None,
+    *,
+    docs: Iterable[str] | None = None,
 ) -> None:
     """Refuse to measure on a text that was calibrated on.
 
     Args:
+        docs: the documents of the file, where it does not hold them in a way that read_text knows.
         calibrated_sha256: text_sha256 of each calibration file, by name.
         calibrated_hashes: paragraph_hashes of each, by name; finds copies that were renamed, cut, converted or packed.
 
@@ -296,7 +329,7 @@ def check_not_calibrated(
     for name, other in calibrated_sha256.items():
         if digest == other:
             raise DataError(str(path), f"is the file that was calibrated on ({name}, sha256 {digest[:12]})", hint)
-    mine = set(paragraph_hashes(path)) if calibrated_hashes else set()
+    mine = set(document_hashes(read_text(path) if docs is None else docs)) if calibrated_hashes else set()
     share, names, found = 0.0, list[str](), set[str]()
     for name, hashes in (calibrated_hashes or {}).items():
         theirs = set(hashes)

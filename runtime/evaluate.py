@@ -28,10 +28,10 @@ class EvalResult:
     kl_stderr: float
 
 
-def _mean_and_error(per_sequence: list[float]) -> tuple[float, float]:
-    values = torch.tensor(per_sequence, dtype=torch.float64)
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return values.mean().item(), error
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error sqrt(sum (x - mean)^2 / (n - 1) / n), NaN for a single value."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def evaluate(
             progress(min(start + batch, len(ids)), len(ids))
     out = {}
     for name, losses in nll.items():
-        loss, loss_error = _mean_and_error(losses)
-        div, div_error = _mean_and_error(kl[name]) if name in kl else (0.0, 0.0)
+        loss, loss_error = mean_and_error(losses)
+        div, div_error = mean_and_error(kl[name]) if name in kl else (0.0, 0.0)
         out[name] = EvalResult(ids[:, 1:].numel(), math.exp(min(loss, 700.0)), loss_error, div, div_error)
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -71,3 +71,13 @@ def make_student(capture: Capture, scan: SiteScan, plan: Plan) -> Student:
         run_passes(gm, [WrittenToSdpa(capture, only=written), RewriteToGdn(plan, scan.sites, GdnMixer)])
     gm.recompile()
     return Student(gm, capture, scan.sites, plan)
+
+
+@torch.no_grad()
+def without_linear(student: Student) -> Student:
+    """A copy whose converted sites give 0 before their output projection: what is left without the linear layers."""
+    gm = copy_module(student.gm)
+    for m in gm.modules():
+        if isinstance(m, GdnMixer):
+            m.norm.zero_()
+    return replace(student, gm=gm)

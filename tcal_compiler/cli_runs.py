@@ -6,11 +6,12 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .cli_options import (
+    Device,
     Json,
     Pickle,
     Quiet,
@@ -18,46 +19,96 @@ from .cli_options import (
     TeacherAgain,
     Tokenizer,
 )
+from .errors import ConfigError
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 
 def evaluate(
     run: RunArg,
-    text: Annotated[str, typer.Option(help="text that was not calibrated on")],
+    text: Annotated[Optional[str], typer.Option(help="text that was not calibrated on")] = None,  # noqa: UP045
     length: Annotated[Optional[int], typer.Option(help="tokens of a sequence; default as calibrated", min=2)] = None,  # noqa: UP045
     sequences: Annotated[int, typer.Option(help="at most so many sequences", min=1)] = 32,
+    needle: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="find one fact in so many tokens of the text, as in 1024,2048"),
+    ] = None,
+    recall: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="find one of eight facts in so many tokens of the text"),
+    ] = None,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="zero-shot tasks, as in arc_easy,piqa: hellaswag, arc_easy, arc_challenge, piqa, winogrande, "
+            "openbookqa, boolq, lambada_openai"
+        ),
+    ] = None,
+    task_files: Annotated[Optional[Path], typer.Option(help="folder with a TASK.jsonl for each of the tasks")] = None,  # noqa: UP045
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="examples of a task at most; default all, 100 for --needle and --recall", min=1),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the facts that are hidden", min=0)] = 0,
     student_only: Annotated[
         bool, typer.Option("--student-only", help="skip the naive, initialised and aligned copies")
     ] = False,
+    without_linear: Annotated[
+        bool, typer.Option("--without-linear", help="also the student with its converted layers giving 0")
+    ] = False,
+    device: Device = "cpu",
     teacher: TeacherAgain = None,
     tokenizer: Tokenizer = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity and mean KL(teacher, student) per token on a text."""
-    from .runs import evaluate_run
+    """Perplexity and mean KL(teacher, student) per token on a text, retrieval from it, and zero-shot tasks."""
+    from .evaluation import Measures, evaluate_run
 
-    results = evaluate_run(
+    words = [w.strip() for w in tasks.split(",")] if tasks else []
+    needles, recalls = _lengths("--needle", needle), _lengths("--recall", recall)
+    found = evaluate_run(
         run,
-        text=text,
+        Measures(text, length, sequences, needles, recalls, words, task_files, limit, seed),
         teacher=teacher,
         tokenizer=tokenizer,
-        length=length,
-        sequences=sequences,
         baselines=not student_only,
+        ablation=without_linear,
         allow_pickle=allow_pickle,
+        device=device,
         progress=Progress(quiet=quiet),
     )
+    _print_scores(found, as_json=as_json)
+
+
+def _lengths(option: str, given: str | None) -> list[int]:
+    try:
+        return [int(n) for n in given.split(",")] if given else []
+    except ValueError as e:
+        raise ConfigError(option, f"{given!r} is no list of lengths", f"{option} 1024,2048") from e
+
+
+def _print_scores(found: Evaluation, *, as_json: bool) -> None:
     if as_json:
-        rows = {n: {k: v if math.isfinite(v) else None for k, v in asdict(r).items()} for n, r in results.items()}
+        rows: dict[str, dict[str, Any]] = {n: _finite(asdict(r)) for n, r in found.text.items()}
+        for name, scores in found.tasks.items():
+            rows.setdefault(name, {})["tasks"] = [_finite(asdict(s)) for s in scores]
         print(json.dumps(rows, indent=1))
         return
-    base = results["teacher"].perplexity
-    for name, r in results.items():
-        print(
-            f"{name:12} perplexity {r.perplexity:10.3f}  x{r.perplexity / base:8.3f}  KL {r.kl:.4f} ± {r.kl_stderr:.4f}"
-        )
+    for name, r in found.text.items():
+        ratio = r.perplexity / found.text["teacher"].perplexity
+        print(f"{name:12} perplexity {r.perplexity:10.3f}  x{ratio:8.3f}  KL {r.kl:.4f} ± {r.kl_stderr:.4f}")
+    for name, scores in found.tasks.items():
+        for s in scores:
+            line = f"{name:12} {s.task:16} {s.metric:8} {s.value:8.4f} ± {s.stderr:.4f}"
+            print(line + ("" if name == "teacher" else f"  teacher {s.change:+.4f} ± {s.change_stderr:.4f}"))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def verify(

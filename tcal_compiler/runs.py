@@ -1,26 +1,22 @@
-"""Working with a finished run folder: evaluate, verify, generate."""
+"""Working with a finished run folder: verify, distil, compare, generate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from .api import STAGES, convert, write_report
+from .api import STAGES, convert
 from .config import load_config
-from .distillation import ALIGNED, DISTILLED, student_weights
-from .errors import ConfigError, DataError, RunFolderError, StageError
-from .passes.capture import capture_program, example_ids
+from .distillation import student_weights
+from .errors import ConfigError, DataError
+from .passes.capture import example_ids
 from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Progress
 from .recorded import (
-    calibrated_texts,
-    calibration_length,
     plan_of,
     recorded_teacher,
     settings_before,
@@ -29,141 +25,17 @@ from .recorded import (
 from .report import can_plot
 from .report.compare import compare_html, compare_json, compare_markdown
 from .report.facts import Facts
-from .runtime import data
-from .runtime.evaluate import EvalResult, evaluate
-from .runtime.initialize import naive_
-from .runtime.mixer import GdnMixer
+from .run_models import student_program, teacher_of
 from .runtime.onnx_export import OnnxArtifact
 from .runtime.onnx_parity import check_parity
-from .runtime.program_file import load_program
 from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession
 from .runtime.statistics import attention_statistics
-from .runtime.student import Student, make_student
+from .runtime.student import make_student
 from .runtime.text_stream import TextStream
 from .runtime.weights import load_weights
-from .source import Source, check_length, open_source
+from .source import Source
 from .variants import model_file, require_variant, run_tokenizer, variant_checks
-
-
-def _student_program(run: RunFolder) -> tuple[Capture, Callable[[Tensor], Tensor]]:
-    """The deployed student: its flat graph and a function from ids to logits."""
-    run.require("export")
-    program, _ = load_program(run.path / "student.pt2", allow_pickle=False)
-    module = program.module()
-    flat = capture_program(program, teacher=module, implementation="student", shapes=((1, 8),))
-    return flat, lambda ids: flat.gm(*flat.inputs(ids))
-
-
-def _last_weights(run: RunFolder) -> str:
-    """The last stage that made the student as it now is: export, or distill or align where that was not exported."""
-    stages = run.manifest.stages
-    if "export" in stages and not run.manifest.made_before("export"):
-        return "export"
-    return "distill" if "distill" in stages else "align"
-
-
-def _teacher_of(
-    run: RunFolder, override: str | None, tokenizer: str | None, allow_pickle: bool, *, need_tokenizer: bool
-) -> Source:
-    """The run's teacher."""
-    spec = override or recorded_teacher(run.path, run.manifest)
-    source = open_source(spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=need_tokenizer)
-    if source.capture.fingerprint != run.manifest.teacher.fingerprint:
-        raise RunFolderError(
-            str(run.path),
-            f"was made from another teacher than {spec}: weights sha256 "
-            f"{run.manifest.teacher.fingerprint[:16]}, found {source.capture.fingerprint[:16]}",
-            "--teacher with the one it was made from",
-        )
-    return source
-
-
-def _naive(source: Source, plan: Plan) -> Student:
-    student = make_student(source.capture, source.scan, plan)
-    generator = torch.Generator().manual_seed(0)
-    for m in student.gm.modules():
-        if isinstance(m, GdnMixer):
-            naive_(m, generator)
-    return student
-
-
-def _student_with(source: Source, plan: Plan, weights: Path) -> Callable[[Tensor], Tensor]:
-    """ids -> logits of the student with the weights in a file."""
-    student = make_student(source.capture, source.scan, plan)
-    load_weights(student, weights)
-    return student.logits
-
-
-def evaluate_run(
-    path: str | Path,
-    *,
-    text: str,
-    teacher: str | None = None,
-    tokenizer: str | None = None,
-    length: int | None = None,
-    sequences: int = 32,
-    baselines: bool = True,
-    allow_pickle: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, EvalResult]:
-    """Perplexity and KL of teacher, student and (baselines) naive, initialised and, of a distilled one, aligned copies.
-
-    length: tokens of a sequence, default the calibration's. Fewer sequences are used when the text is short. The
-    student is the exported program where that is of the present weights, else their graph. The result is recorded in
-    the run folder. Raises DataError when the text was calibrated on, or holds less than one sequence.
-    """
-    progress = progress or Progress(quiet=True)
-    if sequences < 1 or (length is not None and length < 2):
-        raise ConfigError("eval", f"{sequences} sequences of {length} tokens", "at least 1 sequence of 2 tokens")
-    with RunFolder.open_existing(path, write=True) as run:
-        data.check_not_calibrated(text, *calibrated_texts(run))
-        last = _last_weights(run)
-        student = _student_program(run)[1] if last == "export" else None
-        named = tokenizer is not None or student is None
-        source = _teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named)
-        words = source.tokenizer or run_tokenizer(run)
-        check_length(length := length or calibration_length(run), source, "--length")
-        tokens = data.encode_documents(data.read_text(text), words, words.eos_token_id)
-        count = max(1, min(sequences, len(tokens) // length))
-        ids = data.pack(tokens, sequences=count, length=length, what=text)
-        plan = plan_of(run, source.scan)
-        if student is None:
-            run.require(last)
-            student = _student_with(source, plan, run.path / ALIGNED if last == "align" else student_weights(run))
-        models: dict[str, Callable[[Tensor], Tensor]] = {"student": student}
-        if baselines and plan.convert:
-            run.require("calibrate")
-            copies: dict[str, Callable[[Tensor], Tensor]] = {"naive": _naive(source, plan).logits}
-            copies["initialised"] = _student_with(source, plan, run.path / "initial.safetensors")
-            if last != "align" and student_weights(run).name == DISTILLED:
-                run.require("align")
-                copies["aligned"] = _student_with(source, plan, run.path / ALIGNED)
-            models = copies | models
-        try:
-            results = evaluate(
-                ids,
-                teacher=lambda part: source.capture.gm(*source.capture.inputs(part)),
-                students=models,
-                progress=progress.bar("evaluation"),
-            )
-        except (IndexError, RuntimeError) as e:  # positions end, or no memory left
-            what = f"a model fails on sequences of {length} tokens: {str(e).splitlines()[0]}"
-            raise StageError("eval", what, "a smaller --length") from e
-        _record_eval(run, last, Path(text), length, count, results)
-        write_report(run, progress)
-    return results
-
-
-def _record_eval(
-    run: RunFolder, last: str, text: Path, length: int, count: int, results: dict[str, EvalResult]
-) -> None:
-    settings = {"length": length, "sequences": count, "models": sorted(results)}
-    inputs = {last: run.stage_hash(last), "text": data.text_sha256(text)}
-    with run.stage("eval", config=settings, inputs=inputs) as stage:
-        if not stage.done:
-            stage.evidence = {"text": text.name, "path": str(text), "length": length, "sequences": count}
-            stage.evidence["results"] = {n: asdict(r) for n, r in results.items()}
 
 
 def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None, as_json: bool = False) -> str:
@@ -217,19 +89,21 @@ def verify_run(
         if any(not c.passed for c in checks):
             return checks
         progress.say("verify: teacher")
-        source = _teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=tokenizer is not None)
+        source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=tokenizer is not None)
         checks += source.capture.checks
         checks += _unconverted_checks(source)
         checks += _statistics_checks(source)
         progress.say("verify: student")
-        flat, student = _student_program(run)
-        checks += _weight_checks(run, source, student)
+        flat = student_program(run)
+        checks += _weight_checks(run, source, flat)
         stateful = make_stateful(flat)
         checks += stateful.checks
         progress.say("verify: ONNX Runtime against PyTorch")
         artifact = OnnxArtifact(run.path / model_file(), "ort", 0, stateful.layers, 0)
         prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
-        checks += check_parity(artifact, stateful, whole=student, prompts=prompts, new_tokens=64)
+        checks += check_parity(
+            artifact, stateful, whole=lambda ids: flat.gm(*flat.inputs(ids)), prompts=prompts, new_tokens=64
+        )
         checks += variant_checks(run)
     return checks
 
@@ -298,14 +172,14 @@ def _statistics_checks(source: Source) -> list[Check]:
     return [Check("statistics of two parts, merged, equal the whole's", error, 1e-6, "relative")]
 
 
-def _weight_checks(run: RunFolder, source: Source, deployed: Callable[[Tensor], Tensor]) -> list[Check]:
+def _weight_checks(run: RunFolder, source: Source, deployed: Capture) -> list[Check]:
     """student.pt2 computes what its weights' file says, and training left nothing worse."""
     student = make_student(source.capture, source.scan, plan_of(run, source.scan))
     weights = student_weights(run)
     load_weights(student, weights)
     ids = example_ids(2, 33, source.capture.vocab_size)
     with torch.no_grad():
-        error = (student.logits(ids) - deployed(ids)).abs().max().item()
+        error = (student.logits(ids) - deployed.gm(*deployed.inputs(ids))).abs().max().item()
     checks = [Check(f"student.pt2 equals the graph with {weights.name}", error, 0.0, "bit for bit")]
     return checks + training_checks(run)
 

@@ -68,7 +68,7 @@ def test_fault_6_full_attention_maps(monkeypatch):
 
 
 def test_fault_6_reporting_on_the_calibration_text(tmp_path, monkeypatch):
-    from tcal_compiler import runs
+    from tcal_compiler import evaluation
     from tcal_compiler.api import ASSETS, convert
     from tcal_compiler.config import build_config
 
@@ -85,12 +85,12 @@ def test_fault_6_reporting_on_the_calibration_text(tmp_path, monkeypatch):
     def check_refused() -> None:
         for file in (text, copy_):
             try:
-                runs.evaluate_run(run, text=str(file))
+                evaluation.evaluate_run(run, evaluation.Measures(text=str(file)))
             except TcalError as e:
                 assert isinstance(e, DataError) and "calibrated on" in e.what
 
     check_refused()
-    monkeypatch.setattr(runs.data, "check_not_calibrated", lambda *_: None)
+    monkeypatch.setattr(evaluation.data, "check_not_calibrated", lambda *_: None)
     fails(check_refused)
 
 
