@@ -26,10 +26,10 @@ def conversion(name: str, body: dict[str, Any]) -> str:
     a, env = body["arguments"], body["environment"]
     lines = [
         f"## {name}\n",
-        f"Teacher {a['teacher']}, policy {a['policy']}; calibrated on {a['sequences']} x {a['length']}",
+        f"Teacher {a['teacher']}, {_policies(a)}; calibrated on {a['sequences']} x {a['length']}",
     ]
     lines[-1] += f" tokens of {a['calib']}, {a['holdout']} more sequences choose the weights;"
-    lines[-1] += f" batch {a['batch']}, seed {a['seed']}."
+    lines[-1] += f" batch {a['batch']}, {_seeds(a)}."
     if a.get("init_sequences"):
         lines[-1] += f" The initialisation used {a['init_sequences']} of them."
     if a["steps"]:
@@ -41,11 +41,29 @@ def conversion(name: str, body: dict[str, Any]) -> str:
         rates = f"{a['distill_lr_gdn'] or 'default'} at converted sites, {a['distill_lr_other'] or 'default'} elsewhere"
         lines[-1] += f" Distillation: {a['distill_batch']} sequences a step, rates {rates}."
     lines += ["Behind each text: the length of its sequences.", _machine(env), ""]
-    lines += [
+    if "kept" in body and len(body["kept"]) > 1:
+        lines += [f"Kept by {policy}: {', '.join(map(str, keep))}.  " for policy, keep in body["kept"].items()] + [""]
+    lines += _texts(body["scores"]) + _tasks(body.get("tasks", {}))
+    seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
+    return "\n".join([*lines, "", f"Seconds: {seconds}.", ""])
+
+
+def _policies(a: dict[str, Any]) -> str:
+    given = [a["policy"]] if isinstance(a["policy"], str) else a["policy"]
+    return f"polic{'y' if len(given) == 1 else 'ies'} {', '.join(given)}"
+
+
+def _seeds(a: dict[str, Any]) -> str:
+    seeds = a.get("seeds", [a.get("seed")])
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def _texts(scores: dict[str, Any]) -> list[str]:
+    lines = [
         "| student | text | tokens | perplexity | teacher | ratio | KL, nats per token |",
         "|---|---|---|---|---|---|---|",
     ]
-    for student, texts in body["scores"].items():
+    for student, texts in scores.items():
         for text, r in texts.items():
             cells = [
                 student,
@@ -56,8 +74,28 @@ def conversion(name: str, body: dict[str, Any]) -> str:
                 f"{r['ratio']:.3f}",
             ]
             lines.append("| " + " | ".join([*cells, f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]) + " |")
-    seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
-    return "\n".join([*lines, "", f"Seconds: {seconds}.", ""])
+    return lines
+
+
+def _tasks(tasks: dict[str, Any]) -> list[str]:
+    """One row for each task, metric and model: shares in per cent, nll in nats."""
+    if not tasks:
+        return []
+    lines = ["", "Tasks (docs/method.md); behind ±: standard errors, of the difference example by example.", ""]
+    lines += [
+        "| task | metric | model | examples | value | against the teacher | chance |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [(s["task"], s["metric"], model, s) for model, scores in tasks.items() for s in scores]
+    order = list(dict.fromkeys((task, metric) for task, metric, *_ in rows))
+    for task, metric, model, s in sorted(rows, key=lambda r: order.index(r[:2])):
+        unit, digits = (1, 3) if metric == "nll" else (100, 1)
+        pairs = (s["value"], s["stderr"]), (s["change"], s["change_stderr"])
+        shown = [f"{unit * float(x):.{digits}f} ± {unit * float(error):.{digits}f}" for x, error in pairs]
+        chance = "" if s["chance"] is None else f"{unit * s['chance']:.3g}"
+        cells = [task, metric, model, str(s["examples"]), shown[0], "" if model == "teacher" else shown[1], chance]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def decode(name: str, body: dict[str, Any]) -> str:
@@ -111,14 +149,14 @@ def run_folder(name: str, body: dict[str, Any]) -> str:
         lines.append(f"Scored on {e['text']}: {e['sequences']} sequences of {e['length']} tokens.")
     lines += [_machine(body["environment"]), ""]
     seconds = f"Seconds of each stage: {', '.join(f'{k} {v}' for k, v in body['seconds'].items())}."
-    if not e:
-        return "\n".join([*lines, seconds, ""])
-    lines += ["| model | perplexity | ratio | KL, nats per token |", "|---|---|---|---|"]
-    base = e["results"]["teacher"]["perplexity"]
-    for model, r in e["results"].items():
-        cells = [model, f"{r['perplexity']:.2f}", f"{r['perplexity'] / base:.3f}"]
-        lines.append("| " + " | ".join([*cells, f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]) + " |")
-    return "\n".join([*lines, "", seconds, ""])
+    if e:
+        lines += ["| model | perplexity | ratio | KL, nats per token |", "|---|---|---|---|"]
+        base = e["results"]["teacher"]["perplexity"]
+        for model, r in e["results"].items():
+            cells = [model, f"{r['perplexity']:.2f}", f"{r['perplexity'] / base:.3f}"]
+            lines.append("| " + " | ".join([*cells, f"{r['kl']:.4f} ± {r['kl_stderr']:.4f}"]) + " |")
+    lines += _tasks(body.get("eval-tasks", {}).get("results", {}))
+    return "\n".join([*lines, *[""] * lines[-1].startswith("|"), seconds, ""])
 
 
 def _distilled(d: dict[str, Any], config: dict[str, Any]) -> str:
@@ -155,7 +193,7 @@ def copy_run(item: str, folder: Path, machine: str) -> None:
     m = json.loads((Path(path) / "tcal.json").read_text(encoding="utf-8"))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     stages = m["stages"]
-    found = {n: e for n in ("eval", "distill") if (e := stages.get(n, {}).get("evidence"))}
+    found = {n: e for n in ("eval", "eval-tasks", "distill") if (e := stages.get(n, {}).get("evidence"))}
     found.get("eval", {}).pop("path", None)
     body = found | {
         "teacher": Path(m["teacher"]["source"]).name,

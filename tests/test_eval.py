@@ -1,11 +1,81 @@
-"""tcal eval of a distilled run scores the aligned copy beside the student."""
+"""tcal eval: which models it scores, on text, retrieval and tasks, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from command_line import HELD_OUT, done
+import torch
+from command_line import HELD_OUT, call, done, refused
+from tiny_models import VOCAB, TinyModel
+
+from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.runtime.initialize import naive_
+from tcal_compiler.runtime.live import capture_live
+from tcal_compiler.runtime.mixer import GdnMixer
+from tcal_compiler.runtime.student import make_student, without_linear
+
+BOOLQ = [{"passage": f"The {i} o'clock bell rang.", "question": "did it ring", "answer": i % 3 > 0} for i in range(5)]
+
+
+def test_retrieval_and_tasks_of_every_model(finished, tmp_path):
+    (tmp_path / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in BOOLQ))
+    words = ("--recall", "700", "--tasks", "boolq", "--task-files", tmp_path, "--limit", 3, "--quiet")
+    shown = done("tcal", "eval", finished, "--text", HELD_OUT, "--sequences", 1, *words, "--without-linear", "--json")
+    found = json.loads(shown)
+    assert list(found) == ["teacher", "naive", "initialised", "no linear", "student"]
+    for row in found.values():
+        assert [(s["task"], s["metric"], s["examples"]) for s in row["tasks"]] == [
+            ("recall 700", "exact", 3),
+            ("recall 700", "nll", 3),
+            ("boolq", "acc", 3),
+        ]
+    assert found["no linear"]["kl"] > found["student"]["kl"] and found["no linear"]["perplexity"] > 1
+    _, nll, _ = found["student"]["tasks"]
+    assert nll["change"] == pytest.approx(nll["value"] - found["teacher"]["tasks"][1]["value"]) != 0
+    kept = json.loads((finished / "tcal.json").read_text())["stages"]["eval-tasks"]["evidence"]
+    assert kept["results"]["student"] == found["student"]["tasks"] and kept["files"].keys() == {
+        "heldout.txt",
+        "boolq.jsonl",
+    }
+    plain = done("tcal", "eval", finished, *words[2:], "--student-only")
+    assert [line.split()[:3] for line in plain.splitlines()] == [[m, "boolq", "acc"] for m in ("teacher", "student")]
+    assert "boolq" in done("tcal", "report", finished)
+
+
+@pytest.mark.parametrize(
+    "words, kind, said",
+    [
+        ((), "ConfigError", "neither --text nor --tasks"),
+        (("--tasks", "boolq"), "ConfigError", "--task-files go together"),
+        (("--needle", "300"), "ConfigError", "need a text"),
+        (("--needle", "300,x", "--text", HELD_OUT), "ConfigError", "'300,x' is no list of lengths"),
+        (("--needle", "20", "--text", HELD_OUT), "ConfigError", "at least 1 example of 256"),
+        (("--tasks", "glue", "--task-files", "."), "ConfigError", "glue is unknown"),
+        (("--tasks", "boolq", "--task-files", "gone"), "DataError", "no such folder"),
+        (("--text", HELD_OUT, "--device", "tpu"), "ConfigError", "unknown device 'tpu'"),
+    ],
+)
+def test_what_cannot_be_scored(shared_run, words, kind, said):
+    refused(call("tcal", "eval", shared_run, *words, "--quiet"), kind, said)
+
+
+def test_without_linear_layers_only_the_kept_ones_attend():
+    model = TinyModel(layers=3, bias=True)
+    capture = capture_live(model)
+    student = make_student(capture, scan := find_attention(capture), choose(scan, "keep=1"))
+    for mixer in student.gm.modules():
+        if isinstance(mixer, GdnMixer):
+            naive_(mixer, torch.Generator().manual_seed(0))
+    ids = example_ids(2, 19, VOCAB)
+    with torch.no_grad():
+        before, found = student.logits(ids), without_linear(student).logits(ids)
+        for i in (0, 2):
+            model.blocks[i].attn.out.weight.zero_()  # its bias stays
+        torch.testing.assert_close(found, model(ids))
+        assert torch.equal(student.logits(ids), before) and (found - before).abs().max() > 0.01
 
 
 @pytest.mark.slow

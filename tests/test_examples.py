@@ -26,8 +26,10 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "train_teacher": "test_teacher_assets",
     "write_reference": "test_docs",
     "write_results": "its page, docs/results.md",
+    "compare_lm_eval": "test_lm_eval",
     "compare_policies": "its numbers in docs/method.md",
-    "measure_conversion": "docs/results.md",
+    "conversion_bench": "measure_conversion",
+    "measure_conversion": "test_measure_conversion",
     "measure_dry_run": "docs/results.md",
 }
 HERE = {"convert_and_generate", "compile_in_place", "onnx_by_hand", "own_model", "stop_and_share", "walk_the_passes"}

@@ -83,12 +83,24 @@ class DryRun(Strict):
     dry_run: Spent
 
 
+class Task(Strict):
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int
+    chance: float | None
+    change: float
+    change_stderr: float | None
+
+
 class Score(Strict):
     tokens: int
     perplexity: float
     log_perplexity_stderr: float | None
     kl: float
     kl_stderr: float | None
+    tasks: list[Task] = []
 
 
 class Checked(Strict):
@@ -132,9 +144,10 @@ SCHEMAS: dict[str, Any] = {
     "distill": Manifest,
     **dict.fromkeys(("plan", "calibrate", "align", "export"), Manifest),
 }
+NEEDLE = ("--needle", "300", "--limit", "1")
 EXTRA = {
     "inspect": (TINY,),
-    "eval": ("RUN", "--text", HELD_OUT, "--length", "32", "--sequences", "2", "--student-only"),
+    "eval": (*("RUN", "--text", HELD_OUT, "--length", "32", "--sequences", "2", "--student-only"), *NEEDLE),
     "verify": ("RUN",),
     "generate": ("RUN", "The old", "--max-new-tokens", "4"),
     "report": ("RUN",),

@@ -112,6 +112,11 @@ class Facts:
         return self.evidence("eval").get("results", {})
 
     @cached_property
+    def task_scores(self) -> dict[str, list[dict[str, Any]]]:
+        """Model -> its runtime.tasks.TaskScore of every task and metric; empty before tcal eval with tasks."""
+        return self.evidence("eval-tasks").get("results", {})
+
+    @cached_property
     def checks(self) -> list[tuple[str, dict[str, Any]]]:
         return [(stage, c) for stage in self.manifest.stages for c in self.evidence(stage).get("checks", [])]
 

@@ -149,6 +149,10 @@ def distillation(run: Facts, _: Scales) -> list[Block]:
 
 
 def scores(run: Facts, scales: Scales) -> list[Block]:
+    return _text_scores(run, scales) + _task_scores(run)
+
+
+def _text_scores(run: Facts, scales: Scales) -> list[Block]:
     if not run.scores:
         return []
     evidence, base = run.evidence("eval"), run.scores["teacher"]["perplexity"]
@@ -167,6 +171,28 @@ def scores(run: Facts, scales: Scales) -> list[Block]:
         Table(["model", "perplexity", "ratio to teacher", "KL(teacher, model), nats per token"], rows),
         Plot("Divergence from the teacher", lambda axes: plots.divergence(axes, run, scales.kl)),
     ]
+
+
+def _task_scores(run: Facts) -> list[Block]:
+    if not run.task_scores:
+        return []
+    rows = [
+        [
+            s["task"],
+            s["metric"],
+            name,
+            str(s["examples"]),
+            f"{fixed(s['value'], 4)} ± {fixed(s['stderr'], 4)}",
+            f"{fixed(s['change'], 4)} ± {fixed(s['change_stderr'], 4)}",
+            "" if s["chance"] is None else number(s["chance"], 3),
+        ]
+        for name, scores in run.task_scores.items()
+        for s in scores
+    ]
+    files = ", ".join(run.evidence("eval-tasks")["files"])
+    text = f"Tasks made from {files}; behind ±: standard errors, of the difference example by example."
+    head = ["task", "metric", "model", "examples", "value", "value minus the teacher's", "chance"]
+    return [Paragraph(text), Table(head, sorted(rows, key=lambda r: (r[0] == "average", r[:2])))]
 
 
 def memory(run: Facts, scales: Scales) -> list[Block]:

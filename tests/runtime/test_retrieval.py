@@ -87,7 +87,7 @@ def test_lengths_and_fillers_that_do_not_do(docs):
         retrieval_tasks(docs, BYTES, kind="needle", lengths=[64])
     with pytest.raises(ConfigError, match="0 examples"):
         retrieval_tasks(docs, BYTES, kind="needle", lengths=[600], examples=0)
-    with pytest.raises(DataError, match="the filler has 1[0-9]{3} tokens, too few for examples of 4096"):
+    with pytest.raises(DataError, match=r"the filler has 1[0-9]{3} tokens, too few for examples of 4096"):
         retrieval_tasks([docs[0][:1500]], BYTES, kind="recall", lengths=[4096])
     every_code = " ".join(f"{i:04}" for i in range(10_000))
     with pytest.raises(DataError, match="cannot be made"):

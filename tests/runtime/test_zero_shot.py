@@ -132,7 +132,7 @@ def test_bad_files_and_names(tmp_path):
     (tmp_path / "piqa_validation.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"holds no line .1 bytes"):
         zero_shot_tasks(["piqa"], tmp_path, tokenizer)
-    with pytest.raises(DataError, match="holds no file for boolq; seen: piqa_validation.jsonl"):
+    with pytest.raises(DataError, match=r"holds no file for boolq; seen: piqa_validation.jsonl"):
         zero_shot_tasks(["boolq"], tmp_path, tokenizer)
     (tmp_path / "piqa.jsonl").touch()
     with pytest.raises(DataError, match="holds 2 files for piqa"):

@@ -1,0 +1,298 @@
+"""What examples/measure_conversion.py measures with: one teacher with its texts, and the arms of one plan and seed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from tcal_compiler.passes.choose import FORWARD, choose, scored_by
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.graph import move_to
+from tcal_compiler.passes.site_program import cut_program
+from tcal_compiler.passes.types import Capture, Plan, SiteScan
+from tcal_compiler.runtime.align import align
+from tcal_compiler.runtime.calibrate import initialise
+from tcal_compiler.runtime.capture_teacher import capture_teacher
+from tcal_compiler.runtime.config import AlignConfig, DistillConfig, InitName
+from tcal_compiler.runtime.data import (
+    check_not_calibrated,
+    encode_documents,
+    pack,
+    paragraph_hashes,
+    read_text,
+    text_sha256,
+)
+from tcal_compiler.runtime.distill import distill
+from tcal_compiler.runtime.evaluate import evaluate
+from tcal_compiler.runtime.retrieval import NUM_EXAMPLES, retrieval_tasks
+from tcal_compiler.runtime.score_sites import Trials, initial_student, score_sites
+from tcal_compiler.runtime.select_sites import SetScores, forward_path
+from tcal_compiler.runtime.student import Student, make_student
+from tcal_compiler.runtime.taps import LivePairs, SiteGroup, collect_taps
+from tcal_compiler.runtime.tasks import Task, score_tasks
+from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
+from tcal_compiler.runtime.tokenizer import TokenizerLike
+from tcal_compiler.runtime.zero_shot import with_average, zero_shot_tasks
+
+RANKED_ON = 8  # held-out calibration sequences that a policy measures on, as in tcal-compile
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where a student starts, and how many steps it is trained."""
+
+    init: InitName
+    align: int
+    distill: int
+
+    @classmethod
+    def of(cls, text: str) -> Schedule:
+        """ "300": closed-form, 300 steps of alignment; "880+120" and 120 of distillation; "naive:0+120" without."""
+        init, _, steps = text.rpartition(":")
+        aligned, _, distilled = steps.partition("+")
+        return cls(TypeAdapter(InitName).validate_python(init or "closed-form"), int(aligned), int(distilled or 0))
+
+    @property
+    def name(self) -> str:
+        parts = [] if self.init == "closed-form" else [self.init]
+        parts += [f"aligned-{self.align}"] if self.align or not parts else []
+        return "-".join([*parts, f"distilled-{self.distill}"] if self.distill else parts)
+
+    @property
+    def spelled(self) -> str:
+        return f"{self.init}:{self.align}+{self.distill}"
+
+
+class Bench:
+    """Teacher, calibration sequences, and what is scored, shared by all students of a call."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device)
+        self.seconds: dict[str, float] = {}
+        teacher = self.timed("load", lambda: load_teacher(args.teacher))
+        self.context: int | None = teacher.info.get("context_length")
+        tokenizer = load_tokenizer(teacher)
+        self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))
+        self.scan: SiteScan = self.timed("match", lambda: find_attention(self.capture))
+        move_to(self.capture.gm, self.device)
+        eos = tokenizer.eos_token_id
+        rows = args.sequences + args.holdout
+        tokens = encode_documents(read_text(args.calib), tokenizer, eos, most=rows * args.length)
+        self.ids = pack(tokens, sequences=rows, length=args.length, what=args.calib)
+        self.kept = args.init_sequences or args.sequences
+        self.seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
+        self.texts = dict(self._text(item, tokenizer) for item in args.eval)
+        self.tasks: list[Task] = self.timed("tasks", lambda: self._tasks(tokenizer))
+        self._ranks: dict[str, dict[int, float]] = {}
+        self._sets: SetScores | None = None
+        self._scratch = tempfile.TemporaryDirectory()
+
+    def timed(self, what: str, call: Any) -> Any:
+        """What call returns; how long it took is kept and printed. The same name again adds up."""
+        start = time.perf_counter()
+        out = call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
+        self.seconds[what] = round(self.seconds.get(what, 0.0) + took, 2)
+        print(f"{what}: {took:.2f} s", flush=True)
+        return out
+
+    def _text(self, item: str, tokenizer: TokenizerLike) -> tuple[str, Tensor]:
+        name, _, place = item.partition("=")
+        path, _, own = place.partition(":")
+        check_not_calibrated(path, *self.seen)
+        ids = encode_documents(read_text(path), tokenizer, tokenizer.eos_token_id)
+        length = int(own) if own else self.args.eval_length
+        count = min(len(ids), (self.args.eval_sequences or len(ids)) * self.args.eval_length) // length
+        return f"{name} ({length})", pack(ids, sequences=count, length=length, what=path)
+
+    def _tasks(self, tokenizer: TokenizerLike) -> list[Task]:
+        a, tasks = self.args, []
+        for kind, lengths in (("needle", a.needle), ("recall", a.recall)):
+            if lengths:
+                path = a.filler or a.eval[0].partition("=")[2].partition(":")[0]
+                check_not_calibrated(path, *self.seen)
+                given = {"lengths": lengths, "examples": a.limit or NUM_EXAMPLES}
+                tasks += retrieval_tasks(read_text(path), tokenizer, kind=kind, **given)
+        if a.tasks:
+            tasks += zero_shot_tasks(a.tasks, a.task_files, tokenizer, limit=a.limit, calibrated=self.seen)
+        return tasks
+
+    def plan(self, policy: str) -> Plan:
+        """Policies that measure do so once for all budgets, on the last RANKED_ON calibration sequences."""
+        name = scored_by(policy)
+        if name is None:
+            return choose(self.scan, policy)
+        if name == FORWARD:
+            if self._sets is None:
+                given = {"initial": self._initial, "batch": self.args.batch}
+                cache = Path(self._scratch.name) / "sets.json"
+                self._sets = SetScores(self.capture, self.scan, self.ids[-RANKED_ON:], cache=cache, **given)
+            sets = self._sets
+            return self.timed("scores for forward", lambda: choose(self.scan, policy, path=forward_path(sets)))
+        if name not in self._ranks:
+            trials = Trials(self.capture, self.scan, name, None if name == "ar" else self._initial())
+            given = {"batch": self.args.batch, "cache": Path(self._scratch.name) / f"{name}.json"}
+            found = self.timed(f"scores for {name}", lambda: score_sites(trials, self.ids[-RANKED_ON:], **given))
+            self._ranks[name] = {s.index: s.value for s in found}
+        return choose(self.scan, policy, self._ranks[name])
+
+    def _initial(self) -> Student:
+        """Every site converted and initialised; made once."""
+        return self.timed(
+            "init of every site",
+            lambda: initial_student(
+                self.capture,
+                self.scan,
+                self.ids[: self.kept],
+                init="closed-form",
+                seed=0,
+                batch=self.args.batch,
+                cache=Path(self._scratch.name) / "initial.safetensors",
+                progress=lambda what: lambda *_: None,
+            ),
+        )
+
+    @torch.no_grad()
+    def score(self, students: dict[str, Student]) -> dict[str, dict[str, Any]]:
+        """All students on all texts; the teacher's logits are computed once."""
+        out: dict[str, dict[str, Any]] = {n: {} for n in students}
+        for text, ids in self.texts.items():
+            batch = max(1, 8192 // ids.shape[1]) if self.device.type == "cuda" else 1
+            models = {n: s.logits for n, s in students.items()}
+            results = evaluate(ids.to(self.device), teacher=self.teacher, students=models, batch=batch)
+            teacher = results.pop("teacher").perplexity
+            for name, r in results.items():
+                ratio = r.perplexity / teacher
+                out[name][text] = asdict(r) | {"teacher": teacher, "ratio": ratio}
+                print(
+                    f"{name} on {text}: perplexity {r.perplexity:.2f}, teacher {teacher:.2f}, ratio {ratio:.4f}, "
+                    f"KL {r.kl:.4f} +- {r.kl_stderr:.4f}",
+                    flush=True,
+                )
+        return out
+
+    def score_tasks(self, students: dict[str, Student]) -> dict[str, list[dict[str, Any]]]:
+        """The teacher and all students on all tasks."""
+        if not self.tasks:
+            return {}
+        models = {"teacher": self.teacher, **{n: s.logits for n, s in students.items()}}
+        found = score_tasks(self.tasks, models, device=self.device, context_length=self.context)
+        scores = {name: with_average(rows) for name, rows in found.items()}
+        for name, rows in scores.items():
+            for s in rows:
+                print(
+                    f"{name} on {s.task}: {s.metric} {s.value:.4f} +- {s.stderr:.4f}, "
+                    f"against the teacher {s.change:+.4f} +- {s.change_stderr:.4f}",
+                    flush=True,
+                )
+        return {name: [asdict(s) for s in rows] for name, rows in scores.items()}
+
+    def teacher(self, ids: Tensor) -> Tensor:
+        return self.capture.gm(*self.capture.inputs(ids))
+
+
+class Arms:
+    """The students of one plan and one seed."""
+
+    def __init__(self, bench: Bench, plan: Plan, seed: int) -> None:
+        self.bench, self.args, self.plan, self.seed = bench, bench.args, plan, seed
+        self.taps: list[SiteGroup] = []
+        self.starts: dict[InitName, tuple[Student, list[SiteGroup], dict[str, Tensor]]] = {}
+        self.found: dict[tuple[InitName, int, float | None], tuple[dict[str, Tensor], float]] = {}
+
+    def fresh(self) -> Student:
+        student = make_student(self.bench.capture, self.bench.scan, self.plan)
+        move_to(student.gm, self.bench.device)
+        return student
+
+    def groups(self, student: Student) -> list[SiteGroup]:
+        """Taps with this student's programs; the teacher runs over the text once for all students."""
+        if not self.taps:
+            ids = self.bench.ids
+            self.taps = self.bench.timed(
+                "teacher over the calibration text",
+                lambda: collect_taps(
+                    student,
+                    self.bench.capture.gm,
+                    torch.cat([ids[: self.bench.kept], ids[self.args.sequences :]]),
+                    batch=self.args.batch,
+                    dtype=torch.bfloat16 if self.bench.device.type == "cuda" else torch.float32,
+                ),
+            )
+        ends = [(g, g.sites[0]) for g in self.taps]
+        return [replace(g, program=cut_program(student.gm, inputs_from=[s.x], outputs=[s.y])) for g, s in ends]
+
+    def initialised(self, init: InitName) -> tuple[Student, list[SiteGroup]]:
+        student, kept = self.fresh(), self.bench.kept
+        groups = self.groups(student)
+        train = [replace(g, x=g.x[:, :kept], y=g.y[:, :kept]) for g in groups]
+        student, _ = self.bench.timed(
+            f"init {init}", lambda: initialise(student, train, init=init, seed=self.seed, batch=self.args.batch)
+        )
+        return student, groups
+
+    def aligned(self, schedule: Schedule, lr_teacher: float | None) -> tuple[Student, float]:
+        """A student after alignment and its error on the held-out calibration sequences, NaN without a step."""
+        init, steps = schedule.init, schedule.align
+        if init not in self.starts:
+            student, groups = self.initialised(init)
+            values = {n: p.detach().clone() for n, p in student.gm.named_parameters()}
+            self.starts[init] = student, groups, values
+        student, groups, values = self.starts[init]
+        key = (init, steps, lr_teacher)
+        set_weights(student, self.found[key][0] if key in self.found else values)
+        if key in self.found:
+            return student, self.found[key][1]
+        if not steps:
+            return student, math.nan
+        given = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher, "weight_decay": self.args.weight_decay}
+        given["noise"] = self.args.noise
+        config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
+        live = LivePairs(student, groups, self.bench.ids[: self.args.sequences]) if self.args.init_sequences else None
+        student, curve = self.bench.timed(
+            f"align from {init} {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
+            lambda: align(student, groups, train=self.bench.kept, config=config, seed=self.seed, live=live),
+        )
+        means = [[sum(p[k].values()) / len(p[k]) for k in ("train", "held_out")] for p in curve]
+        print("  error on trained, held-out: " + ", ".join(f"{t:.4f} {h:.4f}" for t, h in means), flush=True)
+        best = min(h for _, h in means)
+        self.found[key] = {n: p.detach().clone() for n, p in student.gm.named_parameters()}, best
+        return student, best
+
+    def distilled(self, student: Student, schedule: Schedule) -> Student:
+        """The student after distillation on the sequences that it was aligned on; every prediction counts."""
+        steps, ids = schedule.distill, self.bench.ids
+        rates = {"lr_gdn": self.args.distill_lr_gdn, "lr_other": self.args.distill_lr_other}
+        config = DistillConfig(
+            steps=steps,
+            batch=self.args.distill_batch or self.args.batch,
+            score_every=max(1, steps // 4),
+            teacher_dtype=self.args.distill_dtype,
+            student_dtype=self.args.distill_dtype,
+            compile=self.args.distill_compile,
+            **{k: v for k, v in rates.items() if v is not None},
+        )
+        counts = torch.ones(len(ids), self.args.length - 1, dtype=torch.bool)
+        student, curve = self.bench.timed(
+            f"distil {schedule.name}",
+            lambda: distill(student, ids, counts, train=self.args.sequences, config=config, seed=self.seed),
+        )
+        print("  held-out KL: " + ", ".join(f"{p['kl']:.4f}" for p in curve), flush=True)
+        return student
+
+
+def set_weights(student: Student, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for n, v in values.items():
+            student.gm.get_parameter(n).copy_(v)
