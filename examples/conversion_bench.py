@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import published_recipe
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -43,6 +44,7 @@ from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
 from tcal_compiler.runtime.tokenizer import TokenizerLike
 from tcal_compiler.runtime.zero_shot import with_average, zero_shot_tasks
 
+RECIPES = ("published", "mended")  # of published_recipe.py
 RANKED_ON = 8  # held-out calibration sequences that a policy measures on, as in tcal-compile
 
 
@@ -50,7 +52,7 @@ RANKED_ON = 8  # held-out calibration sequences that a policy measures on, as in
 class Schedule:
     """Where a student starts, and how many steps it is trained."""
 
-    init: InitName
+    init: str
     align: int
     distill: int
 
@@ -59,7 +61,9 @@ class Schedule:
         """ "300": closed-form, 300 steps of alignment; "880+120" and 120 of distillation; "naive:0+120" without."""
         init, _, steps = text.rpartition(":")
         aligned, _, distilled = steps.partition("+")
-        return cls(TypeAdapter(InitName).validate_python(init or "closed-form"), int(aligned), int(distilled or 0))
+        if init not in RECIPES:
+            init = TypeAdapter(InitName).validate_python(init or "closed-form")
+        return cls(init, int(aligned), int(distilled or 0))
 
     @property
     def name(self) -> str:
@@ -233,10 +237,15 @@ class Arms:
         ends = [(g, g.sites[0]) for g in self.taps]
         return [replace(g, program=cut_program(student.gm, inputs_from=[s.x], outputs=[s.y])) for g, s in ends]
 
-    def initialised(self, init: InitName) -> tuple[Student, list[SiteGroup]]:
-        student, kept = self.fresh(), self.bench.kept
+    @staticmethod
+    def few(groups: list[SiteGroup], sequences: int) -> list[SiteGroup]:
+        return [replace(g, x=g.x[:, :sequences], y=g.y[:, :sequences]) for g in groups]
+
+    def initialised(self, init: InitName, sequences: int | None = None) -> tuple[Student, list[SiteGroup]]:
+        """From so many of the sequences, by default all that the initialisation may use."""
+        student = self.fresh()
         groups = self.groups(student)
-        train = [replace(g, x=g.x[:, :kept], y=g.y[:, :kept]) for g in groups]
+        train = self.few(groups, sequences or self.bench.kept)
         student, _ = self.bench.timed(
             f"init {init}", lambda: initialise(student, train, init=init, seed=self.seed, batch=self.args.batch)
         )
@@ -244,7 +253,10 @@ class Arms:
 
     def aligned(self, schedule: Schedule, lr_teacher: float | None) -> tuple[Student, float]:
         """A student after alignment and its error on the held-out calibration sequences, NaN without a step."""
-        init, steps = schedule.init, schedule.align
+        init: Any = schedule.init
+        steps = schedule.align
+        if init in RECIPES:
+            return self.by_recipe(schedule), math.nan
         if init not in self.starts:
             student, groups = self.initialised(init)
             values = {n: p.detach().clone() for n, p in student.gm.named_parameters()}
@@ -269,6 +281,25 @@ class Arms:
         best = min(h for _, h in means)
         self.found[key] = {n: p.detach().clone() for n, p in student.gm.named_parameters()}, best
         return student, best
+
+    def by_recipe(self, schedule: Schedule) -> Student:
+        """The published recipe or its mended form, on its own few sequences."""
+        plain, groups = self.initialised("taylor", sequences=published_recipe.SEQUENCES)
+        student = plain
+        if schedule.init == "published":
+            given = {"seed": self.seed, "batch": self.args.batch}
+            few = self.few(groups, published_recipe.SEQUENCES)
+            student = self.bench.timed(
+                "init published", lambda: published_recipe.published_student(plain, few, **given)
+            )
+        if schedule.align:
+            errors = self.bench.timed(
+                f"align {schedule.init} {schedule.align} steps",
+                lambda: published_recipe.train_layers(student, groups, steps=schedule.align),
+            )
+            first, last = (sum(e) / len(errors) for e in zip(*errors.values(), strict=True))
+            print(f"  error of the first and last step: {first:.4f} {last:.4f}", flush=True)
+        return student
 
     def distilled(self, student: Student, schedule: Schedule) -> Student:
         """The student after distillation on the sequences that it was aligned on; every prediction counts."""

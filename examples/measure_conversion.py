@@ -46,7 +46,8 @@ def arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="[INIT:]A[+D]",
-        help="A alignment steps from INIT (closed-form), then D steps of distillation on the same sequences; repeat",
+        help="A alignment steps from INIT (closed-form), then D steps of distillation on the same sequences; INIT may "
+        "be published or mended, whose A steps are those of published_recipe.py (there 300); repeat",
     )
     p.add_argument("--seeds", type=numbers, default=[0], help="as in 0,1,2: every student once for each")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -102,7 +102,7 @@ class SiteCalibrator:
         where = f"calibrate, {self.site.layer or self.site.anchor}"
         return StageError(where, "its output after initialisation is not finite", "another --init, or keep this layer")
 
-    def _rows(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]]:
+    def rows(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]]:
         for x, y in _batches(self.x, self.y, self.batch, self.device):
             outside = self.outside(len(x))
             yield x, self.qkv.gm(x, *(outside[i] for i in self._pick)), y
@@ -115,7 +115,7 @@ class SiteCalibrator:
     @torch.no_grad()
     def measure(self) -> SiteStats:
         total: SiteStats | None = None
-        for _, (q, k, v), _ in self._rows():
+        for _, (q, k, v), _ in self.rows():
             stats, _ = attention_statistics(q, k, v, site=self.site)
             total = stats if total is None else total.merge(stats)
         assert total is not None
@@ -125,7 +125,7 @@ class SiteCalibrator:
     def outputs(self) -> OutputSums:
         """Sums of the context on the rule's output, with the mixer's present decay and write gate."""
         total: OutputSums | None = None
-        for x, (q, k, v), _ in self._rows():
+        for x, (q, k, v), _ in self.rows():
             sums = output_sums(q, k, v, self.mixer.core(q, k, v, x), site=self.site)
             total = sums if total is None else total.merge(sums)
         assert total is not None
