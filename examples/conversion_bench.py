@@ -213,6 +213,7 @@ class Arms:
         self.bench, self.args, self.plan, self.seed = bench, bench.args, plan, seed
         self.taps: list[SiteGroup] = []
         self.starts: dict[InitName, tuple[Student, list[SiteGroup], dict[str, Tensor]]] = {}
+        self.recipes: dict[tuple[str, int], tuple[Student, dict[str, Tensor]]] = {}
         self.found: dict[tuple[InitName, int, float | None], tuple[dict[str, Tensor], float]] = {}
 
     def fresh(self) -> Student:
@@ -283,12 +284,20 @@ class Arms:
         return student, best
 
     def by_recipe(self, schedule: Schedule) -> Student:
-        """The published recipe or its mended form, on its own few sequences."""
-        plain, groups = self.initialised("taylor", sequences=published_recipe.SEQUENCES)
-        student = plain
+        """The published recipe or its mended form, on its own few sequences; trained once for all distillations."""
+        key = schedule.init, schedule.align
+        if key not in self.recipes:
+            student = self._by_recipe(schedule)
+            self.recipes[key] = student, {n: p.detach().clone() for n, p in student.gm.named_parameters()}
+        student, values = self.recipes[key]
+        set_weights(student, values)
+        return student
+
+    def _by_recipe(self, schedule: Schedule) -> Student:
+        student, groups = self.initialised("taylor", sequences=published_recipe.SEQUENCES)
         if schedule.init == "published":
             given = {"seed": self.seed, "batch": self.args.batch}
-            few = self.few(groups, published_recipe.SEQUENCES)
+            plain, few = student, self.few(groups, published_recipe.SEQUENCES)
             student = self.bench.timed(
                 "init published", lambda: published_recipe.published_student(plain, few, **given)
             )
