@@ -39,7 +39,7 @@ from tcal_compiler.runtime.score_sites import Trials, initial_student, score_sit
 from tcal_compiler.runtime.select_sites import SetScores, forward_path
 from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.taps import LivePairs, SiteGroup, collect_taps
-from tcal_compiler.runtime.tasks import Task, score_tasks
+from tcal_compiler.runtime.tasks import BATCH_TOKENS, Task, score_tasks
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
 from tcal_compiler.runtime.tokenizer import TokenizerLike
 from tcal_compiler.runtime.zero_shot import with_average, zero_shot_tasks
@@ -172,7 +172,7 @@ class Bench:
         """All students on all texts; the teacher's logits are computed once."""
         out: dict[str, dict[str, Any]] = {n: {} for n in students}
         for text, ids in self.texts.items():
-            batch = max(1, 8192 // ids.shape[1]) if self.device.type == "cuda" else 1
+            batch = max(1, BATCH_TOKENS["cuda"] // ids.shape[1]) if self.device.type == "cuda" else 1
             models = {n: s.logits for n, s in students.items()}
             results = evaluate(ids.to(self.device), teacher=self.teacher, students=models, batch=batch)
             teacher = results.pop("teacher").perplexity

@@ -104,7 +104,9 @@ def _print_scores(found: Evaluation, *, as_json: bool) -> None:
     for name, scores in found.tasks.items():
         for s in scores:
             line = f"{name:12} {s.task:16} {s.metric:8} {s.value:8.4f} ± {s.stderr:.4f}"
-            print(line + ("" if name == "teacher" else f"  teacher {s.change:+.4f} ± {s.change_stderr:.4f}"))
+            print(
+                line + ("" if name == "teacher" else f"  against the teacher {s.change:+.4f} ± {s.change_stderr:.4f}")
+            )
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .runtime.evaluate import EvalResult, Logits, evaluate
 from .runtime.retrieval import NUM_EXAMPLES, retrieval_tasks
 from .runtime.run_folder import RunFolder
 from .runtime.student import without_linear
-from .runtime.tasks import Task, TaskScore, score_tasks
+from .runtime.tasks import BATCH_TOKENS, Task, TaskScore, score_tasks
 from .runtime.tokenizer import TokenizerLike
 from .runtime.zero_shot import check_tasks, task_file, with_average, zero_shot_tasks
 from .source import Source, check_device, check_length
@@ -196,8 +196,9 @@ def _scores(
     text: dict[str, EvalResult] = {}
     if ids is not None:
         others = {n: m for n, m in models.items() if n != "teacher"}
+        batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS[device.type] // ids.shape[1])
         bar = progress.bar("evaluation")
-        text = evaluate(ids.to(device), teacher=models["teacher"], students=others, progress=bar)
+        text = evaluate(ids.to(device), teacher=models["teacher"], students=others, batch=batch, progress=bar)
     if not tasks:
         return Evaluation(text)
     context = source.teacher.info.get("context_length")

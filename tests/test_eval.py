@@ -20,29 +20,37 @@ from tcal_compiler.runtime.student import make_student, without_linear
 BOOLQ = [{"passage": f"The {i} o'clock bell rang.", "question": "did it ring", "answer": i % 3 > 0} for i in range(5)]
 
 
-def test_retrieval_and_tasks_of_every_model(finished, tmp_path):
+def test_retrieval_and_tasks_beside_a_text(finished, tmp_path):
     (tmp_path / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in BOOLQ))
     words = ("--recall", "700", "--tasks", "boolq", "--task-files", tmp_path, "--limit", 3, "--quiet")
-    shown = done("tcal", "eval", finished, "--text", HELD_OUT, "--sequences", 1, *words, "--without-linear", "--json")
-    found = json.loads(shown)
-    assert list(found) == ["teacher", "naive", "initialised", "no linear", "student"]
+    words += ("--student-only", "--without-linear", "--length", 32, "--sequences", 1)
+    found = json.loads(done("tcal", "eval", finished, "--text", HELD_OUT, *words, "--json"))
+    assert list(found) == ["teacher", "no linear", "student"]
     for row in found.values():
         assert [(s["task"], s["metric"], s["examples"]) for s in row["tasks"]] == [
             ("recall 700", "exact", 3),
             ("recall 700", "nll", 3),
             ("boolq", "acc", 3),
         ]
-    assert found["no linear"]["kl"] > found["student"]["kl"] and found["no linear"]["perplexity"] > 1
-    _, nll, _ = found["student"]["tasks"]
-    assert nll["change"] == pytest.approx(nll["value"] - found["teacher"]["tasks"][1]["value"]) != 0
+    assert found["no linear"]["kl"] > found["student"]["kl"] > 0
+    nll, before = (found[name]["tasks"][1] for name in ("student", "teacher"))
+    assert nll["change"] == pytest.approx(nll["value"] - before["value"]) and nll["change"] != 0
     kept = json.loads((finished / "tcal.json").read_text())["stages"]["eval-tasks"]["evidence"]
-    assert kept["results"]["student"] == found["student"]["tasks"] and kept["files"].keys() == {
-        "heldout.txt",
-        "boolq.jsonl",
-    }
-    plain = done("tcal", "eval", finished, *words[2:], "--student-only")
-    assert [line.split()[:3] for line in plain.splitlines()] == [[m, "boolq", "acc"] for m in ("teacher", "student")]
-    assert "boolq" in done("tcal", "report", finished)
+    assert kept["results"]["student"] == found["student"]["tasks"]
+    assert kept["files"].keys() == {"heldout.txt", "boolq.jsonl"}
+    report = (finished / "report.md").read_text()
+    assert "| boolq | acc | student | 3 |" in report and "| no linear | " in report
+
+
+@pytest.mark.slow
+def test_tasks_alone_of_every_model(finished, tmp_path):
+    for name in ("boolq", "boolq_more"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in BOOLQ))
+    words = ("tcal", "eval", finished, "--tasks", "boolq", "--task-files", tmp_path, "--quiet")
+    refused(call(*words), "DataError", "holds 2 files for boolq")
+    (tmp_path / "boolq_more.jsonl").unlink()
+    models = ("teacher", "naive", "initialised", "student")
+    assert [line.split()[:3] for line in done(*words).splitlines()] == [[m, "boolq", "acc"] for m in models]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +60,6 @@ def test_retrieval_and_tasks_of_every_model(finished, tmp_path):
         (("--tasks", "boolq"), "ConfigError", "--task-files go together"),
         (("--needle", "300"), "ConfigError", "need a text"),
         (("--needle", "300,x", "--text", HELD_OUT), "ConfigError", "'300,x' is no list of lengths"),
-        (("--needle", "20", "--text", HELD_OUT), "ConfigError", "at least 1 example of 256"),
         (("--tasks", "glue", "--task-files", "."), "ConfigError", "glue is unknown"),
         (("--tasks", "boolq", "--task-files", "gone"), "DataError", "no such folder"),
         (("--text", HELD_OUT, "--device", "tpu"), "ConfigError", "unknown device 'tpu'"),

@@ -43,6 +43,7 @@ def recipe(monkeypatch) -> ModuleType:
     return importlib.import_module("published_recipe")
 
 
+@pytest.mark.slow
 def test_the_published_recipe_has_its_faults_and_trains(recipe):
     model = TinyModel(layers=2)
     capture = capture_live(model)
@@ -99,6 +100,7 @@ def test_one_command_gives_the_table(tmp_path):
     assert page.count("| needle 300 | exact |") == len(expected) + 1
 
 
+@pytest.mark.slow
 def test_the_calibration_text_is_not_scored(tmp_path):
     (tmp_path / "text.txt").write_text(CALIBRATION_TEXT.read_text()[:60_000])
     words = [sys.executable, str(ROOT / "examples/measure_conversion.py"), TINY, "--calib", str(tmp_path / "text.txt")]
