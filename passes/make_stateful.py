@@ -183,6 +183,8 @@ def _layer(index: int, core: Node, sites: dict[str, AttentionSite], longest_wind
     if core.target is RULE:
         if argument(core, "initial_state").target is not aten.new_zeros.default:
             raise UnsupportedModelError(core.name, "its state does not start from zeros: the graph is stateful already")
+        if argument(core, "cu_seqlens") is not None:
+            raise UnsupportedModelError(core.name, "its sequences are packed", "a graph of one sequence a row")
         _, heads, key_dim, value_dim = value(argument(core, "initial_state")).shape
         return LayerState(index, "gdn", heads, int(value(argument(core, "k")).shape[2]), key_dim, value_dim)
     s = sites[core.name]
@@ -317,7 +319,7 @@ def _carry_attention(graph: Graph, core: Node, target: Any, args: tuple[Any, ...
 def _carry_rule(graph: Graph, core: Node, past: Node, valid: Node) -> Node:
     """The recurrence from the given state; padding neither decays (g = 0) nor writes (beta = 0)."""
     padding = graph.call_function(aten.unsqueeze.default, (graph.call_function(aten.logical_not.default, (valid,)), -1))
-    q, k, v, g, beta, _, scale = (argument(core, a.name) for a in RULE._schema.arguments)
+    q, k, v, g, beta, _, scale, _ = (argument(core, a.name) for a in RULE._schema.arguments)
     g, beta = (graph.call_function(aten.masked_fill.Scalar, (gate, padding, 0.0)) for gate in (g, beta))
     core.args, core.kwargs = (q, k, v, g, beta, past, scale), {}
     with graph.inserting_after(core):

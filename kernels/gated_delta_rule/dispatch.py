@@ -9,40 +9,58 @@ from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_tri
 
 from .chunked import gated_delta_rule_chunked
 from .chunked_backward import gated_delta_rule_chunked_backward
+from .packed import backward_each, forward_each
 
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "d_initial_state")
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Contract of `gated_delta_rule_chunked`."""
-    if _takes_triton(q, v):
+def forward(*inputs: Tensor, scale: float, bounds: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Contract of `gated_delta_rule_chunked`; bounds of packed sequences as in `gated_delta_rule_reference`."""
+    if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_forward import gated_delta_rule_triton
 
-        with torch.cuda.device(q.device):
-            return gated_delta_rule_triton(q, k, v, g, beta, initial_state, scale=scale)
-    return gated_delta_rule_chunked(q, k, v, g, beta, initial_state, scale=scale)
+        with torch.cuda.device(inputs[0].device):
+            return gated_delta_rule_triton(*inputs, scale=scale, bounds=bounds)
+    if bounds is not None:
+        return forward_each(gated_delta_rule_chunked, bounds, *inputs, scale=scale)
+    return gated_delta_rule_chunked(*inputs, scale=scale)
 
 
-def backward(d_out: Tensor, d_state: Tensor, *inputs: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Contract of `gated_delta_rule_chunked_backward`."""
-    if _takes_triton(inputs[0], inputs[2]):
+def backward(
+    d_out: Tensor, d_state: Tensor, *inputs: Tensor, scale: float, bounds: tuple[int, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """Contract of `gated_delta_rule_chunked_backward`; bounds as in `forward`."""
+    if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_backward import gated_delta_rule_triton_backward
 
         with torch.cuda.device(d_out.device):
-            return gated_delta_rule_triton_backward(d_out, d_state, *inputs, scale=scale)
+            return gated_delta_rule_triton_backward(d_out, d_state, *inputs, scale=scale, bounds=bounds)
+    if bounds is not None:
+        return backward_each(gated_delta_rule_chunked_backward, bounds, d_out, d_state, *inputs, scale=scale)
     return gated_delta_rule_chunked_backward(d_out, d_state, *inputs, scale=scale)
 
 
-def _takes_triton(q: Tensor, v: Tensor) -> bool:
-    return takes_triton("gated_delta_rule", self_check, q, q.shape[-1], v.shape[-1])
+def _takes_triton(q: Tensor, v: Tensor, *, packed: bool = False) -> bool:
+    op, check = ("packed gated_delta_rule", packed_self_check) if packed else ("gated_delta_rule", self_check)
+    return takes_triton(op, check, q, q.shape[-1], v.shape[-1])
 
 
 def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
     """rms error over rms of Triton's results against float64: 131 tokens, two query heads on one key head; steps."""
     from tcal_compiler.kernels.gated_delta_step import op as step
 
+    steps = step.self_check(device, dtype, key_dim, value_dim, normalize=False, normed=False)
+    return _errors(device, dtype, key_dim, value_dim, None) | steps
+
+
+def packed_self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
+    """As `self_check`, the tokens in packed sequences."""
+    return _errors(device, dtype, key_dim, value_dim, (0, 5, 5, 130, 131))
+
+
+def _errors(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, bounds: tuple[int, ...] | None
+) -> dict[str, float]:
     from .triton_backward import gated_delta_rule_triton_backward
     from .triton_forward import gated_delta_rule_triton
 
@@ -57,16 +75,17 @@ def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim
 
     q, k, v = unit(1, 131, 2, key_dim), unit(1, 131, 1, key_dim), randn(1, 131, 1, value_dim, as_dtype=dtype)
     g, beta = -torch.nn.functional.softplus(randn(1, 131, 2) - 2), randn(1, 131, 2).sigmoid()
-    inputs = (q, k, v, g, beta, randn(1, 2, key_dim, value_dim))
-    seeds = (randn(1, 131, 2, value_dim, as_dtype=dtype), randn(1, 2, key_dim, value_dim))
+    states = (1 if bounds is None else len(bounds) - 1, 2, key_dim, value_dim)
+    inputs = (q, k, v, g, beta, randn(*states))
+    seeds = (randn(1, 131, 2, value_dim, as_dtype=dtype), randn(*states))
 
     actual = [
-        *gated_delta_rule_triton(*inputs, scale=scale),
-        *gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale),
+        *gated_delta_rule_triton(*inputs, scale=scale, bounds=bounds),
+        *gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=bounds),
     ]
+    wide, wide_seeds = exactly(inputs), exactly(seeds)  # float64, which goes to PyTorch
     exact = [
-        *gated_delta_rule_chunked(*exactly(inputs), scale=scale),
-        *gated_delta_rule_chunked_backward(*exactly(seeds), *exactly(inputs), scale=scale),
+        *forward(*wide, scale=scale, bounds=bounds),
+        *backward(*wide_seeds, *wide, scale=scale, bounds=bounds),
     ]
-    steps = step.self_check(device, dtype, key_dim, value_dim, normalize=False, normed=False)
-    return relative_errors(NAMES, actual, exact) | steps
+    return relative_errors(NAMES, actual, exact)

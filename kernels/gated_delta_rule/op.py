@@ -15,22 +15,39 @@ from tcal_compiler.kernels.registration import register
 from tcal_compiler.kernels.shapes import Shapes
 
 from . import dispatch
+from .packed import read_bounds
 
 FORWARD, BACKWARD = "tcal::gated_delta_rule", "tcal::gated_delta_rule_backward"
-SHAPES = Shapes(
-    "gated_delta_rule",
-    "q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g [B,T,H], beta [B,T,H], initial_state [B,H,Dk,Dv]",
-    positive=("T",),
-    groups=("H", "K"),
+_TOKENS = "q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g [B,T,H], beta [B,T,H]"
+SHAPES, PACKED = (
+    Shapes("gated_delta_rule", f"{_TOKENS}, {rest}", positive=("T",), groups=("H", "K"))
+    for rest in ("initial_state [B,H,Dk,Dv]", "initial_state [N,H,Dk,Dv], cu_seqlens [N+1]")
 )
 
 
+def _check(*tensors: Tensor | None) -> tuple[int, ...] | None:
+    """The bounds of packed sequences, None where they are not. Raises ValueError."""
+    *others, cu_seqlens = tensors
+    if cu_seqlens is None:
+        SHAPES.check(*others)
+        return None
+    sizes = PACKED.check(*tensors)
+    return read_bounds(cu_seqlens, sizes["B"], sizes["T"], sizes["N"])
+
+
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    SHAPES.check(q, k, v, g, beta, initial_state)
+    bounds = _check(q, k, v, g, beta, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        out, state = dispatch.forward(q, k, v, g, beta, initial_state, scale=scale)
+        out, state = dispatch.forward(q, k, v, g, beta, initial_state, scale=scale, bounds=bounds)
     return out.contiguous(), state.contiguous()
 
 
@@ -38,7 +55,16 @@ register(FORWARD, _forward)
 
 
 @torch.library.register_fake(FORWARD)
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, scale: float) -> Any:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+) -> Any:
     # new_empty, not empty_like: the kernel's results are contiguous whatever the strides of v
     return v.new_empty(*q.shape[:3], v.shape[3]), initial_state.new_empty(initial_state.shape)
 
@@ -53,9 +79,11 @@ def _backward(
     beta: Tensor,
     initial_state: Tensor,
     scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bounds = None if cu_seqlens is None else _check(q, k, v, g, beta, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        grads = dispatch.backward(d_out, d_state, q, k, v, g, beta, initial_state, scale=scale)
+        grads = dispatch.backward(d_out, d_state, q, k, v, g, beta, initial_state, scale=scale, bounds=bounds)
     dq, dk, dv, dg, dbeta, dstate = grads
     return dq, dk, dv, dg, dbeta, dstate
 
@@ -74,17 +102,20 @@ def _(
     beta: Tensor,
     initial_state: Tensor,
     scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta, initial_state))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens)
 
 
 def _grad(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.tcal.gated_delta_rule_backward(d_out, d_state, *ctx.saved_tensors, ctx.scale), None)
+    *tensors, cu_seqlens = ctx.saved_tensors
+    grads = torch.ops.tcal.gated_delta_rule_backward(d_out, d_state, *tensors, ctx.scale, cu_seqlens)
+    return (*grads, None, None)
 
 
 torch.library.register_autograd(FORWARD, _grad, setup_context=_setup)
@@ -98,10 +129,20 @@ def _fold(size: int, dim: int | None, x: Tensor) -> Tensor:
 
 @torch.library.register_vmap(FORWARD)
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    *tensors, scale = args
-    folded = (_fold(info.batch_size, d, x) for d, x in zip(in_dims, tensors, strict=False))
-    out, state = torch.ops.tcal.gated_delta_rule(*folded, scale)
-    return (out.unflatten(0, (info.batch_size, -1)), state.unflatten(0, (info.batch_size, -1))), (0, 0)
+    size, (*tensors, scale) = info.batch_size, args[:7]
+    cu_seqlens = args[7] if len(args) > 7 else None
+    folded = [_fold(size, d, x) for d, x in zip(in_dims, tensors, strict=False)]
+    if cu_seqlens is None:
+        out, state = torch.ops.tcal.gated_delta_rule(*folded, scale)
+        return (out.unflatten(0, (size, -1)), state.unflatten(0, (size, -1))), (0, 0)
+    # packed: the mapped dimension becomes part of the tokens, and its sequences follow one another
+    tokens = folded[0].shape[1]
+    ends = _fold(size, in_dims[7], cu_seqlens).view(size, -1)[:, 1:]
+    ends = ends + tokens * torch.arange(size, device=ends.device, dtype=ends.dtype)[:, None]
+    joined = torch.cat([ends.new_zeros(1), ends.flatten()])
+    row = [x.flatten(0, 1).unsqueeze(0) for x in folded[:5]]
+    out, state = torch.ops.tcal.gated_delta_rule(*row, folded[5], scale, joined)
+    return (out.view(size, 1, tokens, *out.shape[2:]), state.unflatten(0, (size, -1))), (0, 0)
 
 
 def gated_delta_rule(
@@ -113,15 +154,23 @@ def gated_delta_rule(
     beta: Tensor,
     initial_state: Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule of `gated_delta_rule_reference`, differentiable, usable under export, compile and vmap.
 
-    initial_state defaults to zeros (float32, or float64 if q is float64); scale to Dk ** -0.5. Raises ValueError
-    when the shapes do not fit.
+    initial_state defaults to zeros (float32, or float64 if q is float64); scale to Dk ** -0.5.
+
+    cu_seqlens [N + 1], int32 or int64, rising from 0 to T: B is 1, and N sequences lie one after another in the T
+    tokens, sequence i from cu_seqlens[i] to before cu_seqlens[i + 1], each with a state of its own: initial and final
+    state are [N, H, Dk, Dv]. One of no tokens keeps its state. The numbers are read on the host: on the GPU every
+    forward and backward waits for them, on the CPU none does.
+
+    Raises ValueError when the shapes do not fit, or cu_seqlens falls or does not reach from 0 to T.
     """
     if initial_state is None:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        initial_state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        initial_state = q.new_zeros(rows, q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
     return torch.ops.tcal.gated_delta_rule(
-        q, k, v, g, beta, initial_state, q.shape[-1] ** -0.5 if scale is None else float(scale)
+        q, k, v, g, beta, initial_state, q.shape[-1] ** -0.5 if scale is None else float(scale), cu_seqlens
     )

@@ -1,7 +1,7 @@
 """Triton backward of the gated delta rule: five steps after the forward's solve and walk are run again.
 
 The names are those of `chunked_backward`; q is not scaled in memory, so `scale` is applied where q meets dO.
-1. inward, all chunks: P^T dO                                       -> d_fresh [B H, N, C, Dv]
+1. inward, all chunks: P^T dO                                       -> d_fresh [rows, N, C, Dv]
 2. the walk back (`triton_walk_back`): dS behind each chunk, dV'
 3. pairs, all chunks: dR = T^T dV' in the place of dV', G = [dO; -dR] V'^T, masked and decayed, dv, the value part of
    dbeta, the pair part of dg
@@ -12,6 +12,8 @@ dk and dv are summed over the query heads of a group in PyTorch. No atomics: res
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
+from .triton_layout import Layout, chunk_at, layout_of
 from .triton_solve import Solved, solve_chunks
 from .triton_tiles import (
     CHUNK,
@@ -36,84 +39,78 @@ from .triton_walk_back import walk_back
 
 @triton.jit
 def _inward(
-    q, k, g, d_out, d_fresh, scale, T, N, H, K, DK, DV,
+    q, k, g, d_out, d_fresh, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    row, n = pid // N, pid % N
-    b, h = row // H, row % H
-    t0 = n * C
-    keys = load_rows(k + (b * T * K + h // (H // K)) * DK, t0, K * DK, T, 0, DK, C, BK)
-    queries_t = load_columns(q + (b * T * H + h) * DK, t0, H * DK, T, 0, DK, C, BK)
-    c, _ = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
+    h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
+    keys = load_rows(k + h // (H // K) * DK, t0, K * DK, end, 0, DK, C, BK)
+    queries_t = load_columns(q + h * DK, t0, H * DK, end, 0, DK, C, BK)
+    c, _ = decay_sums(g + h, t0, H, end, C, GATE)
     scores_t = dot(keys, queries_t, DOT, PRECISION) * pair_decay_transposed(c, C) * scale
     for v0 in range(0, DV, BV):
-        grad = load_rows(d_out + (b * T * H + h) * DV, t0, H * DV, T, v0, DV, C, BV)
+        grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
         store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
 
 
 @triton.jit
 def _pairs(
-    q, k, v, g, beta, d_out, inverse, fresh, d_rows, pairs, dv, d_rate, d_total, scale, T, N, H, K, DK, DV,
+    q, k, v, g, beta, d_out, inverse, fresh, d_rows, pairs, dv, d_rate, d_total, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    row, n = pid // N, pid % N
-    b, h = row // H, row % H
-    t0 = n * C
-    gate, kv = b * T * H + h, b * T * K + h // (H // K)
-    rate = load_gate(beta + gate, t0, H, T, C)
+    h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
+    kv = h // (H // K)
+    rate = load_gate(beta + h, t0, H, end, C)
     d_scores = tl.zeros((C, C), tl.float32)
     d_low = tl.zeros((C, C), tl.float32)
     by_value = tl.zeros((C,), tl.float32)
     inverse_t = load_columns(inverse + pid * C * C, 0, C, C, 0, C, C, C)
     for v0 in range(0, DV, BV):
         new_t = load_columns(fresh + pid * C * DV, 0, DV, C, v0, DV, C, BV)
-        grad = load_rows(d_out + gate * DV, t0, H * DV, T, v0, DV, C, BV)
+        grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
         d_new = load_rows(d_rows + pid * C * DV, 0, DV, C, v0, DV, C, BV).to(tl.float32)
         rows = dot(inverse_t, d_new, tl.float32, PRECISION)
         store_rows(d_rows + pid * C * DV, rows, 0, DV, C, v0, DV, C, BV)
         d_scores += dot(grad, new_t, DOT, PRECISION)
         d_low -= dot(rows, new_t, DOT, PRECISION)
-        values = load_rows(v + kv * DV, t0, K * DV, T, v0, DV, C, BV)
+        values = load_rows(v + kv * DV, t0, K * DV, end, v0, DV, C, BV)
         by_value += tl.sum(values.to(tl.float32) * rows, 1)
-        store_rows(dv + gate * DV, rows * rate[:, None], t0, H * DV, T, v0, DV, C, BV)
+        store_rows(dv + h * DV, rows * rate[:, None], t0, H * DV, end, v0, DV, C, BV)
     store_gate(d_rate + pid * C, by_value, 0, 1, C, C)
     i = tl.arange(0, C)
     strict = i[:, None] > i[None, :]
-    c, _ = decay_sums(g + gate, t0, H, T, C, GATE)
+    c, _ = decay_sums(g + h, t0, H, end, C, GATE)
     decay = pair_decay(c, C)
     d_scores = d_scores * decay * scale
     d_low = tl.where(strict, d_low * decay, 0.0)
     store_rows(pairs + pid * 2 * C * C, d_scores, 0, C, C, 0, C, C, C)
     store_rows(pairs + (pid * 2 + 1) * C * C, d_low, 0, C, C, 0, C, C, C)
-    keys_t = load_columns(k + kv * DK, t0, K * DK, T, 0, DK, C, BK)
-    moved = d_scores * dot(load_rows(q + gate * DK, t0, H * DK, T, 0, DK, C, BK), keys_t, DOT, PRECISION)
-    low = dot(load_rows(k + kv * DK, t0, K * DK, T, 0, DK, C, BK), keys_t, DOT, PRECISION)
+    keys_t = load_columns(k + kv * DK, t0, K * DK, end, 0, DK, C, BK)
+    moved = d_scores * dot(load_rows(q + h * DK, t0, H * DK, end, 0, DK, C, BK), keys_t, DOT, PRECISION)
+    low = dot(load_rows(k + kv * DK, t0, K * DK, end, 0, DK, C, BK), keys_t, DOT, PRECISION)
     moved = tl.where(strict, moved + d_low * low * rate[:, None], 0.0)  # L_tt = 1 whatever g is
     store_gate(d_total + pid * C, tl.sum(moved, 1) - tl.sum(moved, 0), 0, 1, C, C)
 
 
 @triton.jit
 def _keys(
-    q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs, dq, dk, d_rate, d_total, d_end, d_kept, scale,
-    T, N, H, K, DK, DV, count,
+    q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs, dq, dk, d_rate, d_total, d_end, d_kept, chunks,
+    scale, T, N, H, K, DK, DV, count,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DK, BK)
     pid = tl.program_id(0).to(tl.int64)
     at, part = pid // parts, pid % parts
     k0 = part.to(tl.int32) * BK
-    row, n = at // N, at % N
-    b, h = row // H, row % H
-    t0 = n * C
-    gate, kv = b * T * H + h, b * T * K + h // (H // K)
-    c, last = decay_sums(g + gate, t0, H, T, C, GATE)
+    h, t0, end = chunk_at(at, chunks, T, N, H, C, PACKED)
+    kv = h // (H // K)
+    c, last = decay_sums(g + h, t0, H, end, C, GATE)
     into, leave = exp32(c), exp32(last - c)
-    rate = load_gate(beta + gate, t0, H, T, C)
+    rate = load_gate(beta + h, t0, H, end, C)
     by_query = tl.zeros((C, BK), tl.float32)
     by_scaled = tl.zeros((C, BK), tl.float32)
     by_key = tl.zeros((C, BK), tl.float32)
@@ -121,21 +118,21 @@ def _keys(
     for v0 in range(0, DV, BV):
         state_t = load_columns(states + at * DK * DV, k0, DV, DK, v0, DV, BK, BV)
         d_state_t = load_columns(d_states + at * DK * DV, k0, DV, DK, v0, DV, BK, BV)
-        grad = load_rows(d_out + gate * DV, t0, H * DV, T, v0, DV, C, BV)
+        grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
         rows = load_rows(d_rows + at * C * DV, 0, DV, C, v0, DV, C, BV)
         new = load_rows(fresh + at * C * DV, 0, DV, C, v0, DV, C, BV)
         by_query += dot(grad, state_t, DOT, PRECISION)
         by_scaled -= dot(rows, state_t, DOT, PRECISION)
         by_key += dot(new, d_state_t, DOT, PRECISION)
         kept += state_t.to(tl.float32) * d_state_t.to(tl.float32)
-    queries = load_rows(q + gate * DK, t0, H * DK, T, k0, DK, C, BK)
-    keys = load_rows(k + kv * DK, t0, K * DK, T, k0, DK, C, BK)
+    queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
+    keys = load_rows(k + kv * DK, t0, K * DK, end, k0, DK, C, BK)
     wide = keys.to(tl.float32)
     by_query *= (into * scale)[:, None]
     by_scaled *= into[:, None]
     by_key *= leave[:, None]
     total = tl.sum(by_query * queries.to(tl.float32) + by_scaled * wide * rate[:, None], 1)
-    share = (part * count + at) * C  # of [parts, B H, N, C]; count = B H N
+    share = (part * count + at) * C  # of [parts, rows, N, C]; count = rows N
     store_gate(d_total + share, total, 0, 1, C, C)
     store_gate(d_end + share, tl.sum(by_key * wide, 1), 0, 1, C, C)
     tl.store(d_kept + part * count + at, tl.sum(tl.sum(kept, 1), 0) * exp32(last))
@@ -146,18 +143,18 @@ def _keys(
     scaled = wide * rate[:, None]
     by_key += dot(load_columns(scores + C * C, 0, C, C, 0, C, C, C), scaled, DOT, PRECISION)
     store_gate(d_rate + share, tl.sum(by_scaled * wide, 1), 0, 1, C, C)
-    store_rows(dq + gate * DK, by_query, t0, H * DK, T, k0, DK, C, BK)
-    store_rows(dk + gate * DK, by_key + by_scaled * rate[:, None], t0, H * DK, T, k0, DK, C, BK)
+    store_rows(dq + h * DK, by_query, t0, H * DK, end, k0, DK, C, BK)
+    store_rows(dk + h * DK, by_key + by_scaled * rate[:, None], t0, H * DK, end, k0, DK, C, BK)
 
 
 @triton.jit
 def _gates(
-    by_value, by_pair, by_key, total, end, kept, dg, dbeta, T, N, H, parts, count, C: tl.constexpr, GATE: tl.constexpr
+    by_value, by_pair, by_key, total, at_ends, kept, dg, dbeta, chunks, T, N, H, parts, count,
+    C: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sums over the parts of Dk. dg_t gathers the gradients of c_s for s >= t and what c_C takes at the chunk's end."""
     pid = tl.program_id(0).to(tl.int64)
-    row, n = pid // N, pid % N
-    at, t0 = row // H * T * H + row % H, n * C
+    h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
     rate = load_gate(by_value + pid * C, 0, 1, C, C)
     d_total = load_gate(by_pair + pid * C, 0, 1, C, C).to(GATE)
     at_end = tl.zeros((C,), GATE)
@@ -166,12 +163,12 @@ def _gates(
         share = (part * count + pid) * C
         rate += load_gate(by_key + share, 0, 1, C, C)
         d_total += load_gate(total + share, 0, 1, C, C).to(GATE)
-        at_end += load_gate(end + share, 0, 1, C, C).to(GATE)
+        at_end += load_gate(at_ends + share, 0, 1, C, C).to(GATE)
         whole += tl.load(kept + part * count + pid).to(GATE)
     later = tl.sum(d_total, 0) - tl.cumsum(d_total, 0) + d_total
     grad = later + whole + tl.cumsum(at_end, 0) - at_end
-    store_gate(dg + at, grad.to(tl.float32), t0, H, T, C)
-    store_gate(dbeta + at, rate, t0, H, T, C)
+    store_gate(dg + h, grad.to(tl.float32), t0, H, end, C)
+    store_gate(dbeta + h, rate, t0, H, end, C)
 
 
 def _over_group(x: Tensor, like: Tensor) -> Tensor:
@@ -191,35 +188,40 @@ def gated_delta_rule_triton_backward(
     initial_state: Tensor,
     *,
     scale: float,
+    bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Same contract as `gated_delta_rule_chunked_backward`; float32, bfloat16 and float16, not float64."""
+    """Same contract as `gated_delta_rule_chunked_backward`; float32, bfloat16 and float16, not float64.
+
+    bounds of packed sequences: as for `gated_delta_rule_triton`.
+    """
     inputs = (q, k, v, g, beta, initial_state)
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
-    s = setting_for(q, v)
-    solved = solve_chunks(q, k, v, g, beta, s, inverse=True)
-    states, _ = walk_states(k, solved, state, s)
-    rows, chunks = solved.u.shape[:2]
+    s, layout = setting_for(q, v), layout_of(q, bounds)
+    solved = solve_chunks(q, k, v, g, beta, layout, s, inverse=True)
+    states, _ = walk_states(k, solved, state, layout, s)
     d_rows = torch.empty_like(solved.u)
-    sizes = (q.shape[1], chunks, q.shape[2], *k.shape[2:], v.shape[3])
-    _inward[(rows * chunks,)](q, k, g, d_out, d_rows, scale, *sizes, **s.blocks(s.key_block))
-    d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, s, scale=scale)
-    grads = _at_all_chunks((q, k, v, g, beta, d_out), solved, (states, d_rows, d_states), scale, s)
+    sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
+    blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
+    _inward[(layout.rows * layout.chunks,)](q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
+    d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
+    walked = (states, d_rows, d_states)
+    grads = _at_all_chunks((q, k, v, g, beta, d_out), solved, walked, layout, scale, s)
     *firsts, dg, dbeta = grads
     dq, dk, dv = (_over_group(x, like) for x, like in zip(firsts, inputs[:3], strict=True))
     return dq, dk, dv, dg.to(inputs[3].dtype), dbeta.to(inputs[4].dtype), d_start.to(inputs[5].dtype)
 
 
 def _at_all_chunks(
-    inputs: tuple[Tensor, ...], solved: Solved, walked: tuple[Tensor, ...], scale: float, s: Setting
+    inputs: tuple[Tensor, ...], solved: Solved, walked: tuple[Tensor, ...], layout: Layout, scale: float, s: Setting
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Steps 3 to 5: dq, dk, dv per query head, dg, dbeta."""
     q, k, v, g, beta, d_out = inputs
     states, d_rows, d_states = walked
-    rows, num_chunks = solved.u.shape[:2]
-    sizes = (q.shape[1], num_chunks, q.shape[2], *k.shape[2:], v.shape[3])
-    parts = triton.cdiv(q.shape[3], s.key_part)
-    one_head = k.shape[2] == q.shape[2]
+    rows, num_chunks = layout.rows, layout.chunks
+    count, parts = rows * num_chunks, triton.cdiv(q.shape[3], s.key_part)
+    sizes = (layout.tokens, num_chunks, layout.heads, *k.shape[2:], v.shape[3])
+    one_head, table = k.shape[2] == q.shape[2], layout.given(q)
 
     def floats(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=q.device)
@@ -228,20 +230,21 @@ def _at_all_chunks(
         dtype = x.dtype if one_head else torch.float32
         return torch.empty(*q.shape[:3], x.shape[3], dtype=dtype, device=q.device)
 
+    def blocks(columns: int) -> dict[str, Any]:
+        return s.blocks(columns) | dict(PACKED=layout.packed)
+
     dq, dk, dv = torch.empty_like(q), per_head(k), per_head(v)
     pairs = torch.empty(rows, num_chunks, 2, CHUNK, CHUNK, dtype=s.kept, device=q.device)
     by_value, by_pair = floats(rows, num_chunks, CHUNK), floats(rows, num_chunks, CHUNK)
     by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
     kept = floats(parts, rows, num_chunks)
-    grid = (rows * num_chunks,)
     given = (q, k, v, g, beta, d_out, solved.inverse, solved.u, d_rows)
-    _pairs[grid](*given, pairs, dv, by_value, by_pair, scale, *sizes, **s.blocks(s.key_block))
+    _pairs[(count,)](*given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
     read = (q, k, g, beta, d_out, solved.u, d_rows, states, d_states, pairs)
-    grid = (rows * num_chunks * parts,)
     taken = (dq, dk, by_key, total, end, kept)
-    _keys[grid](*read, *taken, scale, *sizes, rows * num_chunks, **s.blocks(s.key_part))
+    _keys[(count * parts,)](*read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
     sums = (by_value, by_pair, by_key, total, end, kept)
-    where = (*sizes[:3], parts, rows * num_chunks)
-    _gates[(rows * num_chunks,)](*sums, dg, dbeta, *where, C=CHUNK, GATE=s.gate, num_warps=1)
+    types = dict(C=CHUNK, GATE=s.gate, PACKED=layout.packed)
+    _gates[(count,)](*sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
     return dq, dk, dv, dg, dbeta

@@ -12,20 +12,32 @@ from torch import Tensor
 from tcal_compiler.kernels.gated_delta_step import MOST_TOKENS
 from tcal_compiler.kernels.gated_delta_step.triton_kernel import gated_delta_step_triton
 
+from .triton_layout import layout_of
 from .triton_solve import solve_chunks
 from .triton_tiles import as_kernels_take, setting_for
 from .triton_walk import walk_outputs
 
 
 def gated_delta_rule_triton(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    *,
+    scale: float,
+    bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `gated_delta_rule_chunked`; float32, bfloat16 and float16, not float64."""
-    if q.shape[1] <= MOST_TOKENS:
+    """Same contract as `gated_delta_rule_chunked`; float32, bfloat16 and float16, not float64.
+
+    bounds of packed sequences: as in `gated_delta_rule_reference`.
+    """
+    if bounds is None and q.shape[1] <= MOST_TOKENS:
         return gated_delta_step_triton(q, k, v, g, beta, initial_state, scale=scale)
     v_dtype, state_dtype = v.dtype, initial_state.dtype
     q, k, v, g, beta, state = as_kernels_take((q, k, v, g, beta, initial_state))
-    s = setting_for(q, v)
-    solved = solve_chunks(q, k, v, g, beta, s, scale=scale, inverse=False)
-    out, final = walk_outputs(q, k, solved, state, s, scale=scale, dtype=v_dtype)
+    s, layout = setting_for(q, v), layout_of(q, bounds)
+    solved = solve_chunks(q, k, v, g, beta, layout, s, scale=scale, inverse=False)
+    out, final = walk_outputs(q, k, solved, state, layout, s, scale=scale, dtype=v_dtype)
     return out, final.to(state_dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
+from .triton_layout import Layout, chunk_at
 from .triton_tiles import CHUNK, Setting, decay_sums, exp32, pair_decay
 
 
@@ -68,69 +69,74 @@ def _inverse(low, PRECISION: tl.constexpr):
 
 @triton.jit
 def _solve(
-    q, k, v, g, beta, inverse, scores, w, u, into, fade, keep, scale, T, N, H, K, DK, DV,
+    q, k, v, g, beta, inverse, scores, w, u, into, fade, keep, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr, SCORES: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, INVERSE: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    row, n = pid // N, pid % N
-    b, h = row // H, row % H
-    t0 = n * C
+    h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
     i = tl.arange(0, C)
-    kp = k + (b * T * K + h // (H // K)) * DK
-    rate = load_gate(beta + b * T * H + h, t0, H, T, C)
-    c, last = decay_sums(g + b * T * H + h, t0, H, T, C, GATE)
+    kp = k + h // (H // K) * DK
+    rate = load_gate(beta + h, t0, H, end, C)
+    c, last = decay_sums(g + h, t0, H, end, C, GATE)
     store_gate(into + pid * C, exp32(c), 0, 1, C, C)
     store_gate(fade + pid * C, exp32(last - c), 0, 1, C, C)
     tl.store(keep + pid, exp32(last))
     if SCORES:
         pairs = tl.zeros((C, C), tl.float32)
         for k0 in range(0, DK, BK):
-            keys_t = load_columns(kp, t0, K * DK, T, k0, DK, C, BK)
-            queries = load_rows(q + (b * T * H + h) * DK, t0, H * DK, T, k0, DK, C, BK)
+            keys_t = load_columns(kp, t0, K * DK, end, k0, DK, C, BK)
+            queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
             pairs += dot(queries, keys_t, DOT, PRECISION)
         store_rows(scores + pid * C * C, pairs * pair_decay(c, C) * scale, 0, C, C, 0, C, C, C)
     low = tl.zeros((C, C), tl.float32)
     for k0 in range(0, DK, BK):
-        keys_t = load_columns(kp, t0, K * DK, T, k0, DK, C, BK)
-        low += dot(load_rows(kp, t0, K * DK, T, k0, DK, C, BK), keys_t, DOT, PRECISION)
+        keys_t = load_columns(kp, t0, K * DK, end, k0, DK, C, BK)
+        low += dot(load_rows(kp, t0, K * DK, end, k0, DK, C, BK), keys_t, DOT, PRECISION)
     low = tl.where(i[:, None] > i[None, :], low * rate[:, None], 0.0)
     x = _inverse(low, PRECISION) * pair_decay(c, C)
     if INVERSE:
         store_rows(inverse + pid * C * C, x, 0, C, C, 0, C, C, C)
-    vp = v + (b * T * K + h // (H // K)) * DV
+    vp = v + h // (H // K) * DV
     for v0 in range(0, DV, BV):
-        values = load_rows(vp, t0, K * DV, T, v0, DV, C, BV).to(tl.float32) * rate[:, None]
+        values = load_rows(vp, t0, K * DV, end, v0, DV, C, BV).to(tl.float32) * rate[:, None]
         store_rows(u + pid * C * DV, dot(x, values, tl.float32, PRECISION), 0, DV, C, v0, DV, C, BV)
     weight = rate * exp32(c)
     for k0 in range(0, DK, BV):
-        some = load_rows(kp, t0, K * DK, T, k0, DK, C, BV).to(tl.float32) * weight[:, None]
+        some = load_rows(kp, t0, K * DK, end, k0, DK, C, BV).to(tl.float32) * weight[:, None]
         store_rows(w + pid * C * DK, dot(x, some, tl.float32, PRECISION), 0, DK, C, k0, DK, C, BV)
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What every chunk of C tokens gives by itself; N chunks, c the running sum of g in a chunk."""
+    """What every chunk of C tokens gives by itself; rows and N as in `triton_layout`, c the running sum of g."""
 
-    inverse: Tensor  # T [B H, N, C, C], or empty
-    scores: Tensor  # P = scale (q k^T * L) [B H, N, C, C], or empty
-    w: Tensor  # T (beta e^c k) [B H, N, C, Dk]
-    u: Tensor  # T (beta v) [B H, N, C, Dv]
-    into: Tensor  # e^c [B H, N, C]
-    fade: Tensor  # e^(c_C - c) [B H, N, C]
-    keep: Tensor  # e^c_C [B H, N]
+    inverse: Tensor  # T [rows, N, C, C], or empty
+    scores: Tensor  # P = scale (q k^T * L) [rows, N, C, C], or empty
+    w: Tensor  # T (beta e^c k) [rows, N, C, Dk]
+    u: Tensor  # T (beta v) [rows, N, C, Dv]
+    into: Tensor  # e^c [rows, N, C]
+    fade: Tensor  # e^(c_C - c) [rows, N, C]
+    keep: Tensor  # e^c_C [rows, N]
 
 
 def solve_chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s: Setting, *, scale: float = 1.0, inverse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    layout: Layout,
+    s: Setting,
+    *,
+    scale: float = 1.0,
+    inverse: bool,
 ) -> Solved:
     """Tensors as `as_kernels_take` returns them. The inverse is for a backward, else the scores for a forward."""
-    batch, tokens, heads, key_dim = q.shape
-    kv_heads, value_dim = v.shape[2:]
-    chunks = triton.cdiv(tokens, CHUNK)
+    key_dim, value_dim = k.shape[3], v.shape[3]
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(batch * heads, chunks, *size, dtype=dtype, device=k.device)
+        return torch.empty(layout.rows, layout.chunks, *size, dtype=dtype, device=k.device)
 
     solved = Solved(
         inverse=empty(CHUNK, CHUNK) if inverse else empty(0),
@@ -141,9 +147,10 @@ def solve_chunks(
         fade=empty(CHUNK),
         keep=empty(),
     )
-    _solve[(batch * heads * chunks,)](
-        q, k, v, g, beta, *vars(solved).values(), scale, tokens, chunks, heads, kv_heads, key_dim, value_dim,
+    sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], value_dim)
+    _solve[(layout.rows * layout.chunks,)](
+        q, k, v, g, beta, *vars(solved).values(), layout.given(q), scale, *sizes,
         C=CHUNK, BK=s.solve_keys, BV=min(32, s.value_block), DOT=s.dot, GATE=s.gate, PRECISION=s.precision,
-        INVERSE=inverse, SCORES=not inverse, num_warps=s.solve_warps,
+        PACKED=layout.packed, INVERSE=inverse, SCORES=not inverse, num_warps=s.solve_warps,
     )  # fmt: skip
     return solved

@@ -7,7 +7,7 @@ linear in S, so a long sequence with few heads is cut into segments that are wal
 2. join: the true start of every segment, one after another.
 3. walk: every segment from its true start. It reads the outputs, O = scale (e^c q) S + P V'; or, for a backward, it
    stores the states before each chunk, and V' in place of U.
-One segment is the third launch alone. Sums and the state are float32.
+One segment is the third launch alone. Sums and the state are float32. Segments and packed sequences: `triton_layout`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
+from .triton_layout import Cuts, Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
 
@@ -45,80 +46,108 @@ def _chunk(
 
 
 @triton.jit
-def _ends(
-    k, w, u, fade, keep, start, ends, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+def end_start(start, row, segment, part, DK, DV, BK: tl.constexpr, BV: tl.constexpr):
+    """Where program `part` of a segment's ends starts: the state [BK, BV], whether its columns are of M, the first of
+    them, and how many of the values' there are."""
     values = tl.cdiv(DV, BV)
-    parts = values + tl.cdiv(DK, BV)
-    pid = tl.program_id(0).to(tl.int64)
-    part, segment, row = (pid % parts).to(tl.int32), pid // parts % (SEGMENTS - 1), pid // parts // (SEGMENTS - 1)
-    unit = part >= values  # this program's columns are of M
+    unit = part >= values
     v0 = tl.where(unit, part - values, part) * BV
     columns = tl.where(unit, 0, DV)
-    b, h = row // H, row % H
-    kp = k + (b * T * K + h // (H // K)) * DK
     known = load_rows(start + row * DK * DV, 0, DV, tl.where(segment == 0, DK, 0), v0, columns, BK, BV)
     diagonal = tl.arange(0, BK)[:, None] == (v0 + tl.arange(0, BV))[None, :]
-    state = known.to(tl.float32) + tl.where(diagonal & unit, 1.0, 0.0)
-    first = (segment * LENGTH).to(tl.int32)
-    last = tl.where(unit & (segment == 0), first, first + LENGTH)  # nothing needs M of the first
-    for n in tl.range(first, last, num_stages=STAGES):
-        _, state = _chunk(
-            state, kp, w, u, fade, keep, row * N + n, n * C, v0, columns, T, K, DK, DV, C, BK, BV, DOT, PRECISION
-        )
-    at = (row * (SEGMENTS - 1) + segment) * DK * (DV + DK)
-    store_rows(ends + at, state, 0, DV + DK, DK, tl.where(unit, DV, 0) + v0, tl.where(unit, DV + DK, DV), BK, BV)
+    return known.to(tl.float32) + tl.where(diagonal & unit, 1.0, 0.0), unit, v0, columns
 
 
 @triton.jit
-def _join(start, ends, starts, SEGMENTS, DK, DV, BK: tl.constexpr, BV: tl.constexpr):
+def end_is_read(part, segment, segments, DV, BV: tl.constexpr):
+    """Nothing needs the end of the last segment, nor M of the first."""
+    return (segment < segments - 1) & ((segment > 0) | (part < tl.cdiv(DV, BV)))
+
+
+@triton.jit
+def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.constexpr):
+    """N or M into ends [segments of all sequences, H, Dk, Dv + Dk]."""
+    width = DV + DK
+    to = ends + index * DK * width
+    store_rows(to, state, 0, width, DK, tl.where(unit, DV, 0) + v0, tl.where(unit, width, DV), BK, BV)
+
+
+@triton.jit
+def _ends(
+    k, w, u, fade, keep, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(DV, BV) + tl.cdiv(DK, BV)
+    pid = tl.program_id(0).to(tl.int64)
+    index, part = pid // parts, (pid % parts).to(tl.int32)
+    h, row, origin, tokens, at, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
+    state, unit, v0, columns = end_start(start, row, segment, part, DK, DV, BK, BV)
+    kp = k + (origin * K + h // (H // K)) * DK
+    read = end_is_read(part, segment, segments, DV, BV)
+    first = (segment * LENGTH).to(tl.int32)
+    last = tl.where(read, tl.minimum(first + LENGTH, count), first)
+    for n in tl.range(first, last, num_stages=STAGES):
+        _, state = _chunk(
+            state, kp, w, u, fade, keep, at + n, n * C, v0, columns, tokens, K, DK, DV, C, BK, BV, DOT, PRECISION
+        )
+    if read:
+        store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
+
+
+@triton.jit
+def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr):
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
     row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
+    b, h = row // H, row % H
+    if PACKED:
+        first = tl.load(firsts + b)
+        segments = (tl.load(firsts + b + 1) - first).to(tl.int32)
+    else:
+        first, segments = b * SEGMENTS, SEGMENTS
+    width, index = DV + DK, first * H + h
     state = load_rows(start + row * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
-    to = starts + row * SEGMENTS * DK * DV
-    store_rows(to, state, 0, DV, DK, v0, DV, BK, BV)
-    width = DV + DK
-    ends += row * (SEGMENTS - 1) * DK * width
-    state = load_rows(ends, 0, width, DK, v0, DV, BK, BV)
-    store_rows(to + DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-    for s in tl.range(1, SEGMENTS - 1, num_stages=2):
-        at = ends + s * DK * width
+    store_rows(starts + index * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+    second = tl.where(segments > 1, DK, 0)  # its rows, if there is one
+    state = load_rows(ends + index * DK * width, 0, width, second, v0, DV, BK, BV)
+    store_rows(starts + (index + H) * DK * DV, state, 0, DV, second, v0, DV, BK, BV)
+    for s in tl.range(1, segments - 1, num_stages=2):
+        index = (first + s) * H + h
+        at = ends + index * DK * width
         moved = dot(load_rows(at, 0, width, DK, DV, width, BK, BK), state, tl.float32, "tf32x3")
         state = moved + load_rows(at, 0, width, DK, v0, DV, BK, BV)
-        store_rows(to + (s + 1) * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+        store_rows(starts + (index + H) * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
 @triton.jit
 def _walk(
-    k, w, u, fade, keep, starts, states, final, q, scores, into, out, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    k, w, u, fade, keep, starts, states, final, q, scores, into, out, cuts, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, READ: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
-    at_start, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
-    row, segment = at_start // SEGMENTS, at_start % SEGMENTS
-    b, h = row // H, row % H
-    kp = k + (b * T * K + h // (H // K)) * DK
-    state = load_rows(starts + at_start * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
+    index, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
+    h, row, origin, tokens, at_start, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
+    kp = k + (origin * K + h // (H // K)) * DK
+    qp, op = q + (origin * H + h) * DK, out + (origin * H + h) * DV
+    state = load_rows(starts + index * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
     first = (segment * LENGTH).to(tl.int32)
-    for n in tl.range(first, tl.minimum(first + LENGTH, N), num_stages=STAGES):
-        at, t0 = row * N + n, n * C
+    for n in tl.range(first, tl.minimum(first + LENGTH, count), num_stages=STAGES):
+        at, t0 = at_start + n, n * C
         if READ:
-            queries = load_rows(q + (b * T * H + h) * DK, t0, H * DK, T, 0, DK, C, BK)
+            queries = load_rows(qp, t0, H * DK, tokens, 0, DK, C, BK)
             read = dot(queries, state, DOT, PRECISION) * (tl.load(into + at * C + tl.arange(0, C)) * scale)[:, None]
         else:
             store_rows(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-        new, state = _chunk(state, kp, w, u, fade, keep, at, t0, v0, DV, T, K, DK, DV, C, BK, BV, DOT, PRECISION)
+        new, state = _chunk(state, kp, w, u, fade, keep, at, t0, v0, DV, tokens, K, DK, DV, C, BK, BV, DOT, PRECISION)
         if READ:
             read += dot(load_rows(scores + at * C * C, 0, C, C, 0, C, C, C), new, DOT, PRECISION)
-            store_rows(out + (b * T * H + h) * DV, read, t0, H * DV, T, v0, DV, C, BV)
+            store_rows(op, read, t0, H * DV, tokens, v0, DV, C, BV)
         else:
             store_rows(u + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
-    if segment == SEGMENTS - 1:
+    if segment == segments - 1:
         store_rows(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
@@ -156,16 +185,19 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def join(state: Tensor, ends: Tensor, s: Setting) -> Tensor:
-    """The true start of every segment [B H, segments, Dk, Dv], from that of the first and the ends of all but the last.
+def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:
+    """The true start of every segment [segments, H, Dk, Dv], from those of all sequences [B, H, Dk, Dv].
 
-    ends [B H, segments - 1, Dk, Dv + Dk]: N, then M, which takes a segment's start S to its end M S + N.
+    ends [segments, H, Dk, Dv + Dk]: N, then M, which takes a segment's start S to its end M S + N; of a sequence's last
+    segment nothing, of its first the true end in the place of N.
     """
-    rows, others, key_dim, width = ends.shape
-    value_dim = width - key_dim
-    starts = torch.empty(rows, others + 1, key_dim, value_dim, dtype=torch.float32, device=ends.device)
-    grid = (rows * triton.cdiv(value_dim, 16),)
-    _join[grid](state, ends, starts, others + 1, key_dim, value_dim, BK=s.key_block, BV=16, num_warps=4)
+    batch, heads, key_dim, value_dim = state.shape
+    starts = state.new_empty(cuts.total, *state.shape[1:])
+    grid = (batch * heads * triton.cdiv(value_dim, 16),)
+    sizes = (cuts.each, heads, key_dim, value_dim)
+    packed = cuts.firsts is not None
+    firsts = cuts.firsts if packed else state
+    _join[grid](state, ends, starts, firsts, *sizes, BK=s.key_block, BV=16, PACKED=packed, num_warps=4)
     return starts
 
 
@@ -176,59 +208,57 @@ class Walk:
     k: Tensor  # [B, T, K, Dk]
     solved: Solved
     state: Tensor  # [B, H, Dk, Dv], before the first chunk
+    layout: Layout
     s: Setting
     cut: Cut
 
     def run(self, states: Tensor, q: Tensor, out: Tensor, scale: float, *, read: bool) -> Tensor:
         """The final state [B, H, Dk, Dv].
 
-        read: fills out [B, T, H, Dv]; else states [B H, N, Dk, Dv], before each chunk, and V' in place of U. What
+        read: fills out [B, T, H, Dv]; else states [rows, N, Dk, Dv], before each chunk, and V' in place of U. What
         is not filled is never touched, so that any tensor may stand for it.
         """
-        rows, chunks, _, value_dim = self.solved.u.shape
-        heads = self.state.shape[1]
-        length = triton.cdiv(chunks, self.cut.segments)
-        segments = triton.cdiv(chunks, length)
-        sizes = (self.k.shape[1], chunks, length, segments, heads, *self.k.shape[2:], value_dim)
-        starts = self.state if segments == 1 else self._starts(sizes)
+        value_dim = self.solved.u.shape[3]
+        lay, cuts = self.layout, self.layout.cuts(self.cut.segments)
+        sizes = (lay.tokens, lay.chunks, cuts.length, cuts.each, lay.heads, *self.k.shape[2:], value_dim)
+        starts = self.state if cuts.total == lay.sequences else self._starts(cuts, sizes)
         final = torch.empty_like(self.state)
         x = self.solved
-        grid = (rows * segments * triton.cdiv(value_dim, self.cut.columns),)
+        grid = (cuts.total * lay.heads * triton.cdiv(value_dim, self.cut.columns),)
         _walk[grid](
-            self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out, scale, *sizes,
-            READ=read, **self._blocks(),
+            self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out, cuts.given(self.k),
+            scale, *sizes, READ=read, **self._blocks(),
         )  # fmt: skip
         return final
 
-    def _starts(self, sizes: tuple[int, ...]) -> Tensor:
-        """The true start of every segment, [B H, segments, Dk, Dv]."""
-        x, segments, (key_dim, value_dim) = self.solved, sizes[3], sizes[-2:]
-        rows, columns = x.u.shape[0], self.cut.columns
-        ends = torch.empty(rows, segments - 1, key_dim, value_dim + key_dim, dtype=torch.float32, device=x.u.device)
-        grid = (rows * (segments - 1) * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns)),)
+    def _starts(self, cuts: Cuts, sizes: tuple[int, ...]) -> Tensor:
+        """The true start of every segment, [segments, H, Dk, Dv]."""
+        x, (key_dim, value_dim), columns = self.solved, sizes[-2:], self.cut.columns
+        ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
+        grid = (cuts.total * self.layout.heads * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns)),)
         stages = self.cut.stages if self.s.key_block <= 64 else self.s.stages  # two programs run at once
         blocks = self._blocks() | dict(STAGES=stages)
-        _ends[grid](self.k, x.w, x.u, x.fade, x.keep, self.state, ends, *sizes, **blocks)
-        return join(self.state, ends, self.s)
+        _ends[grid](self.k, x.w, x.u, x.fade, x.keep, self.state, ends, cuts.given(self.k), *sizes, **blocks)
+        return join(self.state, ends, cuts, self.s)
 
     def _blocks(self) -> dict[str, Any]:
         blocks = dict(C=CHUNK, BK=self.s.key_block, BV=self.cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
-        return blocks | dict(STAGES=self.cut.stages, num_warps=self.s.warps)
+        return blocks | dict(STAGES=self.cut.stages, PACKED=self.layout.packed, num_warps=self.s.warps)
 
 
-def walk_states(k: Tensor, solved: Solved, state: Tensor, s: Setting) -> tuple[Tensor, Tensor]:
-    """States before each chunk [B H, N, Dk, Dv], and the final one; V' is then in solved.u."""
+def walk_states(k: Tensor, solved: Solved, state: Tensor, layout: Layout, s: Setting) -> tuple[Tensor, Tensor]:
+    """States before each chunk [rows, N, Dk, Dv], and the final one; V' is then in solved.u."""
     rows, chunks, _, value_dim = solved.u.shape
     states = torch.empty(rows, chunks, state.shape[2], value_dim, dtype=s.kept, device=k.device)
-    cut = cut_for(chunks, rows, value_dim, s, k.device, wide=False)
-    return states, Walk(k, solved, state, s, cut).run(states, k, states, 1.0, read=False)
+    cut = cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=False)
+    return states, Walk(k, solved, state, layout, s, cut).run(states, k, states, 1.0, read=False)
 
 
 def walk_outputs(
-    q: Tensor, k: Tensor, solved: Solved, state: Tensor, s: Setting, *, scale: float, dtype: torch.dtype
+    q: Tensor, k: Tensor, solved: Solved, state: Tensor, layout: Layout, s: Setting, *, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, Dv] in dtype, and the final state."""
-    rows, chunks, _, value_dim = solved.u.shape
+    value_dim = solved.u.shape[3]
     out = torch.empty(*q.shape[:3], value_dim, dtype=dtype, device=q.device)
-    cut = cut_for(chunks, rows, value_dim, s, k.device, wide=True)
-    return out, Walk(k, solved, state, s, cut).run(out, q, out, scale, read=True)
+    cut = cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=True)
+    return out, Walk(k, solved, state, layout, s, cut).run(out, q, out, scale, read=True)

@@ -18,9 +18,10 @@ from torch import Tensor
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from . import triton_walk
+from .triton_layout import Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
-from .triton_walk import join
+from .triton_walk import end_is_read, end_start, join, store_end
 
 
 @triton.jit
@@ -41,84 +42,87 @@ def _chunk_back(
 
 @triton.jit
 def _ends_back(
-    q, k, d_out, w, d_fresh, into, fade, keep, start, ends, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    q, k, d_out, w, d_fresh, into, fade, keep, start, ends, cuts, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    values = tl.cdiv(DV, BV)
-    parts = values + tl.cdiv(DK, BV)
+    parts = tl.cdiv(DV, BV) + tl.cdiv(DK, BV)
     pid = tl.program_id(0).to(tl.int64)
-    part, segment, row = (pid % parts).to(tl.int32), pid // parts % (SEGMENTS - 1), pid // parts // (SEGMENTS - 1)
-    unit = part >= values  # this program's columns are of M
-    v0 = tl.where(unit, part - values, part) * BV
-    columns = tl.where(unit, 0, DV)
-    b, h = row // H, row % H
-    qp, gp = q + (b * T * H + h) * DK, d_out + (b * T * H + h) * DV
-    kp = k + (b * T * K + h // (H // K)) * DK
-    known = load_rows(start + row * DK * DV, 0, DV, tl.where(segment == 0, DK, 0), v0, columns, BK, BV)
-    diagonal = tl.arange(0, BK)[:, None] == (v0 + tl.arange(0, BV))[None, :]
-    state = known.to(tl.float32) + tl.where(diagonal & unit, 1.0, 0.0)
-    first = ((SEGMENTS - 1 - segment) * LENGTH).to(tl.int32)
-    last = tl.where(unit & (segment == 0), first, tl.minimum(first + LENGTH, N))  # nothing needs M of the first
+    index, part = pid // parts, (pid % parts).to(tl.int32)
+    h, row, origin, tokens, at, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
+    state, unit, v0, columns = end_start(start, row, segment, part, DK, DV, BK, BV)
+    qp, gp = q + (origin * H + h) * DK, d_out + (origin * H + h) * DV
+    kp = k + (origin * K + h // (H // K)) * DK
+    read = end_is_read(part, segment, segments, DV, BV)
+    first = ((segments - 1 - segment) * LENGTH).to(tl.int32)
+    last = tl.where(read, tl.minimum(first + LENGTH, count), first)
     for step in tl.range(0, last - first, num_stages=STAGES):
         n = last - 1 - step
         _, state = _chunk_back(
-            state, qp, kp, gp, w, d_fresh, into, fade, keep, row * N + n, n * C, v0, columns, scale, T, H, K, DK, DV,
+            state, qp, kp, gp, w, d_fresh, into, fade, keep, at + n, n * C, v0, columns, scale, tokens, H, K, DK, DV,
             C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
-    at = (row * (SEGMENTS - 1) + segment) * DK * (DV + DK)
-    store_rows(ends + at, state, 0, DV + DK, DK, tl.where(unit, DV, 0) + v0, tl.where(unit, DV + DK, DV), BK, BV)
+    if read:
+        store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
 
 
 @triton.jit
 def _walk_back(
-    q, k, d_out, w, d_fresh, into, fade, keep, starts, d_states, d_start, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    q, k, d_out, w, d_fresh, into, fade, keep, starts, d_states, d_start, cuts, scale, T, N, LENGTH, SEGMENTS,
+    H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
-    at_start, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
-    row, segment = at_start // SEGMENTS, at_start % SEGMENTS
-    b, h = row // H, row % H
-    qp, gp = q + (b * T * H + h) * DK, d_out + (b * T * H + h) * DV
-    kp = k + (b * T * K + h // (H // K)) * DK
-    state = load_rows(starts + at_start * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
-    first = ((SEGMENTS - 1 - segment) * LENGTH).to(tl.int32)
-    last = tl.minimum(first + LENGTH, N)
+    index, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
+    h, row, origin, tokens, at_start, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
+    qp, gp = q + (origin * H + h) * DK, d_out + (origin * H + h) * DV
+    kp = k + (origin * K + h // (H // K)) * DK
+    state = load_rows(starts + index * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
+    first = ((segments - 1 - segment) * LENGTH).to(tl.int32)
+    last = tl.minimum(first + LENGTH, count)
     for step in tl.range(0, last - first, num_stages=STAGES):
         n = last - 1 - step
-        at = row * N + n
+        at = at_start + n
         store_rows(d_states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
         new, state = _chunk_back(
-            state, qp, kp, gp, w, d_fresh, into, fade, keep, at, n * C, v0, DV, scale, T, H, K, DK, DV,
+            state, qp, kp, gp, w, d_fresh, into, fade, keep, at, n * C, v0, DV, scale, tokens, H, K, DK, DV,
             C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
         store_rows(d_fresh + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
-    if segment == SEGMENTS - 1:
+    if segment == segments - 1:
         store_rows(d_start + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
 def walk_back(
-    q: Tensor, k: Tensor, d_out: Tensor, d_fresh: Tensor, d_final: Tensor, solved: Solved, s: Setting, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    d_out: Tensor,
+    d_fresh: Tensor,
+    d_final: Tensor,
+    solved: Solved,
+    layout: Layout,
+    s: Setting,
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """dS behind each chunk [B H, N, Dk, Dv], and before the first [B, H, Dk, Dv]; d_fresh, P^T dO, becomes dV'."""
+    """dS behind each chunk [rows, N, Dk, Dv], and before the first [B, H, Dk, Dv]; d_fresh, P^T dO, becomes dV'."""
     rows, chunks, _, value_dim = d_fresh.shape
     heads, key_dim = d_final.shape[1:3]
-    cut = triton_walk.cut_for(chunks, rows, value_dim, s, k.device, wide=True)
-    length = triton.cdiv(chunks, cut.segments)
-    segments = triton.cdiv(chunks, length)
-    sizes = (scale, k.shape[1], chunks, length, segments, heads, *k.shape[2:], value_dim)
+    cut = triton_walk.cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=True)
+    cuts = layout.cuts(cut.segments)
+    sizes = (scale, layout.tokens, chunks, cuts.length, cuts.each, heads, *k.shape[2:], value_dim)
     blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
-    blocks |= dict(STAGES=cut.stages, num_warps=s.warps)
+    blocks |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=s.warps)
     read = (q, k, d_out, solved.w, d_fresh, solved.into, solved.fade, solved.keep)
     parts, starts = triton.cdiv(value_dim, cut.columns), d_final
-    if segments > 1:
-        ends = torch.empty(rows, segments - 1, key_dim, value_dim + key_dim, dtype=torch.float32, device=k.device)
-        grid = (rows * (segments - 1) * (parts + triton.cdiv(key_dim, cut.columns)),)
-        _ends_back[grid](*read, d_final, ends, *sizes, **blocks)
-        starts = join(d_final, ends, s)
+    if cuts.total > layout.sequences:
+        ends = d_final.new_empty(cuts.total, heads, key_dim, value_dim + key_dim)
+        grid = (cuts.total * heads * (parts + triton.cdiv(key_dim, cut.columns)),)
+        _ends_back[grid](*read, d_final, ends, cuts.given(q), *sizes, **blocks)
+        starts = join(d_final, ends, cuts, s)
     d_states = torch.empty(rows, chunks, key_dim, value_dim, dtype=s.kept, device=k.device)
     d_start = torch.empty_like(d_final)
-    _walk_back[(rows * segments * parts,)](*read, starts, d_states, d_start, *sizes, **blocks)
+    _walk_back[(cuts.total * heads * parts,)](*read, starts, d_states, d_start, cuts.given(q), *sizes, **blocks)
     return d_states, d_start

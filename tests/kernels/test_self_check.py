@@ -18,7 +18,6 @@ from tcal_compiler.kernels.attention_stats.streaming import (
     attention_statistics_streaming,
 )
 from tcal_compiler.kernels.gated_delta_rule import dispatch as rule
-from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
 from tcal_compiler.kernels.gated_delta_step import gated_delta_step_reference
 from tcal_compiler.kernels.gated_delta_step import op as step
 from tcal_compiler.kernels.gated_rms_norm import op as norm
@@ -28,6 +27,7 @@ WIDE = (256, 256)
 VARIANTS = ((0, 0), (1, 0), (0, 1), (1, 1))  # of the step: normalize, normed
 PROOFS: list[tuple[str, self_check.Check, tuple[tuple[int, ...], ...]]] = [
     ("gated_delta_rule", rule.self_check, PAIRS),
+    ("packed gated_delta_rule", rule.packed_self_check, PAIRS),
     ("attention_statistics", statistics.self_check, (*PAIRS, WIDE)),
     ("gated_rms_norm", norm.self_check, ((16,), (64,), (96,), (128,), (256,))),
     ("gated_delta_step", step.self_check, tuple((*pair, *v) for pair in (*PAIRS, WIDE) for v in VARIANTS)),
@@ -55,13 +55,14 @@ def only_wrong(errors: dict[str, float], *names: str) -> None:
 def test_sees_a_wrong_gradient_of_the_rule(monkeypatch):
     from tcal_compiler.kernels.gated_delta_rule import triton_backward, triton_forward
 
-    def wrong(*args: Tensor, scale: float) -> tuple[Tensor, ...]:
-        dq, dk, dv, dg, *rest = gated_delta_rule_chunked_backward(*args, scale=scale)
+    def wrong(*args: Tensor, **given: Any) -> tuple[Tensor, ...]:
+        dq, dk, dv, dg, *rest = rule.backward(*args, **given)
         return dq, dk, dv, dg.flip(1), *rest
 
-    monkeypatch.setattr(triton_forward, "gated_delta_rule_triton", rule.gated_delta_rule_chunked)
+    monkeypatch.setattr(triton_forward, "gated_delta_rule_triton", rule.forward)
     monkeypatch.setattr(triton_backward, "gated_delta_rule_triton_backward", wrong)
     only_wrong(rule.self_check(CPU, torch.float32, 8, 8), "dg")
+    only_wrong(rule.packed_self_check(CPU, torch.float32, 8, 8), "dg")
 
 
 @interpreted
