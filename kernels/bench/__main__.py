@@ -2,10 +2,14 @@
 
     python -m tcal_compiler.kernels.bench [--ops rule step norm attention] [--shapes ...] [--dtype bfloat16]
                                           [--repeat 30] [--json FILE]
+    python -m tcal_compiler.kernels.bench --tune [--shapes ...] [--dtype bfloat16] [--json kernels/tuning.json]
 
 On a GPU: our kernels, their plain-PyTorch form, fla and flash attention where they can be had, and bounds from bytes
 and operations for an H100 or H200 (other cards: bytes and operations only). On a CPU: the PyTorch forms. Every time is
 a median of one process with its quartiles; nothing is timed when a result is wrong.
+
+--tune measures launch settings of the rule's kernels on this card instead, some minutes for every head dim of the
+shapes, and writes the table that the kernels read: into the package, or into FILE. Tune with nothing else on the card.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tcal_compiler.kernels import tuning
 
 from . import attention, norm, rule, step
 from .timing import Benchmark, line
@@ -41,7 +48,14 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=30 if device == "cuda" else 9)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--tune", action="store_true", help="measure launch settings of the rule's kernels")
     options = parser.parse_args(argv)
+    if options.tune:
+        if "rule" not in options.ops:
+            parser.error("--tune is for the rule")
+        options.ops = ["rule"]
+        if device != "cuda":
+            parser.error("--tune needs a CUDA device")
     if options.shapes and len(options.ops) != 1:
         parser.error("--shapes needs --ops with the one op that they are for")
     if options.repeat < 2:
@@ -59,6 +73,12 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = parse(argv, device)
+    if options.tune:
+        from .tune import tune  # needs Triton
+
+        shapes = [shape for _, shape in options.work]
+        tune(shapes, getattr(torch, options.dtype), options.repeat, Path(options.json or tuning.TABLE))
+        return 0
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     report: dict[str, Any] = {"device": where, "torch": torch.__version__, "dtype": options.dtype, "results": []}
     print(

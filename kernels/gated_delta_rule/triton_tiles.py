@@ -5,7 +5,7 @@ Tensors are contiguous. A program's chunk starts at token `t0`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tcal_compiler.kernels.tiles import load_gate
+from tcal_compiler.kernels.tuning import tuned
 
 CHUNK = 64
 
@@ -55,14 +56,17 @@ class Setting:
     precision: str  # of products of float32 operands
     kept: torch.dtype  # of U, W, P, V', dR, states, pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
-    warps: int
+    warps: int  # of the walks
+    pair_warps: int  # of the gradients
     solve_warps: int
     solve_keys: int  # key columns that one product of the solve takes
 
     def blocks(self, columns: int) -> dict[str, Any]:
-        """The constexpr arguments that most kernels share."""
+        """The constexpr arguments that the kernels of the gradients share."""
         types = dict(DOT=self.dot, GATE=self.gate, PRECISION=self.precision)
-        return dict(C=CHUNK, BK=columns, BV=self.value_block, num_warps=self.warps, num_stages=self.stages, **types)
+        return dict(
+            C=CHUNK, BK=columns, BV=self.value_block, num_warps=self.pair_warps, num_stages=self.stages, **types
+        )
 
 
 def setting_for(q: Tensor, v: Tensor) -> Setting:
@@ -71,13 +75,14 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
 
     Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
+    What `tuning` has for this card is taken instead.
     """
     key_block = max(16, triton.next_power_of_2(q.shape[-1]))
     narrow = q.dtype == torch.bfloat16
     emulated = not q.is_cuda  # the interpreter multiplies the bits of bfloat16
     bfloat16_products = narrow and not emulated
     value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
-    return Setting(
+    usual = Setting(
         key_block=key_block,
         value_block=min(value_block, max(16, triton.next_power_of_2(v.shape[-1]))),
         key_part=min(64, key_block),
@@ -87,9 +92,12 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
         kept=torch.bfloat16 if bfloat16_products else torch.float32,
         stages=2 if key_block <= 128 else 1,
         warps=4,
+        pair_warps=4,
         solve_warps=1 if narrow else 4,
         solve_keys=16 if narrow else min(32, key_block),
     )
+    measured: dict[str, Any] = tuned("gated_delta_rule", q, q.shape[-1], v.shape[-1])
+    return replace(usual, **measured)
 
 
 def as_kernels_take(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
