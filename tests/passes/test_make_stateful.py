@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcal_compiler.errors import UnsupportedModelError
+from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.passes.capture import capture_program, example_ids, export_module
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
@@ -297,11 +298,23 @@ class Bag(nn.Module):
         return self.out(self.embed(input_ids))
 
 
+class Packed(Bag):
+    """The rows of a batch one after another, as packed sequences."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        batch, tokens = input_ids.shape
+        x = self.embed(input_ids).view(1, batch * tokens, 1, WIDTH)
+        gate, ends = torch.zeros_like(x[..., 0]), torch.arange(batch + 1) * tokens
+        y, _ = gated_delta_rule(F.normalize(x, dim=-1), F.normalize(x, dim=-1), x, g=gate, beta=gate, cu_seqlens=ends)
+        return self.out(y.view(batch, tokens, WIDTH))
+
+
 @pytest.mark.parametrize(
     "module, reason",
     [
         (Bidirectional(), "not causal"),
         (Bag(), "no attention core"),
+        (Packed(), "packed"),
         (Plain("cumsum"), "mixes positions"),
         (Plain("token shift"), "equal one pass"),
     ],
