@@ -1,6 +1,6 @@
 """Compares runtime/zero_shot.py with lm-evaluation-harness on the same model and files, example by example.
 
-    pip install lm-eval
+    pip install "lm-eval[hf]"
     python examples/compare_lm_eval.py MODEL_FOLDER TASK_FILES --limit 50 --out comparison.json
 
 MODEL_FOLDER is what transformers' save_pretrained wrote. Both see the same rows; nothing is downloaded. For every task

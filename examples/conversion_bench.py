@@ -82,7 +82,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
         self.seconds: dict[str, float] = {}
-        teacher = self.timed("load", lambda: load_teacher(args.teacher))
+        teacher = self.timed("load", lambda: load_teacher(args.teacher, tokenizer=args.tokenizer))
         self.context: int | None = teacher.info.get("context_length")
         tokenizer = load_tokenizer(teacher)
         self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))

@@ -78,7 +78,20 @@ def test_one_command_gives_the_table(tmp_path):
     (tmp_path / "piqa.jsonl").write_text(json.dumps({"goal": "Eat", "sol1": "soup", "sol2": "sand", "label": 0}) + "\n")
     out = tmp_path / "results" / "tiny.json"
     out.parent.mkdir()
-    given = ["--calib", CALIBRATION_TEXT, "--sequences", 6, "--holdout", 8, "--length", 48, "--batch", 2]
+    given = [
+        "--tokenizer",
+        "bytes",
+        "--calib",
+        CALIBRATION_TEXT,
+        "--sequences",
+        6,
+        "--holdout",
+        8,
+        "--length",
+        48,
+        "--batch",
+        2,
+    ]
     given += ["--policy", "kl:1", "--policy", "none", "--seeds", "0,1", "--init", "naive", "--steps", "4+2"]
     given += ["--steps", "published:3+2", "--steps", "mended:3"]
     given += ["--eval", f"books={HELD_OUT}", "--eval-length", 64, "--eval-sequences", 2, "--needle", 300]
@@ -104,6 +117,7 @@ def test_one_command_gives_the_table(tmp_path):
 def test_the_calibration_text_is_not_scored(tmp_path):
     (tmp_path / "text.txt").write_text(CALIBRATION_TEXT.read_text()[:60_000])
     words = [sys.executable, str(ROOT / "examples/measure_conversion.py"), TINY, "--calib", str(tmp_path / "text.txt")]
+    words += ["--tokenizer", "bytes"]
     words += ["--sequences", "2", "--length", "16", "--eval", f"same={CALIBRATION_TEXT}"]
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(ROOT)})
     assert shown.returncode and "calibrated on" in shown.stderr
