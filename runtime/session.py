@@ -43,7 +43,7 @@ class OnnxSession:
         self.path = given / MODEL_FILE if given.is_dir() else given
         if not self.path.is_file():
             raise ExportError(str(self.path), "no such file", "tcal export writes it")
-        self._config, shares_buffers = _read_config(self.path.with_name(CONFIG_FILE))
+        self._config, shares_buffers = read_genai_config(self.path.with_name(CONFIG_FILE))
         self._session = _load(self.path, threads, optimized_path)
         capacity = self._config["context_length"] if shares_buffers else None
         try:
@@ -142,7 +142,7 @@ class OnnxSession:
         if len(ids) == 0:
             raise DataError("prompt", "is empty: there is no token to continue from", "at least one token")
         self._check_room(len(ids))
-        size = max(1, min(_LONGEST_CHUNK, _PREFILL_LOGITS // self.vocab_size))
+        size = prefill_size(self.vocab_size)
         row = np.asarray(ids, np.int64)[None]
         for start in range(0, len(ids), size):
             logits = self.forward(row[:, start : start + size])
@@ -275,8 +275,16 @@ class OnnxSession:
         self._turn = 0
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], bool]:
-    """The "model" part of genai_config.json and whether caches are written in place; empty when there is no file."""
+def prefill_size(per_token: int) -> int:
+    """Tokens of a prefill run of which each has so many logits."""
+    return max(1, min(_LONGEST_CHUNK, _PREFILL_LOGITS // per_token))
+
+
+def read_genai_config(path: Path) -> tuple[dict[str, Any], bool]:
+    """The "model" part of genai_config.json and whether caches are written in place; empty when there is no file.
+
+    Raises ExportError when the file is damaged.
+    """
     if not path.is_file():
         return {}, False
     try:

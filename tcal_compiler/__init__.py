@@ -13,6 +13,7 @@ _PUBLIC = {
     "verify_run": "runs",
     "generate_text": "runs",
     "register_backend": "backend",
+    "StudentForCausalLM": "hf",
 }
 
 __all__ = [*_PUBLIC]
