@@ -175,11 +175,19 @@ class DistillConfig(TrainConfig):
 class ExportConfig(StrictModel):
     """Deployed form."""
 
-    profile: Literal["ort"] = Field(
-        "ort", description="ort: com.microsoft LinearAttention with a Scan function as fallback"
+    profile: Literal["ort", "standard", "cuda"] = Field(
+        "ort",
+        description="ort: com.microsoft operators, LinearAttention with a Scan function as fallback; standard: "
+        "operators of ONNX itself alone; cuda: as ort, with float16 products and caches and float32 recurrent states",
     )
-    opset: int = Field(21, ge=21, le=24, description="ONNX opset")
+    opset: int = Field(21, ge=21, le=27, description="ONNX opset, 21 to 24; of profile standard always 27")
     max_length: int = Field(8192, ge=16, description="context length written into genai_config.json")
     bounded_windows: bool = Field(
         True, description="sliding-window layers keep their window alone; false: all positions, for onnxruntime-genai"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _opset_of_standard(cls, values: object) -> object:
+        standard = isinstance(values, dict) and values.get("profile") == "standard"
+        return {"opset": 27} | values if standard else values  # type: ignore[operator]

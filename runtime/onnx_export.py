@@ -20,7 +20,7 @@ import torch
 
 from tcal_compiler.errors import ExportError
 from tcal_compiler.kernels.cached_attention import onnx_rule as attention_rule
-from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, translation_table
+from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, NEWER, translation_table
 from tcal_compiler.kernels.gates import onnx_rule as gates_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
@@ -28,7 +28,9 @@ from tcal_compiler.passes.types import Check
 
 from . import onnx_experts
 from .config import ExportConfig
+from .onnx_half import halve
 from .onnx_norms import fuse_norms
+from .onnx_rotary import fuse_rotary
 from .tokenizer import TokenizerLike
 
 MODEL_FILE = "model.onnx"
@@ -36,7 +38,8 @@ DATA_FILE = "model.onnx.data"
 CONFIG_FILE = "genai_config.json"
 FINGERPRINT = "tcal_weights"  # key of the model's metadata: sha256 of the student's weights
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; a protobuf file must stay below 2 GiB
-LEAST_RUNTIME = (1, 25)  # of ONNX Runtime: the first with the LinearAttention kernel
+_NEWEST_TORCH_OPSET = 24  # torch.onnx writes broken files for 26 to 28
+_IR_VERSIONS = {27: 13}  # of ONNX files, by opset, where torch.onnx does not write the opset itself
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
@@ -70,16 +73,24 @@ def check_supported(config: ExportConfig) -> None:
     if config.opset > (newest := onnx.defs.onnx_opset_version()):
         what = f"onnx {onnx.__version__} knows opsets up to {newest}, not {config.opset}"
         raise ExportError("ONNX export", what, f"--opset {low}, or a newer onnx")
-    check_runtime()
+    check_runtime(config.profile)
 
 
-def check_runtime() -> None:
-    """Raises ExportError when the ONNX Runtime here is too old to check a model with."""
+def check_runtime(profile: str) -> None:
+    """Raises ExportError when the ONNX Runtime here is too old to check a model of this profile with."""
     import onnxruntime as ort
 
-    if tuple(int(p) for p in ort.__version__.split(".")[:2]) < LEAST_RUNTIME:
-        what = f"onnxruntime {ort.__version__} cannot check a student"
-        raise ExportError("ONNX export", what, f"onnxruntime {'.'.join(map(str, LEAST_RUNTIME))} or newer")
+    least = LOWERINGS[profile].runtime
+    if runtime_version() < least:
+        what = f"onnxruntime {ort.__version__} cannot check a student of profile {profile}"
+        raise ExportError("ONNX export", what, f"onnxruntime {'.'.join(map(str, least))} or newer")
+
+
+def runtime_version() -> tuple[int, ...]:
+    """Major and minor version of the ONNX Runtime here."""
+    import onnxruntime as ort
+
+    return tuple(int(p) for p in ort.__version__.split(".")[:2])
 
 
 def export_onnx(
@@ -108,14 +119,16 @@ def export_onnx(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _save(model, path, stateful)
-        text = json.dumps(genai_config(stateful, info=info, context_length=context), indent=2)
+        shared = shares_buffers(stateful.layers, config.profile)
+        text = json.dumps(genai_config(stateful, info=info, context_length=context, shares_buffers=shared), indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(folder)
     except OSError as e:
         raise ExportError(str(folder), f"cannot be written: {e.strerror or e}", "free space, or another folder") from e
-    check = _run_checker(path)
-    return OnnxArtifact(path, config.profile, config.opset, stateful.layers, context, (check,))
+    return OnnxArtifact(
+        path, config.profile, config.opset, stateful.layers, context, _run_checker(path, config.profile)
+    )
 
 
 def context_length(config: ExportConfig, info: dict[str, Any]) -> int:
@@ -127,9 +140,10 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     """The stateful graph as an onnx_ir.Model, with the fallback function of the profile."""
     import onnx_ir as ir
 
+    lowering = LOWERINGS[profile]
     program = export_stateful(stateful)
-    if not all(_is_fused(layer) for layer in stateful.layers if layer.kind == "softmax"):
-        program = attention_rule.decompose_plain(program)
+    if not (lowering.fused and all(_is_fused(layer) for layer in stateful.layers if layer.kind == "softmax")):
+        program = attention_rule.decompose_plain(program, fused=lowering.fused)
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -137,7 +151,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
                 (),
                 None,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=min(opset, _NEWEST_TORCH_OPSET),
                 custom_translation_table=_translation_table(profile) | onnx_experts.translation_table(program),
                 input_names=list(stateful.input_names),
                 output_names=list(stateful.output_names),
@@ -151,15 +165,30 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     assert exported is not None
     model = exported.model
     fuse_norms(model)
+    if lowering.fused:
+        fuse_rotary(model)
+    if lowering.half:
+        halve(model)
     _strip(model)
     _name_cache_axes(model, stateful)
     model.metadata_props[FINGERPRINT] = _weights_sha256(stateful)
     _add_conv_passthrough(model, stateful)
-    make_function = LOWERINGS[profile].function
+    if opset > _NEWEST_TORCH_OPSET:
+        _raise_opset(model, opset)
+    make_function = lowering.function
     if make_function is not None and any(layer.kind == "gdn" for layer in stateful.layers):
         function = ir.serde.deserialize_function(make_function(opset))
         model.functions[function.identifier()] = function
     return model
+
+
+def _raise_opset(model: Any, opset: int) -> None:
+    """Names a newer opset; no operator that torch.onnx writes means anything else in it (see _NEWEST_TORCH_OPSET)."""
+    for node in model.graph.all_nodes():
+        if node.domain == NEWER:
+            node.domain = ""
+    model.opset_imports.pop(NEWER, None)
+    model.opset_imports[""], model.ir_version = opset, _IR_VERSIONS[opset]
 
 
 def _translation_table(profile: str) -> dict[Any, Any]:
@@ -170,10 +199,10 @@ def _is_fused(layer: LayerState) -> bool:
     return attention_rule.is_fused(layer.key_dim, layer.value_dim)
 
 
-def shares_buffers(layers: tuple[LayerState, ...]) -> bool:
+def shares_buffers(layers: tuple[LayerState, ...], profile: str) -> bool:
     """Whether past and present caches may be one buffer of the longest context, written in place."""
     caches = [layer for layer in layers if layer.grows]
-    return bool(caches) and all(map(_is_fused, caches))
+    return LOWERINGS[profile].fused and bool(caches) and all(map(_is_fused, caches))
 
 
 def _weights_sha256(stateful: StatefulGraph) -> str:
@@ -263,17 +292,25 @@ def _save(model: Any, path: Path, stateful: StatefulGraph) -> None:
     ir.save(model, path, external_data=DATA_FILE if size > SINGLE_FILE_LIMIT else None)
 
 
-def _run_checker(path: Path) -> Check:
+def _run_checker(path: Path, profile: str) -> tuple[Check, ...]:
     import onnx
 
+    standard = LOWERINGS[profile].domain == ""
     try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as e:
+        onnx.checker.check_model(str(path), full_check=standard)  # shapes of other domains cannot be inferred
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
         raise ExportError(str(path), f"is no valid ONNX model: {' '.join(str(e).split())[:400]}") from e
-    return Check("onnx.checker finds errors", 0.0, 0.0, f"onnx {onnx.__version__}")
+    checks = [Check("onnx.checker finds errors", 0.0, 0.0, f"onnx {onnx.__version__}")]
+    if standard:
+        model = onnx.load(str(path), load_external_data=False)
+        others = [n.op_type for n in model.graph.node if n.domain] + [f.name for f in model.functions]
+        checks.append(Check("operators outside the standard domain", float(len(others)), 0.0, " ".join(others)))
+    return tuple(checks)
 
 
-def genai_config(stateful: StatefulGraph, *, info: dict[str, Any], context_length: int) -> dict[str, Any]:
+def genai_config(
+    stateful: StatefulGraph, *, info: dict[str, Any], context_length: int, shares_buffers: bool
+) -> dict[str, Any]:
     """The configuration that onnxruntime-genai reads; sizes are the graph's own."""
     first = min(stateful.layers, key=lambda layer: layer.kind == "gdn")
     eos = info.get("eos_token_id")
@@ -309,6 +346,6 @@ def genai_config(stateful: StatefulGraph, *, info: dict[str, Any], context_lengt
         "decoder": decoder,
     }
     search = {"do_sample": False, "max_length": context_length, "num_beams": 1}
-    search["past_present_share_buffer"] = shares_buffers(stateful.layers)
+    search["past_present_share_buffer"] = shares_buffers
     known = {k: v for k, v in model.items() if v is not None}
     return {"model": known, "search": search}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tcal_compiler.errors import ConfigError, DataError, ExportError
 from tcal_compiler.passes.files import read_small
 
-from .onnx_export import CONFIG_FILE, FINGERPRINT, LEAST_RUNTIME, MODEL_FILE
+from .onnx_export import CONFIG_FILE, FINGERPRINT, LOWERINGS, MODEL_FILE, runtime_version
 from .sampling import Sampler
 from .session_state import SessionState, find_slots
 
@@ -310,8 +310,10 @@ def _load(path: Path, threads: int | None, optimized_path: Path | None) -> Any:
         # Its fallback would try the same provider again, and print that to stdout.
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as e:  # ONNX Runtime raises its own types, which share no base
-        version = tuple(int(p) for p in ort.__version__.split(".")[:2])
-        newer = f"onnxruntime {LEAST_RUNTIME[0]}.{LEAST_RUNTIME[1]} or newer"
-        hint = "export again" if version >= LEAST_RUNTIME else newer
+        needed = {
+            ".".join(map(str, row.runtime)): name for name, row in LOWERINGS.items() if runtime_version() < row.runtime
+        }
+        newer = ", ".join(f"onnxruntime {version} or newer for profile {name}" for version, name in needed.items())
+        hint = newer or "export again"
         what = f"onnxruntime {ort.__version__} cannot load it: {' '.join(str(e).split())[:300]}"
         raise ExportError(str(path), what, hint) from e

@@ -40,7 +40,11 @@ DistillTokens = Annotated[
     typer.Option("--distill-tokens", help="distillation by tokens instead of steps"),
 ]
 Batch = Annotated[Optional[int], typer.Option("--batch", help="sequences in an alignment step")]  # noqa: UP045
-Opset = Annotated[Optional[int], typer.Option(help="ONNX opset of the exported model, 21 to 24")]  # noqa: UP045
+Profile = Annotated[Optional[str], typer.Option(help="exported model: ort, standard or cuda")]  # noqa: UP045
+Opset = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="ONNX opset of the exported model, 21 to 24; of profile standard always 27"),
+]
 Seed = Annotated[Optional[int], typer.Option(help="seed of everything random")]  # noqa: UP045
 Tokenizer = Annotated[Optional[str], typer.Option(help='folder with tokenizer files, or "bytes"')]  # noqa: UP045
 Pickle = Annotated[

@@ -74,6 +74,12 @@ def _gives_length(data: dict[str, Any], overrides: dict[str, Any]) -> bool:
     return any(v is not None for v in [*given, overrides.get("distill.steps"), overrides.get("distill.tokens")])
 
 
+def _gives_profile(data: dict[str, Any], overrides: dict[str, Any]) -> bool:
+    """Whether the profile of the export is said anew."""
+    table = data.get("export")
+    return overrides.get("export.profile") is not None or (isinstance(table, dict) and "profile" in table)
+
+
 def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, Any] | None = None) -> Config:
     """Configuration from a TOML file (optional) with overrides such as {"align.steps": 100} on top.
 
@@ -88,6 +94,8 @@ def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, An
     for key, value in (base or {}).items():
         if key == "distill" and isinstance(value, dict) and _gives_length(data, overrides):
             value = value | {"steps": 0, "tokens": None}  # steps and tokens are two ways to say one thing
+        if key == "export" and isinstance(value, dict) and _gives_profile(data, overrides):
+            value = {k: v for k, v in value.items() if k != "opset"}  # another profile may need another one
         if isinstance(value, dict) and isinstance(data.get(key, {}), dict):
             data[key] = value | data.get(key, {})
         else:

@@ -35,7 +35,7 @@ from .runtime.student import make_student
 from .runtime.text_stream import TextStream
 from .runtime.weights import load_weights
 from .source import Source
-from .variants import model_file, require_variant, run_tokenizer, variant_checks
+from .variants import model_file, profile_of, require_variant, run_tokenizer, variant_checks
 
 
 def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None, as_json: bool = False) -> str:
@@ -99,7 +99,7 @@ def verify_run(
         stateful = make_stateful(flat)
         checks += stateful.checks
         progress.say("verify: ONNX Runtime against PyTorch")
-        artifact = OnnxArtifact(run.path / model_file(), "ort", 0, stateful.layers, 0)
+        artifact = OnnxArtifact(run.path / model_file(), profile_of(run), 0, stateful.layers, 0)
         prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
         checks += check_parity(
             artifact, stateful, whole=lambda ids: flat.gm(*flat.inputs(ids)), prompts=prompts, new_tokens=64

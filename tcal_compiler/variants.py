@@ -18,7 +18,7 @@ from .progress import Progress
 from .recorded import recorded_checks, teacher_info
 from .runtime import data
 from .runtime.manifest import hash_json
-from .runtime.onnx_export import DATA_FILE, MODEL_FILE, check_runtime
+from .runtime.onnx_export import DATA_FILE, LOWERINGS, MODEL_FILE, check_runtime
 from .runtime.quantize import MOST_KL, WEIGHT_TYPES, Divergence, WeightType, divergence, quantize
 from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession
@@ -41,6 +41,23 @@ def run_tokenizer(run: RunFolder) -> TokenizerLike:
         return ByteTokenizer()
     folder = (run.path / model_file()).parent
     return read_tokenizer(folder, eos_token_id=info.eos_token_id, bos_token_id=info.bos_token_id)
+
+
+def profile_of(run: RunFolder) -> str:
+    """The profile of a run folder's float32 ONNX student."""
+    profile = run.record("export").evidence.get("profile")
+    if profile not in LOWERINGS:
+        raise RunFolderError(
+            str(run.path), f"its export says profile {profile!r}, which is unknown", "tcal export again"
+        )
+    return str(profile)
+
+
+def require_profile(run: RunFolder, profile: str) -> None:
+    """Raises RunFolderError when the ONNX student is of another profile."""
+    if (held := profile_of(run)) != profile:
+        hint = f"tcal export TEACHER -o {shlex.quote(str(run.path))} --profile {profile}"
+        raise RunFolderError(str(run.path), f"its ONNX student is of profile {held}; this needs {profile}", hint)
 
 
 def require_variant(run: RunFolder, dtype: str) -> None:
@@ -80,7 +97,8 @@ def export_variant(
     progress = progress or Progress(quiet=True)
     with RunFolder.open_existing(path, write=True) as run:
         run.require("export")
-        check_runtime()
+        require_profile(run, "ort")
+        check_runtime("ort")
         settings = {"dtype": dtype, "max_kl": bound, "force": force}
         with run.stage(f"export-{dtype}", config=settings, inputs=_inputs(run)) as stage:
             if stage.done:

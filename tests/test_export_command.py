@@ -13,6 +13,7 @@ import pytest
 from command_line import SMALL, TINY, call, contents, done, refused
 
 from tcal_compiler import api
+from tcal_compiler.config import Config, load_config
 
 AGAIN = """
 import sys
@@ -47,16 +48,34 @@ def test_another_process_makes_the_same_bytes(shared_run, tmp_path):
     assert contents(tmp_path / "again/onnx") == contents(shared_run / "onnx")
 
 
-def test_the_opset_reaches_the_export(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (("--opset", "24"), ("ort", 24)),
+        (("--profile", "cuda"), ("cuda", 21)),
+        (("--profile", "standard"), ("standard", 27)),
+    ],
+)
+def test_profile_and_opset_reach_the_export(tmp_path, monkeypatch, options, expected):
     seen = []
     (tmp_path / "report.md").touch()
-    monkeypatch.setattr(api, "convert", lambda *_, config, **__: seen.append(config.export.opset) or tmp_path)
-    done("tcal", "export", TINY, "-o", tmp_path, "--opset", "24")
-    assert seen == [24]
+    monkeypatch.setattr(api, "convert", lambda *_, config, **__: seen.append(config.export) or tmp_path)
+    done("tcal", "export", TINY, "-o", tmp_path, *options)
+    assert [(e.profile, e.opset) for e in seen] == [expected]
+
+
+def test_another_profile_has_its_own_opset_and_not_the_earlier_one():
+    earlier = Config().model_dump(mode="json")
+    config = load_config(None, {"export.profile": "standard"}, earlier)
+    assert (config.export.opset, load_config(None, {}, earlier).export.opset) == (27, 21)
 
 
 def old_runtime(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(onnxruntime, "__version__", "1.24.4")
+
+
+def runtime_before_opset_27(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(onnxruntime, "__version__", "1.31.1")
 
 
 def old_onnx(patch: pytest.MonkeyPatch) -> None:
@@ -66,7 +85,10 @@ def old_onnx(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "change, options, kind, said",
     [
-        (None, ("--opset", "27"), "ConfigError", "export.opset = 27"),
+        (None, ("--opset", "27"), "ExportError", "profile ort goes with opsets 21 to 24, not 27"),
+        (None, ("--opset", "28"), "ConfigError", "export.opset = 28"),
+        (None, ("--profile", "standard", "--opset", "24"), "ExportError", "opsets 27 to 27, not 24"),
+        (runtime_before_opset_27, ("--profile", "standard"), "ExportError", "onnxruntime 1.31.1"),
         (None, ("--config", "profile.toml"), "ConfigError", "export.profile = 'vendor'"),
         (old_runtime, (), "ExportError", "onnxruntime 1.24.4"),
         (old_onnx, ("--opset", "24"), "ExportError", "knows opsets up to 23, not 24"),
@@ -82,6 +104,16 @@ def test_what_cannot_be_exported_is_told_first(finished, tmp_path, monkeypatch, 
     refused(call("tcal-compile", TINY, "-o", "new", *OPTIONS, *options), kind, said)
     refused(call("tcal", "export", TINY, "-o", finished, *OPTIONS, *options), kind, said)
     assert not Path("new").exists() and contents(finished) == before
+
+
+def test_a_variant_is_made_of_profile_ort_alone(finished):
+    manifest = finished / "tcal.json"
+    text = manifest.read_text()
+    assert text.count('"profile": "ort"') == 2  # in the configuration, and in what the export made
+    manifest.write_text(text.replace('"profile": "ort"', '"profile": "cuda"'))
+    before = contents(finished)
+    refused(call("tcal", "export", finished, "--dtype", "int8", "--quiet"), "RunFolderError", "profile cuda")
+    assert contents(finished) == before
 
 
 def test_a_variant_needs_the_runtime_too(finished, monkeypatch):

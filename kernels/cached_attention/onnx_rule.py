@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.scores import Scores
 
-from .reference import attend, new_slots, write
+from .reference import attend, new_slots, rotate, write
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -73,21 +73,22 @@ def plain_form(
     interleaved: bool,
     *flat: Any,
 ) -> Any:
-    """The op in plain operators, for a cache of exactly the past's slots, which it copies and grows.
-
-    NotImplemented where the fused operator takes over. It never rotates: what rotates is always fused.
-    """
-    if is_fused(q.shape[-1], v.shape[-1]):
-        return NotImplemented
-    assert cos is None and sin is None
+    """The op in plain operators, for a cache of exactly the past's slots, which it copies and grows."""
     slots = new_slots(past_lengths, q.shape[2])
+    if cos is not None and sin is not None:
+        rows = [torch.nn.functional.embedding(slots, table)[:, None] for table in (cos, sin)]
+        q, k = (rotate(x, *rows, interleaved=interleaved) for x in (q, k))
     keys, values = (write(torch.cat((old, new), 2), new, slots) for old, new in ((past_key, k), (past_value, v)))
     return attend(q, keys, values, slots, Scores(*flat)), keys, values
 
 
-def decompose_plain(program: ExportedProgram) -> ExportedProgram:
-    """Replaces the cores that stay plain by their operators."""
-    return program.run_decompositions({OP: plain_form})
+def decompose_plain(program: ExportedProgram, *, fused: bool) -> ExportedProgram:
+    """Replaces cores by plain operators: all of them, or (fused) those that the fused operator does not take."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
+        return NotImplemented if fused and is_fused(q.shape[-1], v.shape[-1]) else plain_form(q, k, v, *others)
+
+    return program.run_decompositions({OP: plain})
 
 
 def _group_query_attention() -> Any:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx
 
 OP_TYPE = "LinearAttention"
+NEWER = "tcal.newer"  # domain, until the model is whole, of a standard operator newer than what torch.onnx writes
 _ATTRIBUTES = ("q_num_heads", "kv_num_heads", "update_rule", "scale")
 
 # Scan over tokens; B batch, H heads. `keep` is exp(decay). Declared attributes that are unused fix the signature.
@@ -66,12 +67,19 @@ LinearAttention <q_num_heads, kv_num_heads, update_rule, scale>
 
 @dataclass(frozen=True)
 class Lowering:
-    """How one export profile writes the op: its domain and version, the graph opsets it goes with, and its fallback."""
+    """How one export profile writes the op: its domain and version, the graph opsets it goes with, and its fallback.
+
+    runtime: the first ONNX Runtime that loads such a model. fused: whether com.microsoft operators are used elsewhere
+    too. half: whether matrix products, attention and its caches are float16; recurrences and norms stay float32.
+    """
 
     domain: str
     version: int
     opsets: tuple[int, int]
     function: Callable[[int], onnx.FunctionProto] | None
+    runtime: tuple[int, int]
+    fused: bool = True
+    half: bool = False
 
 
 def linear_attention_function(opset: int) -> onnx.FunctionProto:
@@ -84,7 +92,11 @@ def linear_attention_function(opset: int) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_FUNCTION.replace("OPSET", str(opset)))
 
 
-LOWERINGS = {"ort": Lowering("com.microsoft", 1, (21, 24), linear_attention_function)}
+LOWERINGS = {
+    "ort": Lowering("com.microsoft", 1, (21, 24), linear_attention_function, runtime=(1, 25)),
+    "standard": Lowering("", 27, (27, 27), None, runtime=(1, 32), fused=False),
+    "cuda": Lowering("com.microsoft", 1, (21, 24), linear_attention_function, runtime=(1, 25), half=True),
+}
 
 
 def _linear_attention(lowering: Lowering) -> Any:
@@ -92,7 +104,7 @@ def _linear_attention(lowering: Lowering) -> Any:
     import onnx
     from onnxscript import values
 
-    schema = onnx.defs.OpSchema
+    schema, domain = onnx.defs.OpSchema, lowering.domain or NEWER
     single, optional = schema.FormalParameterOption.Single, schema.FormalParameterOption.Optional
     kinds = {"q_num_heads": "INT", "kv_num_heads": "INT", "update_rule": "STRING", "scale": "FLOAT"}
     parameters = [("query", single), ("key", single), ("value", single)]
@@ -104,14 +116,14 @@ def _linear_attention(lowering: Lowering) -> Any:
 
     definition = schema(
         OP_TYPE,
-        lowering.domain,
+        domain,
         lowering.version,
         inputs=[formal(name, option) for name, option in parameters],
         outputs=[formal("output", single), formal("present_state", single)],
         type_constraints=[("T", float_types, ""), ("S", float_types, "")],
         attributes=[schema.Attribute(n, getattr(schema.AttrType, kinds[n]), "", required=False) for n in _ATTRIBUTES],
     )
-    return values.Op(values.Opset(lowering.domain, lowering.version), OP_TYPE, definition)
+    return values.Op(values.Opset(domain, lowering.version), OP_TYPE, definition)
 
 
 def translation_table(profile: str) -> dict[Any, Callable[..., Any]]:
@@ -126,8 +138,7 @@ def translation_table(profile: str) -> dict[Any, Callable[..., Any]]:
         """[B, T, K, D] -> [B, T, H * D], each head repeated H / K times."""
         have, dim = int(x.shape[2]), int(x.shape[3])
         if have != heads:
-            x = op.Reshape(x, op.Constant(value_ints=[0, 0, have, 1, dim]))
-            x = op.Expand(x, op.Constant(value_ints=[1, 1, 1, heads // have, 1]))
+            x = op.Gather(x, op.Constant(value_ints=[h * have // heads for h in range(heads)]), axis=2)
         return op.Reshape(x, op.Constant(value_ints=[0, 0, heads * dim]))
 
     def rule(q: Any, k: Any, v: Any, g: Any, beta: Any, initial_state: Any, scale: float) -> Any:
