@@ -16,9 +16,10 @@ from typing import Any
 HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
-`examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/measure_dry_run.py` and, from run folders, this script
-itself wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to the teacher in the
-same run. Calibration texts and scored texts are different files, and a scored text that was calibrated on is refused.
+`examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/verify_runtimes.py`,
+`examples/measure_dry_run.py` and, from run folders, this script itself wrote. Each section names its command's
+arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration texts and scored texts
+are different files, and a scored text that was calibrated on is refused.
 """
 
 
@@ -137,6 +138,46 @@ def variants(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def runtimes(name: str, body: dict[str, Any]) -> str:
+    lines = [f"## {name}\n", _machine(body["environment"]), ""]
+    lines += [
+        "| student | kept, converted | profile | ONNX Runtime | largest logit error | allowed | tokens that differ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for student, r in body["runtime_parity"].items():
+        for row in r["runtimes"]:
+            cells = [student, f"{r['layers_kept']}, {r['layers_converted']}", r["profile"], row["onnxruntime"]]
+            seen = [row["error"], "", ""]
+            if "logit_error" in row:
+                seen = [f"{row['logit_error']:.2g}", f"{r['allowed']:.2g}", f"{row['tokens_that_differ']}"]
+                seen[2] += (
+                    f" of {r['tokens']} ({r['distinct_tokens']} distinct, least margin {r['smallest_margin']:.2g})"
+                )
+            lines.append("| " + " | ".join([*cells, *seen]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def serving(name: str, body: dict[str, Any]) -> str:
+    before, after = body["bandwidth_gb_s"]
+    lines = [f"## {name}\n", _machine(body["environment"])]
+    lines[-1] += f" One thread reads {before:.1f} GB/s (measured before) and {after:.1f} GB/s (after)."
+    lines += [
+        f"Medians of {body['steps']} single-token steps; prefill of {body['chunk']} tokens up to the context.",
+        "",
+    ]
+    lines += [
+        "| model | batch | context | prefill, tokens/s | decode, tokens/s | ms a step | bound | peak, MB | state, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    shapes = {"prefill_tokens_per_s": ".1f", "decode_tokens_per_s": ".1f", "decode_ms": ".2f", "bound_ms": ".2f"}
+    shapes |= {"peak_mb": ".0f", "state_mb": ".2f"}
+    for r in body["serving"]:
+        seen = [format(r[k], f) if k in r else "" for k, f in shapes.items()]
+        cells = [r["name"], str(r["batch"]), str(r["context"]), *([r["error"]] if "error" in r else seen)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def run_folder(name: str, body: dict[str, Any]) -> str:
     calib, align, e = body["config"]["calib"], body["config"]["align"], body.get("eval")
     lines = [f"## {name}\n", f"Teacher {body['teacher']}, policy {body['policy']}, by tcal-compile and tcal eval;"]
@@ -225,6 +266,7 @@ def main() -> None:
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
+        kinds |= {"runtime_parity": runtimes, "serving": serving}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 TINY = str(ASSETS / "tiny/teacher.pt2")
 ELSEWHERE = {  # run by other tests, or by the makers of the files that they write
     "bench_onnx": "test_bench_variants",
+    "bench_serving": "test_runtimes",
     "bench_variants": "test_bench_variants",
     "families": "its page, docs/families.md",
     "family_models": "families",
@@ -24,9 +25,11 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "serve": "test_serve",
     "tiny_torch_teacher": "test_teacher_assets",
     "train_teacher": "test_teacher_assets",
+    "verify_runtimes": "test_runtimes",
     "write_reference": "test_docs",
     "write_results": "its page, docs/results.md",
     "compare_lm_eval": "test_lm_eval",
+    "check_cuda": "test_runtimes",
     "compare_policies": "its numbers in docs/method.md",
     "conversion_bench": "measure_conversion",
     "measure_conversion": "test_measure_conversion",

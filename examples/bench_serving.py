@@ -1,0 +1,230 @@
+"""Students and teachers side by side as they are served: prefill and decode speed, peak memory, bytes of state.
+
+    python examples/bench_serving.py --onnx teacher=run-all --onnx hybrid=run --torch teacher=smollm2 \
+        --llama teacher=smollm2.gguf --dtypes fp32 int8 --contexts 128 1024 8192 32768 --batches 1 8 --json out.json
+
+--onnx NAME=RUN is a run folder, in ONNX Runtime; --torch NAME=FOLDER a transformers model, in PyTorch with its KV
+cache; --llama NAME=FILE a GGUF file, in llama.cpp (package xllamacpp). Everything runs on --threads threads, every row
+in a process of its own, whose peak memory is given. The state behind a context is filled with one small number, because
+neither time depends on the values; decode is the median of single-token steps, prefill the time of one chunk whose last
+token is the context's last. llama.cpp cannot be given a state: it prefills the whole context, so its prefill figure is
+an average over it; it has one row only, and is left out beyond --llama-longest. Beyond an ONNX student's own context
+its rotary tables are repeated. Beside a decode step of an ONNX student stands the least time in which this machine can
+read the bytes that it needs: all weights but embedding tables, caches of the context, recurrent states both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_variants import read_bandwidth, weight_bytes
+
+from tcal_compiler.runtime.quantize import WEIGHT_TYPES, quantize
+from tcal_compiler.runtime.session import OnnxSession
+
+FILL = 0.01
+ROOM = 8  # positions behind the context, at least, for warming up
+
+
+def timed(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def onnx_row(job: dict[str, Any]) -> dict[str, Any]:
+    session = OnnxSession(job["path"], threads=job["threads"])
+    batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
+
+    def fill(length: int) -> None:
+        session.reset(batch=batch)
+        empty = session.snapshot()
+        pairs = zip(empty.values, session.state_shapes(length), strict=True)
+        values = tuple(np.broadcast_to(v.dtype.type(FILL), (batch, *shape[1:])) for v, shape in pairs)
+        session.restore(replace(empty, length=length, mask=np.ones((batch, length), np.int64), values=values))
+
+    tokens, token = np.ones((batch, chunk), np.int64), np.ones((batch, 1), np.int64)
+    prefills = []
+    for _ in range(2):
+        fill(context - chunk)
+        prefills.append(timed(lambda: session.forward(tokens)))
+    fill(context)
+    state, moved = session.state_bytes, weight_bytes(Path(job["path"]) / "model.onnx") + session.step_bytes
+    steps = [timed(lambda: session.forward(token)) for _ in range(job["steps"] + 1)][1:]
+    return measured(job, prefills[1], chunk, steps) | {"state_mb": state / 1e6, "moved_mb": moved / 1e6}
+
+
+def torch_row(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    torch.set_num_threads(job["threads"])
+    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=torch.float32).eval()
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
+
+    def cache(length: int) -> DynamicCache:
+        made, shape = DynamicCache(), (batch, config.num_key_value_heads, length, width)
+        for layer in range(config.num_hidden_layers if length else 0):
+            made.update(torch.full(shape, FILL), torch.full(shape, FILL), layer)
+        return made
+
+    def feed(past: DynamicCache, count: int) -> None:
+        model(input_ids=torch.ones(batch, count, dtype=torch.long), past_key_values=past, use_cache=True)
+
+    with torch.no_grad():
+        prefills = []
+        for _ in range(2):
+            past = cache(context - chunk)
+            prefills.append(timed(lambda past=past: feed(past, chunk)))
+            del past
+        past = cache(context)
+        steps = [timed(lambda: feed(past, 1)) for _ in range(job["steps"] + 1)][1:]
+    state = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * context * width * 4
+    return measured(job, prefills[1], chunk, steps) | {"state_mb": state / 1e6}
+
+
+def llama_row(job: dict[str, Any]) -> dict[str, Any]:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = job["path"], job["context"] + job["steps"] + ROOM, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
+    server = xllamacpp.Server(params)
+    ids = [100 + i % 1000 for i in range(job["context"])]
+    asked = {"prompt": ids, "n_predict": job["steps"], "temperature": 0, "ignore_eos": True}
+    found = server.handle_completions(asked)["timings"]
+    assert found["prompt_n"] == job["context"], found
+    step = found["predicted_ms"] / found["predicted_n"] / 1e3
+    return measured(job, found["prompt_ms"] / 1e3, job["context"], [step])
+
+
+def measured(job: dict[str, Any], prefill: float, chunk: int, steps: list[float]) -> dict[str, Any]:
+    median, batch = statistics.median(steps), job["batch"]
+    return {
+        "prefill_tokens_per_s": batch * chunk / prefill,
+        "decode_ms": 1e3 * median,
+        "decode_tokens_per_s": batch / median,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+KINDS = {"onnx": onnx_row, "torch": torch_row, "llama": llama_row}
+
+
+def in_child(job: dict[str, Any]) -> dict[str, Any]:
+    """A row from a process of its own; what stopped it, where there is none."""
+    env = dict(os.environ) | {"OMP_NUM_THREADS": str(job["threads"])}
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True, env=env
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        return dict(json.loads(lines[-1]))
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return {"error": last[:200]}
+
+
+def for_contexts(source: Path, target: Path, dtype: str, positions: int) -> Path:
+    """The ONNX student of another weight type and for at least so many positions, in a folder of its own."""
+    import onnx
+
+    target.mkdir()
+    if dtype == "fp32":
+        shutil.copyfile(source / "model.onnx", target / "model.onnx")
+    else:
+        quantize(source / "model.onnx", target, dtype)  # type: ignore[arg-type]
+    config = json.loads((source / "genai_config.json").read_text(encoding="utf-8"))
+    if config["model"]["context_length"] < positions:
+        config["model"]["context_length"] = positions
+        model = onnx.load(target / "model.onnx")
+        for node in model.graph.node:
+            names = list(node.input[7:9]) if node.op_type == "GroupQueryAttention" else []
+            for t in (t for t in model.graph.initializer if t.name in names and t.dims[0] < positions):
+                array = onnx.numpy_helper.to_array(t)
+                rows = np.resize(array, (positions, array.shape[1]))
+                t.CopyFrom(onnx.numpy_helper.from_array(rows, t.name))
+        onnx.save(model, target / "model.onnx")
+    (target / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def jobs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """What to measure; models take turns within a context, so that a machine whose speed drifts treats them alike."""
+    models = []
+    positions = max(args.contexts) + args.steps + ROOM
+    for name, path in (item.split("=", 1) for item in args.onnx):
+        for dtype in args.dtypes:
+            folder = for_contexts(Path(path) / "onnx", work / f"{name}-{dtype}", dtype, positions)
+            models.append((f"{name} {dtype}, ONNX Runtime", "onnx", str(folder)))
+    for kind, title, items in (("torch", "PyTorch", args.torch), ("llama", "llama.cpp", args.llama)):
+        models += [(f"{name}, {title}", kind, path) for name, path in (item.split("=", 1) for item in items)]
+    common = {"steps": args.steps, "chunk": args.chunk, "threads": args.threads}
+    rows = [
+        common | {"name": name, "kind": kind, "path": path, "context": context, "batch": batch}
+        for context in args.contexts
+        for batch in args.batches
+        for name, kind, path in models
+    ]
+    return [r for r in rows if r["kind"] != "llama" or (r["batch"] == 1 and r["context"] <= args.llama_longest)]
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for kind in KINDS:
+        p.add_argument(f"--{kind}", action="append", default=[], metavar="NAME=PATH")
+    p.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", *WEIGHT_TYPES], help="of --onnx")
+    p.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 8192, 32768])
+    p.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    p.add_argument("--steps", type=int, default=15)
+    p.add_argument("--chunk", type=int, default=128, help="tokens of a row in the prefill that is timed")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--llama-longest", type=int, default=8192)
+    p.add_argument("--json", type=Path)
+    return p.parse_args()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        job = json.loads(sys.argv[2])
+        print(json.dumps(KINDS[job["kind"]](job)))
+        return
+    args = options()
+    speed, rows = read_bandwidth(), []
+    print(f"one thread reads {speed / 1e9:.1f} GB/s", flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        for job in jobs(args, Path(work)):
+            row = in_child(job)
+            if "moved_mb" in row:
+                row["bound_ms"] = row["moved_mb"] * 1e9 / speed
+                row["share_of_bound"] = row["bound_ms"] / row["decode_ms"]
+            rows.append({k: job[k] for k in ("name", "context", "batch")} | row)
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"context {job['context']:6} batch {job['batch']:2} {job['name']:28} {shown}", flush=True)
+    if args.json:
+        import onnxruntime
+
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        where = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": args.threads}
+        body = {"environment": where | {"commit": commit}, "steps": args.steps, "chunk": args.chunk}
+        body |= {"bandwidth_gb_s": [speed / 1e9, read_bandwidth() / 1e9], "serving": rows}
+        args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

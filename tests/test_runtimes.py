@@ -1,0 +1,81 @@
+"""examples/verify_runtimes.py and examples/bench_serving.py on the student that the tests share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import bench_serving
+import verify_runtimes
+
+from tcal_compiler.runtime.onnx_parity import TorchLogits
+from tcal_compiler.runtime.session import OnnxSession
+
+
+def answer(logits: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
+    found = {"chunks_0": logits.numpy(), "tokens": tokens.numpy(), "alone": tokens[0].numpy()}
+    found |= {"version": "1.25.1", "error": ""}
+    return {name: np.asarray(v) for name, v in found.items()}
+
+
+def test_a_runtime_passes_only_within_the_bounds():
+    logits, tokens = torch.randn(2, 4, 9), torch.tensor([[3, 1, 4], [1, 5, 9]])
+    ids, rounded = torch.zeros(2, 4, dtype=torch.long), logits + 1e-3  # so 2e-3 is allowed
+    known = TorchLogits(ids, logits, {(4,): rounded})
+    assert verify_runtimes.compare(answer(logits + 1.9e-3, tokens), known, tokens)["passed"]
+    assert not verify_runtimes.compare(answer(logits + 2.1e-3, tokens), known, tokens)["passed"]
+    other = verify_runtimes.compare(answer(logits, tokens + torch.tensor([0, 0, 1])), known, tokens)
+    assert other["tokens_that_differ"] == 3 and not other["passed"]
+    broken = answer(logits, tokens) | {"error": np.asarray("cannot load it")}
+    assert verify_runtimes.compare(broken, known, tokens) == {
+        "onnxruntime": "1.25.1",
+        "error": "cannot load it",
+        "passed": False,
+    }
+
+
+@pytest.mark.slow
+def test_other_interpreters_are_compared_too(shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out.json"
+    words = ["verify", f"tiny={shared_run}", "--runtime", sys.executable, "--prompts", "2", "--new-tokens", "12"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json", str(out)])
+    with pytest.raises(SystemExit) as end:
+        verify_runtimes.main()
+    found = json.loads(out.read_text())["runtime_parity"]["tiny"]
+    assert end.value.code == 0 and (found["layers_kept"], found["profile"]) == (1, "ort")
+    assert [row["onnxruntime"] for row in found["runtimes"]] == [onnxruntime.__version__] * 2
+    assert all(row["passed"] and 0 < row["logit_error"] < 1e-4 for row in found["runtimes"])
+    assert found["tokens"] == 36 and found["distinct_tokens"] > 3 and found["smallest_margin"] > 0
+
+
+@pytest.mark.slow
+def test_every_way_of_serving_is_measured(shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import transformers
+
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    llama = transformers.LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64)
+    transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    out = tmp_path / "out.json"
+    words = ["bench", "--onnx", f"tiny={shared_run}", "--torch", f"llama={tmp_path / 'llama'}", "--dtypes", "fp32"]
+    words += ["int8", "--contexts", "8", "600", "--batches", "1", "2", "--steps", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(bench_serving, "read_bandwidth", lambda: 1e9)  # the real one takes seconds
+    bench_serving.main()
+    rows = json.loads(out.read_text())["serving"]
+    assert len(rows) == 3 * 2 * 2 and not [r for r in rows if "error" in r]
+    assert all(r["prefill_tokens_per_s"] > 0 and r["peak_mb"] > 50 for r in rows)
+    session = OnnxSession(shared_run / "onnx", threads=1)
+    for row in (r for r in rows if r["name"].startswith("tiny fp32") and r["context"] == 8):
+        session.reset(batch=row["batch"])
+        session.forward(np.ones((row["batch"], 8), np.int64))
+        assert row["state_mb"] == pytest.approx(session.state_bytes / 1e6)
+    for row in (r for r in rows if r["name"].startswith("llama")):
+        assert row["state_mb"] * 1e6 == 2 * 2 * row["batch"] * 2 * row["context"] * 8 * 4
