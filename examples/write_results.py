@@ -147,7 +147,7 @@ def runtimes(name: str, body: dict[str, Any]) -> str:
     for student, r in body["runtime_parity"].items():
         for row in r["runtimes"]:
             cells = [student, f"{r['layers_kept']}, {r['layers_converted']}", r["profile"], row["onnxruntime"]]
-            seen = [row["error"], "", ""]
+            seen = [row.get("error", ""), "", ""]
             if "logit_error" in row:
                 seen = [f"{row['logit_error']:.2g}", f"{r['allowed']:.2g}", f"{row['tokens_that_differ']}"]
                 seen[2] += (
