@@ -39,6 +39,8 @@ class DeviceSession:
         options.log_severity_level = 3
         if profile_prefix is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile_prefix
+        if provider == CUDA:
+            ort.preload_dlls()  # CUDA and cuDNN from pip's packages, where no system has them
         names = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=names)
         if self.session.get_providers()[0] != provider:
