@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .graph import (
     LAYOUT,
@@ -51,6 +51,7 @@ class _Tokens:
     position: set[Node]
     graph: nx.DiGraph
     idom: dict[Node, Node]
+    readers: dict[int, list[tuple[str, Node]]]
     masks: dict[Node, MaskFacts] = field(default_factory=dict)
 
     def dominators(self, node: Node) -> list[Node]:
@@ -99,7 +100,7 @@ def _token_part(capture: Capture) -> _Tokens:
     graph.add_edges_from((i, n) for n in gm.graph.nodes if n in data for i in inputs(n) if i in data)
     idom = dict(nx.immediate_dominators(graph, ins[0]))
     idom.pop(ins[0], None)
-    return _Tokens(capture, ins[0], data, position, graph, idom)
+    return _Tokens(capture, ins[0], data, position, graph, idom, _readers(gm))
 
 
 def _above_expand(node: Node) -> Node:
@@ -186,16 +187,19 @@ def _check_region(t: _Tokens, x: Node, y: Node) -> None:
             raise Unfit(f"{n.name} also reads {outside[0].name}, which is not computed from {x.name}")
         if n is not y and (leak := [u for u in t.users(n) if u not in region]):
             raise Unfit(f"{n.name} is also used outside the attention block, by {leak[0].name}")
-    weights = {id(w): n for r in region for n in inputs(r) if (w := _weight(t, n)) is not None}
-    for n in t.capture.gm.graph.nodes:
-        if n not in region and (shared := [i for i in inputs(n) if id(_weight(t, i)) in weights]):
-            raise Unfit(f"its weight {shared[0].target} is also used outside the attention block, by {n.name}")
+    for readers in t.readers.values():  # alignment gives each site weights of its own, so layers must not share them
+        others = [r for r in readers if r[1] not in region]
+        if others and len(others) < len(readers):
+            raise Unfit(f"its weight {others[0][0]} is also used outside the attention block, by {others[0][1].name}")
 
 
-def _weight(t: _Tokens, node: Node) -> torch.nn.Parameter | None:
-    """The parameter that a node reads; alignment gives each site its own, so layers must not share them."""
-    tensor = get_tensor(t.capture.gm, str(node.target)) if node.op == "get_attr" else None
-    return tensor if isinstance(tensor, torch.nn.Parameter) else None
+def _readers(gm: GraphModule) -> dict[int, list[tuple[str, Node]]]:
+    """By id of a parameter: under which name which nodes read it."""
+    found: dict[int, list[tuple[str, Node]]] = {}
+    for n in gm.graph.nodes:
+        if n.op == "get_attr" and isinstance(p := get_tensor(gm, str(n.target)), torch.nn.Parameter):
+            found.setdefault(id(p), []).extend((str(n.target), user) for user in n.users)
+    return found
 
 
 def _mask_facts(t: _Tokens, anchor: Node) -> MaskFacts:
