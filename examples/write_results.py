@@ -228,6 +228,27 @@ def _said_seen(pair: list[float], unit: float) -> str:
     return f"{said:.1f} / {seen:.1f}" + (f" ({100 * (said / seen - 1):+.0f}%)" if seen >= 1 else "")
 
 
+def memory(name: str, body: dict[str, Any]) -> str:
+    lines = [f"## {name}\n", _machine(body["environment"])]
+    lines += ["Peak memory of each stage in MB: what `tcal inspect --memory` says of the configuration / measured."]
+    for model, run in body["memory"].items():
+        lines += [f"\n{model}, {run['parameters'] / 1e6:.0f} million weights: `{run['command']}`\n"]
+        lines += ["| " + " | ".join(run["stages"]) + " |", "|---" * len(run["stages"]) + "|"]
+        cells = [_said_seen(row["peak_bytes"], 1e6) for row in run["stages"].values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def loading(name: str, body: dict[str, Any]) -> str:
+    lines = [f"## {name}\n", _machine(body["environment"])]
+    lines += ["Loading a teacher in float32, MB of resident memory beyond the process before it.\n"]
+    lines += ["| weight files | weights in float32 | at most | after | mapped files after |", "|---|---|---|---|---|"]
+    for files, row in body["loading"].items():
+        cells = [f"{row[k] / 1e6:.0f}" for k in ("weights", "peak", "after", "mapped")]
+        lines.append("| " + " | ".join([files, *cells]) + " |")
+    return "\n".join([*lines, ""])
+
+
 def copy_run(item: str, folder: Path, machine: str) -> None:
     """Writes folder/NAME.json from the manifest of a run folder."""
     name, path = item.split("=", 1)
@@ -267,6 +288,7 @@ def main() -> None:
         body = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
         kinds |= {"runtime_parity": runtimes, "serving": serving}
+        kinds |= {"memory": memory, "loading": loading}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +52,8 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     return program
 
 
-def capture_program(
-    program: torch.export.ExportedProgram,
-    *,
-    teacher: Callable[..., Tensor],
-    implementation: str,
-    shapes: Sequence[tuple[int, int]] = SHAPES,
-) -> Capture:
-    """The canonical graph of a program, compared with `teacher(*inputs) -> logits` at several (batch, length).
-
-    Raises UnsupportedModelError when the graph's logits differ from the teacher's by one bit.
-    """
+def canonical(program: torch.export.ExportedProgram, implementation: str) -> Capture:
+    """The canonical graph of a program, compared with nothing. Raises UnsupportedModelError for an open vocabulary."""
     gm = from_program(functional(program))
     ins = placeholders(gm)
     logits = output_node(gm).args[0]
@@ -74,7 +66,22 @@ def capture_program(
     vocab = value(logits).shape[-1]  # type: ignore[arg-type]
     if not isinstance(vocab, int):
         raise UnsupportedModelError("teacher", f"its last output dimension is not a constant vocabulary: {vocab}")
-    capture = Capture(gm, len(ins) > 1, vocab, implementation, fingerprint="")
+    return Capture(gm, len(ins) > 1, vocab, implementation, fingerprint="")
+
+
+def capture_program(
+    program: torch.export.ExportedProgram,
+    *,
+    teacher: Callable[..., Tensor],
+    implementation: str,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> Capture:
+    """The canonical graph of a program, compared with `teacher(*inputs) -> logits` at several (batch, length).
+
+    Raises UnsupportedModelError when the graph's logits differ from the teacher's by one bit.
+    """
+    capture = canonical(program, implementation)
+    gm, vocab = capture.gm, capture.vocab_size
     checks = []
     for batch, length in shapes:
         args = capture.inputs(example_ids(batch, length, vocab))
@@ -99,7 +106,7 @@ def capture_program(
             f"the captured graph differs from the model: {bad[0].name} by {bad[0].measured:.3g} (allowed 0)",
             "export the model yourself with dynamic batch and length and pass the .pt2 file",
         )
-    return Capture(gm, len(ins) > 1, vocab, implementation, "", tuple(checks))
+    return replace(capture, checks=tuple(checks))
 
 
 def require_causal(capture: Capture, *, length: int = 48) -> Check:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tcal_compiler.errors import TcalError, TeacherError, UnsupportedModelError
-from tcal_compiler.passes.capture import SHAPES, capture_program, export_module
+from tcal_compiler.passes.capture import SHAPES, canonical, capture_program, export_module
 from tcal_compiler.passes.graph import placeholders
 from tcal_compiler.passes.types import Capture
 
 from .teacher import Teacher, fingerprint
+
+_PART = 1 << 22  # values that are looked at together
 
 
 class _Logits(nn.Module):
@@ -36,13 +38,40 @@ def _first(out: Any) -> Tensor:
     return torch.utils._pytree.tree_leaves(getattr(out, "logits", out))[0]
 
 
+def _is_finite(p: Tensor) -> bool:
+    """Part by part, since a sum in float64 makes a float64 copy first."""
+    return all(bool(part.sum(dtype=torch.float64).isfinite()) for part in p.reshape(-1).split(_PART))
+
+
 def _require_finite(model: nn.Module | torch.export.ExportedProgram, source: str) -> None:
     """Parameters only: a mask that is kept as a buffer may well hold infinities."""
     for name, p in model.named_parameters():
-        if p.is_floating_point() and not bool(p.sum(dtype=torch.float64).isfinite()):
+        if p.is_floating_point() and not _is_finite(p.detach()):
             bad = p.numel() - int(p.isfinite().sum())
             what = f"weight {name} has {bad} of {p.numel()} values that are NaN or infinite"
             raise TeacherError(source, what, "a checkpoint that was saved whole, from training that did not diverge")
+
+
+def _program(teacher: Teacher) -> tuple[torch.export.ExportedProgram, nn.Module]:
+    """The teacher as a program, and what to compare its graph with."""
+    if teacher.program is not None:
+        return teacher.program, teacher.program.module()
+    assert teacher.module is not None
+    module, has_positions = teacher.module, "position_ids" in inspect.signature(teacher.module.forward).parameters
+    if _is_transformers(module):
+        module, has_positions = _Logits(module).eval(), True
+    vocab = teacher.info.get("vocab_size") or 2
+    try:
+        program = export_module(module, has_positions=has_positions, vocab_size=vocab)
+    except TcalError:
+        raise
+    except Exception as e:  # torch.export fails in many ways, each with a type of its own
+        raise UnsupportedModelError(
+            teacher.source,
+            f"torch.export cannot capture it: {type(e).__name__}: {str(e).splitlines()[0][:300]}",
+            "export it yourself with dynamic batch and length, torch.export.save, and pass the .pt2 file",
+        ) from e
+    return program, module
 
 
 def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Capture:
@@ -52,26 +81,7 @@ def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = S
     when a weight is not finite.
     """
     _require_finite(teacher.program or teacher.module, teacher.source)  # type: ignore[arg-type]
-    if teacher.program is not None:
-        program = teacher.program
-        run: nn.Module = program.module()
-    else:
-        assert teacher.module is not None
-        module, has_positions = teacher.module, "position_ids" in inspect.signature(teacher.module.forward).parameters
-        if _is_transformers(module):
-            module, has_positions = _Logits(module).eval(), True
-        vocab = teacher.info.get("vocab_size") or 2
-        try:
-            program = export_module(module, has_positions=has_positions, vocab_size=vocab)
-        except TcalError:
-            raise
-        except Exception as e:  # torch.export fails in many ways, each with a type of its own
-            raise UnsupportedModelError(
-                teacher.source,
-                f"torch.export cannot capture it: {type(e).__name__}: {str(e).splitlines()[0][:300]}",
-                "export it yourself with dynamic batch and length, torch.export.save, and pass the .pt2 file",
-            ) from e
-        run = module
+    program, run = _program(teacher)
     longest = teacher.info.get("context_length") or max(t for _, t in shapes)
     shapes = tuple((b, min(t, longest)) for b, t in shapes)
     capture = capture_program(
@@ -82,3 +92,11 @@ def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = S
         raise UnsupportedModelError(teacher.source, f"takes {names}; want input_ids and at most position_ids")
     weights = dict(capture.gm.named_parameters()) | dict(capture.gm.named_buffers())
     return replace(capture, fingerprint=fingerprint(weights, ""))
+
+
+def capture_shell(teacher: Teacher) -> Capture:
+    """The graph of a teacher without weights (`shell_teacher`), compared with nothing: there is nothing to compute.
+
+    Raises UnsupportedModelError when the teacher cannot be exported.
+    """
+    return canonical(_program(teacher)[0], teacher.kind)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -22,7 +21,7 @@ from torch.export import ExportedProgram
 from tcal_compiler import errors
 from tcal_compiler.errors import DataError, TeacherError
 
-from .declared_size import check_folder, gguf_shell
+from .checkpoints import load_folder, load_gguf, say, shell_of
 from .program_file import EXPORT_HINT, load_program, sniff
 from .tokenizer import (
     BYTES,
@@ -30,7 +29,6 @@ from .tokenizer import (
     TokenizerLike,
     check_tokenizer,
     find_tokenizer,
-    quiet_transformers,
     read_tokenizer,
 )
 
@@ -45,9 +43,8 @@ __all__ = [
 ]
 
 EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(errors.__file__).parent / "assets" / "teacher"
 TeacherKind = Literal["program", "transformers", "gguf", "factory", "pickle"]
-_GGUF_HINT = "pip install 'tcal-compile[gguf]'"
-_CAUSAL_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 _CHUNK = 1 << 24  # bytes hashed at a time
 
 
@@ -90,7 +87,7 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
         TeacherError: missing, truncated, of an unknown format, unsafe, or not a causal language model.
         DataError: the tokenizer that was asked for is missing.
     """
-    path = Path(errors.__file__).parent / "assets" / "teacher" if spec == EMBEDDED else Path(os.path.expanduser(spec))
+    path = EMBEDDED_FOLDER if spec == EMBEDDED else Path(os.path.expanduser(spec))
     if spec == EMBEDDED and not path.is_dir():
         raise TeacherError(spec, "this installation lacks the teacher that ships", "install from a full checkout")
     if not spec or not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
@@ -99,7 +96,7 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
         loaded, source, beside = _load_factory(spec), spec, None
     else:
         path = path.resolve()
-        loaded = _load_folder(path) if path.is_dir() else _load_file(path, allow_pickle=allow_pickle)
+        loaded = _load_path(path, allow_pickle=allow_pickle)
         source, beside = spec if spec == EMBEDDED else str(path), path
     folder = loaded.tokenizer_dir
     if tokenizer is not None or (folder is None and loaded.kind != "gguf"):
@@ -114,6 +111,20 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
         tokenizer_dir=folder,
         info=_info() | loaded.info | {"tokenizer": kind},
     )
+
+
+def shell_teacher(spec: str) -> Teacher:
+    """The teacher of a transformers folder or a .gguf file as a shell without weights, from its configuration alone.
+
+    Raises TeacherError, also for any other form of teacher.
+    """
+    path = (EMBEDDED_FOLDER if spec == EMBEDDED else Path(os.path.expanduser(spec))).resolve()
+    if not path.is_dir() and not (path.is_file() and sniff(path) == "gguf"):
+        what = "has no configuration that a model can be made of without its weights"
+        raise TeacherError(spec, what, "a transformers folder with config.json, or a .gguf file")
+    kind: TeacherKind = "transformers" if path.is_dir() else "gguf"
+    model = shell_of(path)
+    return Teacher(str(path), kind, model.eval(), None, None, _info() | _config_info(model) | {"tokenizer": None})
 
 
 def live_teacher(module: nn.Module, source: str) -> Teacher:
@@ -164,13 +175,15 @@ def _info(**known: Any) -> dict[str, Any]:
     return dict.fromkeys(names) | {k: v for k, v in known.items() if k in names}
 
 
-def _load_file(path: Path, *, allow_pickle: bool) -> _Loaded:
+def _load_path(path: Path, *, allow_pickle: bool) -> _Loaded:
+    if path.is_dir():
+        return _transformers("transformers", load_folder(path))
     kind = sniff(path)
     if kind == "program":
         program, facts = load_program(path, allow_pickle=allow_pickle)
         return _Loaded("program", program, _info(vocab_size=facts.vocab_size, context_length=facts.context_length))
     if kind == "gguf":
-        return _load_gguf(path)
+        return _transformers("gguf", load_gguf(path))
     if kind == "pickle":
         return _load_pickle(path, allow_pickle=allow_pickle)
     what = {
@@ -189,83 +202,13 @@ def _load_file(path: Path, *, allow_pickle: bool) -> _Loaded:
     raise TeacherError(str(path), *what)
 
 
+def _transformers(kind: TeacherKind, model: nn.Module) -> _Loaded:
+    return _Loaded(kind, model, _config_info(model))
+
+
 def _head(path: Path) -> bytes:
     with path.open("rb") as f:
         return f.read(8)
-
-
-def _load_folder(folder: Path) -> _Loaded:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not (folder / "config.json").is_file():
-        seen = sorted(p.name for p in folder.iterdir())
-        hint = "the folder that transformers' save_pretrained wrote"
-        if "adapter_config.json" in seen:
-            hint = "merge the adapter into its base model (merge_and_unload) and save that"
-        elif any(name.endswith((".gguf", ".pt2")) for name in seen):
-            hint = f"the file itself: {next(n for n in seen if n.endswith(('.gguf', '.pt2')))}"
-        raise TeacherError(str(folder), f"a folder without config.json; seen: {seen[:8]}", hint)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(folder), **local)
-    except Exception as e:  # ValueError, OSError, KeyError, JSON errors: whatever the file makes transformers do
-        raise TeacherError(str(folder / "config.json"), f"cannot be read: {_say(e)}", "no remote code is run") from e
-    _check_causal(config, folder)
-    loader: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "output_loading_info": True,
-        "attn_implementation": "sdpa",
-        **local,
-    }
-    try:
-        with quiet_transformers():
-            check_folder(config, folder)
-            try:
-                model, report = loader.from_pretrained(str(folder), **options)
-            except ValueError as e:
-                if "scaled_dot_product_attention" not in str(e):
-                    raise
-                options["attn_implementation"] = "eager"
-                model, report = loader.from_pretrained(str(folder), **options)
-    except TeacherError:
-        raise
-    except Exception as e:  # safetensors and torch raise their own types for damaged shards
-        files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")}
-        raise TeacherError(
-            str(folder), f"cannot load the weights: {_say(e)}; files and bytes: {files}", "copy it again"
-        ) from e
-    _check_complete(report, folder)
-    return _Loaded("transformers", model, _config_info(model))
-
-
-def _check_causal(config: Any, where: Path) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    given = getattr(config, "architectures", None)
-    names = [n for n in given if isinstance(n, str)] if isinstance(given, list) else []
-    causal_class = any(_CAUSAL_CLASS.search(n) for n in names)
-    encoder = getattr(config, "is_decoder", True) is False and not causal_class
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder and not getattr(config, "is_encoder_decoder", False):
-        return
-    raise TeacherError(
-        str(where),
-        f"is not a causal language model: model_type {config.model_type!r}, architectures {names}",
-        "a decoder-only model, saved with its language-model head",
-    )
-
-
-def _check_complete(report: Mapping[str, Any], where: Path) -> None:
-    """transformers fills weights that are not in the files with random numbers; a teacher must not have any."""
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(k) for k in report.get(problem) or ())
-        if names:
-            raise TeacherError(
-                str(where),
-                f"{len(names)} weights of the model are not in its files ({problem}): {names[:4]}",
-                "a complete checkpoint of the whole language model, with its head",
-            )
 
 
 def _config_info(model: Any) -> dict[str, Any]:
@@ -291,40 +234,6 @@ def _first(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _load_gguf(path: Path) -> _Loaded:
-    """The route of transformers' own GGUF support, without its requirement of the accelerate package."""
-    if importlib.util.find_spec("gguf") is None:
-        raise TeacherError(str(path), "reading GGUF needs the gguf package", _GGUF_HINT)
-    from transformers import AutoConfig
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-            _check_causal(config, path)
-            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            shell = gguf_shell(config, model_class, path)
-            tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=shell)["tensors"]
-            model, report = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-            )
-    except TeacherError:
-        raise
-    except Exception as e:  # the readers raise IndexError, ValueError, KeyError, ... for damaged files
-        size = path.stat().st_size
-        raise TeacherError(str(path), f"cannot read this GGUF file of {size} bytes: {_say(e)}", "copy it again") from e
-    _check_complete(report, path)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are no longer quantised
-    return _Loaded("gguf", model, _config_info(model))
-
-
 @contextlib.contextmanager
 def _working_directory_first() -> Iterator[None]:
     here = os.getcwd()
@@ -346,7 +255,7 @@ def _load_factory(spec: str) -> _Loaded:
             made = made()
         except Exception as e:  # the user's own code may raise anything
             hint = "a module that can be imported from the working directory, and a function in it without arguments"
-            raise TeacherError(spec, f"the factory failed: {_say(e)}", hint) from e
+            raise TeacherError(spec, f"the factory failed: {say(e)}", hint) from e
     model, folder = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise TeacherError(
@@ -375,11 +284,7 @@ def _load_pickle(path: Path, *, allow_pickle: bool) -> _Loaded:
         with _working_directory_first():
             model = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as e:
-        raise TeacherError(str(path), f"cannot be unpickled: {_say(e)}", EXPORT_HINT) from e
+        raise TeacherError(str(path), f"cannot be unpickled: {say(e)}", EXPORT_HINT) from e
     if not isinstance(model, nn.Module):
         raise TeacherError(str(path), f"holds a {type(model).__name__}, not a torch.nn.Module", EXPORT_HINT)
     return _Loaded("pickle", model, _config_info(model))
-
-
-def _say(e: BaseException) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

@@ -16,12 +16,13 @@ from .student import Student
 
 def unique_state(student: Student) -> dict[str, Tensor]:
     """Parameters and persistent tensors by their first name, each once."""
-    seen: dict[int, str] = {}
+    seen: dict[tuple[int, int], str] = {}
     out: dict[str, Tensor] = {}
     for name, tensor in student.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel() and out[seen[tensor.data_ptr()]].shape == tensor.shape:
+        key = tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # tensors without values have no data_ptr
+        if key in seen and tensor.numel() and out[seen[key]].shape == tensor.shape:
             continue
-        seen[tensor.data_ptr()] = name
+        seen[key] = name
         out[name] = tensor.contiguous().cpu()
     return out
 

@@ -5,16 +5,60 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
 
 from .cli_options import (
+    Batch,
+    ConfigFile,
     Json,
+    Length,
     Pickle,
+    Policy,
+    Sequences,
     TeacherArg,
 )
+from .errors import ConfigError
 
 
-def inspect(teacher: TeacherArg = "embedded", allow_pickle: Pickle = False, as_json: Json = False) -> None:
-    """Lists the attention cores of TEACHER: what can be converted, and why the others cannot. Writes nothing."""
+def inspect(
+    teacher: TeacherArg = "embedded",
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="memory and disk that every stage of a conversion would need, from the configuration alone: TEACHER "
+            "is a folder with config.json, where weights need not be, or a .gguf file",
+        ),
+    ] = False,
+    policy: Policy = None,
+    config: ConfigFile = None,
+    calib_sequences: Sequences = None,
+    calib_length: Length = None,
+    batch: Batch = None,
+    allow_pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Lists the attention cores of TEACHER: what can be converted, and why the others cannot. Writes nothing.
+
+    With --memory it says what a conversion with these settings would need instead.
+    """
+    settings = {
+        "policy": policy,
+        "calib.sequences": calib_sequences,
+        "calib.length": calib_length,
+        "align.batch": batch,
+    }
+    if memory:
+        from .config import load_config
+        from .stage_memory import memory_needs
+
+        needs = memory_needs(teacher, config=load_config(config, settings))
+        print(json.dumps(asdict(needs), indent=1) if as_json else needs.text())
+        return
+    if config is not None or any(v is not None for v in settings.values()):
+        raise ConfigError("inspect", "settings of a conversion change nothing about its attention cores", "--memory")
     from .source import open_source
 
     source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
@@ -22,6 +66,10 @@ def inspect(teacher: TeacherArg = "embedded", allow_pickle: Pickle = False, as_j
     if as_json:
         print(json.dumps({"sites": sites, "refused": refused}, indent=1))
         return
+    _print_sites(sites, refused)
+
+
+def _print_sites(sites: list[dict[str, Any]], refused: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

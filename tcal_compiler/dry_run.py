@@ -66,7 +66,7 @@ class DryRun:
             _row("stage", "time", "CPU time", "peak memory", "files", "for a while"),
         ]
         for s in [*self.stages, self.total]:
-            sizes = map(_size, (s.peak, s.files, s.scratch))
+            sizes = map(size_text, (s.peak, s.files, s.scratch))
             lines.append(_row(s.stage, _time(s.time.seconds), _time(s.time.cpu_seconds), *sizes))
         took = clock(self.trial.seconds)
         return "\n".join([*lines, "", f"Measured in {took} on a piece of each stage. Nothing was written."])
@@ -80,11 +80,11 @@ def _time(seconds: float) -> str:
     return clock(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count else "-"
 
 
-def _stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
+def stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
     """A plan of as many sites at even distances, and the trial models of a policy that measures them.
 
     For a bound on the KL nothing is known: no site stays softmax, and every set that forward may ask for is counted.
@@ -140,7 +140,7 @@ def dry_run(
         scan, policy, models = job.source.scan, config.policy or DEFAULT_POLICY, 0
         chosen = job.chosen
         if chosen is None:
-            chosen, models = _stand_in(scan, policy)
+            chosen, models = stand_in(scan, policy)
         check_train(config.distill, chosen)
         stages = [StageCost("load", load.time, load.peak)]
         trial = Trial(job.source, chosen, job.ids, config)

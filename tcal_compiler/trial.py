@@ -70,9 +70,21 @@ def counts(config: TrainConfig) -> tuple[int, int]:
 class Trial:
     """Runs a piece of every stage, in the order of the stages; each method is asked for once, in that order."""
 
-    def __init__(self, source: Source, plan: Plan, ids: Tensor, config: Config) -> None:
-        """ids [N, T]: the calibration sequences, the held-out ones last."""
-        calib = config.calib
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        ids: Tensor,
+        config: Config,
+        *,
+        meter: Callable[[], Meter] = Meter,
+        timed: bool = True,
+    ) -> None:
+        """ids [N, T]: the calibration sequences, the held-out ones last.
+
+        meter: of time and memory. timed: False runs nothing again for the sake of its time.
+        """
+        calib, self.meter, self.timed = config.calib, meter, timed
         self.source, self.chosen, self.ids, self.config = source, plan, ids, config
         self.take, self.held = min(calib.batch, calib.kept), min(calib.batch, calib.holdout)
         self.sample = torch.cat([ids[: self.take], ids[calib.sequences : calib.sequences + self.held]])
@@ -86,7 +98,7 @@ class Trial:
     def writing(self) -> Time:
         """Of one byte: it is written, and read again for its sha256."""
         block = bytes(SAMPLE)
-        with Meter() as m:
+        with self.meter() as m:
             hashlib.sha256(block).hexdigest()
         return m.time * (2 / SAMPLE)
 
@@ -101,7 +113,7 @@ class Trial:
         return cost
 
     def plan(self) -> StageCost:
-        with Meter() as m:
+        with self.meter() as m:
             pass
         return StageCost("plan", m.time, m.peak)
 
@@ -115,20 +127,22 @@ class Trial:
 
     def _first_site(self, group: SiteGroup, rows: int) -> Time:
         part = replace(group, sites=group.sites[:1], names=group.names[:1], x=group.x[:1, :rows], y=group.y[:1, :rows])
-        with Meter() as m:
+        with self.meter() as m:
             initialise(self.student, [part], init=self.config.init, seed=0, batch=self.config.calib.batch)
         self.peak = max(self.peak, m.peak)
         return m.time
 
     def _initialisation(self, group: SiteGroup, rows: int) -> Time:
         """Of one site on so many sequences: a line through two measurements, the first run being a warm-up."""
+        if not self.timed:
+            return self._first_site(group, self.take)
         _, more, less = (self._first_site(group, n) for n in (self.take, self.take + self.held, self.take))
         each = (more - less) * (1 / self.held)
         return (less + each * (rows - self.take)).at_least(less * (min(rows, self.take) / self.take))
 
     def calibrate(self) -> StageCost:
         calib, self._marks = self.config.calib, list[Time]()
-        with Meter() as self.text:
+        with self.meter() as self.text:
             self.student = make_student(self.source.capture, self.source.scan, self.chosen)
             if self.chosen.convert:
                 self.groups = collect_taps(
@@ -154,6 +168,11 @@ class Trial:
         return sum((t.numel() * t.element_size() for g in self.groups for t in (g.x, g.y)), 0)
 
     @property
+    def values_in_all(self) -> int:
+        """Bytes of the teacher's values of the whole text."""
+        return self._values + self._beyond
+
+    @property
     def _beyond(self) -> int:
         """Bytes of the teacher's values that the whole text has beyond the trial's."""
         return round(self._values * ((self.config.calib.kept + self.config.calib.holdout) / len(self.sample) - 1))
@@ -166,9 +185,9 @@ class Trial:
         for n, each in self.sites:
             time += each * (n * sites / number)
         teacher, args = split_model(self.source.capture.gm), self.source.capture.inputs(self.sample)
-        with Meter() as m, torch.no_grad():
+        with self.meter() as m, torch.no_grad():
             student = make_student(self.source.capture, self.source.scan, self.chosen)
-        with Meter() as one, torch.no_grad():
+        with self.meter() as one, torch.no_grad():
             sum_losses(split_model(student.gm), teacher, [args], [teacher.hidden(args)])
         share = self.config.score.sequences / len(self.sample)
         beyond = round(self._values * (calib.sequences * sites / number / len(self.sample) - 1))
@@ -178,21 +197,21 @@ class Trial:
         config, files = self.config.align, self.weights
         time, scratch = self.writing * files, 0
         if not (config.steps and self.groups):
-            with Meter() as m:
+            with self.meter() as m:
                 pass
             return StageCost("align", time + m.time, m.peak + self._beyond + files, files)
         live = self.config.calib.init_sequences is not None
         pairs = LivePairs(self.student, self.groups, self.ids) if live else stored_pairs(self.groups)
         index = torch.arange(min(config.batch, self.config.calib.sequences)) % (len(self.ids) if live else self.take)
-        with Meter() as setup:
+        with self.meter() as setup:
             trainers = [GroupTrainer(self.student, g, self.take, config) for g in self.groups]
 
         def step(number: int) -> None:
             for t, (x, y) in zip(trainers, pairs(index), strict=True):
                 t.step(number, x, y, 0)
 
-        trained = _training(config, step, lambda: [t.score() for t in trainers])
-        with Meter() as last:
+        trained = _training(config, step, lambda: [t.score() for t in trainers], self)
+        with self.meter() as last:
             half_lives(self.student, self.groups, batch=self.config.calib.batch)
         share = self.config.calib.holdout / self.held
         time += setup.time + trained.whole(config, share) + last.time
@@ -203,20 +222,20 @@ class Trial:
         return StageCost("align", time, peak + self._beyond, files, scratch)
 
     def distill(self) -> StageCost:
-        with Meter() as before:  # what alignment trained on is given back only after the stage has begun
+        with self.meter() as before:  # what alignment trained on is given back only after the stage has begun
             after = self._beyond
         self.groups = []
         gc.collect()
         config = self.config.distill.in_steps(self.config.calib.length).model_copy(update={"compile": False})
         if not (config.active and self.chosen.convert):
-            with Meter() as m:
+            with self.meter() as m:
                 pass
             return StageCost("distill", m.time, before.peak + after)
         counted = torch.ones(len(self.sample), self.sample.shape[1] - 1, dtype=torch.bool)
-        with Meter() as setup:
+        with self.meter() as setup:
             trainer = Distiller(self.student, self.sample, counted, train=self.take, config=config)
         index = torch.arange(config.batch) % self.take
-        trained = _training(config, lambda n: trainer.step(n, index), trainer.score)
+        trained = _training(config, lambda n: trainer.step(n, index), trainer.score, self)
         time = setup.time + trained.whole(config, self.config.calib.holdout / self.held) + self.writing * self.weights
         state, saves = _bytes(trainer.state()), counts(config)[1]
         time += self.writing * (state * saves)
@@ -226,15 +245,15 @@ class Trial:
     def export(self) -> StageCost:
         config = self.config.export
         gc.collect()
-        with Meter() as program:
+        with self.meter() as program:
             exported = self.student.export()
-        with Meter() as graph:
+        with self.meter() as graph:
             run = exported.module()
             flat = capture_program(exported, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
         longest, bounded = context_length(config, self.source.teacher.info), config.bounded_windows
-        with Meter() as plain:
+        with self.meter() as plain:
             unchecked = make_stateful(flat, verify=False, max_length=longest, bounded=bounded)
-        with Meter() as checked:
+        with self.meter() as checked:
             make_stateful(flat, max_length=longest, bounded=bounded)
         each = program.time * (1 / (EXPORT_START + len(exported.graph.nodes)))
         onnx = each * (ONNX_NODE * len(unchecked.gm.graph.nodes))
@@ -246,9 +265,9 @@ class Trial:
 
     def report(self) -> StageCost:
         """Two plots are drawn, the first of which loads matplotlib; what export made is still held."""
-        with Meter() as first:
+        with self.meter() as first:
             _draw()
-        with Meter() as second:
+        with self.meter() as second:
             _draw()
         peak = max(first.peak, second.peak) + self.left
         return StageCost("report", first.time + second.time * (PLOTS - 1), peak, REPORT_BYTES)
@@ -278,17 +297,21 @@ class _Trained:
         return self.first + self.step * (config.steps - 1) + self.score * (counts(config)[0] * share)
 
 
-def _training(config: TrainConfig, step: Callable[[int], object], score: Callable[[], object]) -> _Trained:
+def _training(
+    config: TrainConfig, step: Callable[[int], object], score: Callable[[], object], trial: Trial
+) -> _Trained:
     """A score as before the first step, the first step, which makes the optimiser's state, and some more."""
-    with Meter() as scored:
+    with trial.meter() as scored:
         score()
-    with Meter() as first:
+    with trial.meter() as first:
         step(0)
     more: list[Time] = []
     peak = max(scored.peak, first.peak)
-    while len(more) < 2 or (len(more) < 9 and sum(t.seconds for t in more) < 8):
-        with Meter() as m:
+    least, most = (2, 9) if trial.timed else (1, 1) if config.steps > 1 else (0, 0)
+    while len(more) < least or (len(more) < most and sum(t.seconds for t in more) < 8):
+        with trial.meter() as m:
             step(1)
         more, peak = [*more, m.time], max(peak, m.peak)
-    middle = Time(median(t.seconds for t in more), median(t.cpu_seconds for t in more))
+    times = more or [first.time]
+    middle = Time(median(t.seconds for t in times), median(t.cpu_seconds for t in times))
     return _Trained(first.time, middle, scored.time, peak)

@@ -1,0 +1,169 @@
+"""Memory that a piece of work would take, found by running it on tensors without values.
+
+Every operation runs on PyTorch's fake tensors, which have shapes and no memory; a dispatch mode adds up the bytes of
+the storages that are alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tcal_compiler.kernels.attention_stats.streaming import (
+    attention_output_sums_streaming,
+    attention_statistics_streaming,
+)
+from tcal_compiler.kernels.gated_delta_rule.chunked import FORWARD_MATRICES, gated_delta_rule_chunked
+from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
+from tcal_compiler.kernels.scores import Scores
+
+aten = torch.ops.aten
+HARMLESS = 1e-9  # the answer to a question about a value: finite, and within every tolerance but 0
+
+
+class Allocations(TorchDispatchMode):
+    """live and peak: bytes of the storages that operations inside have made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self._inside = _inside()
+        self._workspace: dict[Any, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return True if dtype is torch.bool else HARMLESS if dtype.is_floating_point else 1
+        if func is aten.equal.default:
+            return args[0].shape == args[1].shape
+        if func is aten.index.Tensor and len(args[1]) == 1 and args[1][0].dtype is torch.bool:
+            out = args[0].new_empty(args[1][0].numel(), *args[0].shape[args[1][0].dim() :])  # as if all were chosen
+        else:
+            out = func(*args, **kwargs)
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.add(t)
+        if func in self._inside:
+            self.peak = max(self.peak, self.live + self._workspace_of(func, args))
+        return out
+
+    def _workspace_of(self, func: Any, args: Any) -> int:
+        """Bytes that the op holds beside its results while it runs; found once for the same shapes."""
+        key = (func, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in args))
+        if key not in self._workspace:
+            before, peak, self.peak = self.live, self.peak, self.live
+            with self:
+                results = self._inside[func](*args)
+            self._workspace[key] = self.peak - before - sum(r.numel() * r.element_size() for r in results)
+            self.peak = peak
+        return self._workspace[key]
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts the tensor's storage, unless it is known, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._known.get(key)
+        if not size or (known is not None and known() is storage):
+            return
+
+        def freed(ref: Any) -> None:
+            self.live -= size
+            if self._known.get(key) is ref:
+                del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _inside() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
+    """What our own ops, which a dispatch mode sees as one, run on a CPU.
+
+    The delta rule goes through its rows in parts of a bounded size: a part of the batch has the same workspace.
+    """
+    ops = torch.ops.tcal
+
+    def part(args: tuple[Any, ...], rows: int) -> list[Tensor]:
+        heads = args[-2].shape[1]  # of the initial state
+        return [a[: max(1, rows // heads)] for a in args[:-1]]
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return gated_delta_rule_chunked(*part(args, FORWARD_MATRICES["cpu"]), scale=args[-1])  # type: ignore[arg-type]
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        return gated_delta_rule_chunked_backward(*part(args, 2 * FORWARD_MATRICES["cpu"]), scale=args[-1])
+
+    return {
+        ops.gated_delta_rule.default: forward,
+        ops.gated_delta_rule_backward.default: backward,
+        ops.attention_statistics.default: lambda *a: attention_statistics_streaming(*a[:3], scores=Scores(*a[3:])),
+        ops.attention_output_sums.default: lambda *a: attention_output_sums_streaming(*a[:4], scores=Scores(*a[4:])),
+    }
+
+
+class _CpuAttention(TorchFunctionMode):
+    """The fused kernel that a CPU takes: fake tensors would be given the one that makes whole score matrices."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.scaled_dot_product_attention.default, torch.nn.functional.scaled_dot_product_attention):
+            return cpu_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def cpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """scaled_dot_product_attention as PyTorch runs it on a CPU: heads repeated, a mask of bool as floats."""
+    if enable_gqa and q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype).masked_fill(attn_mask.logical_not(), -torch.inf)
+    if q.shape[-1] != v.shape[-1]:
+        scores = (q @ k.transpose(-1, -2)).softmax(-1)
+        return scores @ v
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu.default
+    return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[Allocations]:
+    """Operations inside run on fake tensors and are counted."""
+    allocations = Allocations()
+    with FakeTensorMode(allow_non_fake_inputs=True), allocations, _CpuAttention():
+        yield allocations
+
+
+def empty_like_(module: nn.Module) -> int:
+    """Replaces every parameter and buffer by one without values, in place; call it inside `without_values`.
+
+    Returns their bytes. Tensors that were one stay one.
+    """
+    seen: dict[int, Tensor] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, t in list(table.items()):
+                if t is None or isinstance(t, FakeTensor):
+                    continue
+                if id(t) not in seen:
+                    made = torch.empty(t.shape, dtype=t.dtype)
+                    is_parameter = isinstance(t, nn.Parameter)
+                    seen[id(t)] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+                table[name] = seen[id(t)]  # type: ignore[assignment]
+    return sum(t.numel() * t.element_size() for t in seen.values())

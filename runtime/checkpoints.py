@@ -1,0 +1,211 @@
+"""Causal language models of transformers from a folder or a GGUF file, with their weights or as shells without any."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from tcal_compiler.errors import TeacherError
+
+from .declared_size import check_folder, gguf_shell
+from .tokenizer import quiet_transformers
+
+_GGUF_HINT = "pip install 'tcal-compile[gguf]'"
+_CAUSAL_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+
+
+def say(e: BaseException) -> str:
+    """An error of another library in one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+
+
+def folder_config(folder: Path) -> Any:
+    """The configuration in a folder. Raises TeacherError when there is none, or none of a causal language model."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        seen = sorted(p.name for p in folder.iterdir())
+        hint = "the folder that transformers' save_pretrained wrote"
+        if "adapter_config.json" in seen:
+            hint = "merge the adapter into its base model (merge_and_unload) and save that"
+        elif any(name.endswith((".gguf", ".pt2")) for name in seen):
+            hint = f"the file itself: {next(n for n in seen if n.endswith(('.gguf', '.pt2')))}"
+        raise TeacherError(str(folder), f"a folder without config.json; seen: {seen[:8]}", hint)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # ValueError, OSError, KeyError, JSON errors: whatever the file makes transformers do
+        raise TeacherError(str(folder / "config.json"), f"cannot be read: {say(e)}", "no remote code is run") from e
+    _check_causal(config, folder)
+    return config
+
+
+def load_folder(folder: Path) -> nn.Module:
+    """The model of a folder in float32. Raises TeacherError."""
+    from transformers import AutoModelForCausalLM
+
+    config = folder_config(folder)
+    loader: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
+    options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+    try:
+        with quiet_transformers():
+            check_folder(config, folder)
+            model, report = _with_attention(
+                lambda kind: loader.from_pretrained(
+                    str(folder), attn_implementation=kind, trust_remote_code=False, **options
+                )
+            )
+    except TeacherError:
+        raise
+    except Exception as e:  # safetensors and torch raise their own types for damaged shards
+        files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")}
+        raise TeacherError(
+            str(folder), f"cannot load the weights: {say(e)}; files and bytes: {files}", "copy it again"
+        ) from e
+    _check_complete(report, folder)
+    return model
+
+
+def _with_attention(make: Any) -> Any:
+    """make("sdpa"), or make("eager") for a model that has no other."""
+    try:
+        return make("sdpa")
+    except ValueError as e:
+        if "scaled_dot_product_attention" not in str(e):
+            raise
+        return make("eager")
+
+
+def load_gguf(path: Path) -> nn.Module:
+    """The route of transformers' own GGUF support, without its requirement of the accelerate package."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    try:
+        with quiet_transformers():
+            config, model_class = _gguf_config(path)
+            shell = gguf_shell(config, model_class, path)
+            tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=shell)["tensors"]
+            model, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except TeacherError:
+        raise
+    except Exception as e:  # the readers raise IndexError, ValueError, KeyError, ... for damaged files
+        raise _bad_gguf(path, e) from e
+    _check_complete(report, path)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are no longer quantised
+    return model
+
+
+def _gguf_config(path: Path) -> tuple[Any, Any]:
+    """Configuration and class of the model in a GGUF file."""
+    if importlib.util.find_spec("gguf") is None:
+        raise TeacherError(str(path), "reading GGUF needs the gguf package", _GGUF_HINT)
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    _check_causal(config, path)
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _bad_gguf(path: Path, e: Exception) -> TeacherError:
+    what = f"cannot read this GGUF file of {path.stat().st_size} bytes: {say(e)}"
+    return TeacherError(str(path), what, "copy it again")
+
+
+def shell_of(path: Path) -> nn.Module:
+    """The model that a folder's config.json or a GGUF file describes: its buffers as they are, its weights without
+    memory, all values 0. No weight file is opened, and none needs to be there.
+
+    Raises TeacherError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            if path.is_dir():
+                config: Any = folder_config(path)
+            else:
+                config, model_class = _gguf_config(path)
+                gguf_shell(config, model_class, path)
+            with _on_meta():
+                model = _with_attention(
+                    lambda kind: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
+                )
+    except TeacherError:
+        raise
+    except Exception as e:
+        if path.is_file():
+            raise _bad_gguf(path, e) from e
+        raise TeacherError(str(path), f"no model can be made of its configuration: {say(e)}") from e
+    _spread_zeros(model)
+    return model
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Parameters that modules register are on the meta device; buffers, whose values capture reads, are not."""
+
+    def without_memory(module: nn.Module, name: str, p: nn.Parameter | None) -> nn.Parameter | None:
+        return None if p is None or p.is_meta else nn.Parameter(p.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _spread_zeros(model: nn.Module) -> None:
+    """Every parameter becomes one zero that all its elements share: a tensor for the CPU with 4 bytes of memory."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                if id(p) not in made:
+                    zero: Tensor = torch.zeros((), dtype=p.dtype).expand(p.shape)
+                    made[id(p)] = nn.Parameter(zero, requires_grad=False)
+                module._parameters[name] = made[id(p)]
+
+
+def _check_causal(config: Any, where: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    given = getattr(config, "architectures", None)
+    names = [n for n in given if isinstance(n, str)] if isinstance(given, list) else []
+    causal_class = any(_CAUSAL_CLASS.search(n) for n in names)
+    encoder = getattr(config, "is_decoder", True) is False and not causal_class
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder and not getattr(config, "is_encoder_decoder", False):
+        return
+    raise TeacherError(
+        str(where),
+        f"is not a causal language model: model_type {config.model_type!r}, architectures {names}",
+        "a decoder-only model, saved with its language-model head",
+    )
+
+
+def _check_complete(report: Mapping[str, Any], where: Path) -> None:
+    """transformers fills weights that are not in the files with random numbers; a teacher must not have any."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(k) for k in report.get(problem) or ())
+        if names:
+            raise TeacherError(
+                str(where),
+                f"{len(names)} weights of the model are not in its files ({problem}): {names[:4]}",
+                "a complete checkpoint of the whole language model, with its head",
+            )

@@ -1,0 +1,148 @@
+"""tcal inspect --memory and what it counts with: tensors without values against tensors with memory."""
+
+from __future__ import annotations
+
+import json
+
+import psutil
+import pytest
+import torch
+from command_line import TINY, call, contents, done, refused
+from pydantic import TypeAdapter
+from test_json import Bytes, Strict
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
+from tcal_compiler.runtime.allocations import without_values
+from tcal_compiler.runtime.checkpoints import shell_of
+from tcal_compiler.runtime.meter import Meter
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50_000}
+LAYERS = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+class Need(Strict):
+    stage: str
+    peak_bytes: Bytes
+    file_bytes: Bytes
+    scratch_bytes: Bytes
+
+
+class Needs(Strict):
+    teacher: str
+    parameters: int
+    weight_bytes: Bytes
+    value_bytes: Bytes
+    policy: str
+    converted: int
+    kept: int
+    stages: list[Need]
+
+
+@pytest.fixture(scope="module")
+def config_only(tmp_path_factory):
+    """A folder of a model with config.json and no weights."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("config")
+    config = LlamaConfig(**SIZES, **LAYERS, tie_word_embeddings=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+def _needs(*words) -> Needs:
+    return TypeAdapter(Needs).validate_json(done("tcal", "inspect", *words, "--memory", "--json"))
+
+
+SMALL = ("--calib-sequences", "8", "--calib-length", "32")
+
+
+def test_needs_of_a_configuration(config_only):
+    before = contents(config_only)
+    found = _needs(config_only, *SMALL, "--policy", "keep=0")
+    per_layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64
+    assert found.parameters == 4 * per_layer + 64 * 50_000 + 64
+    assert 4 * found.parameters <= found.weight_bytes <= 4 * found.parameters + 4096  # buffers of rotary positions
+    assert (found.converted, found.kept) == (3, 1)
+    assert found.value_bytes == 3 * 2 * (8 + 8) * 32 * 64 * 4  # x and y of the text and of what is held out
+    names = ["load", "capture", "calibrate", "align", "distill", "export", "generate"]
+    assert [s.stage for s in found.stages] == names
+    rows = {s.stage: s for s in found.stages}
+    student = rows["align"].file_bytes
+    assert found.weight_bytes < student < found.weight_bytes + 3 * 4 * 5 * 64 * 64
+    assert rows["export"].file_bytes == 2 * student and rows["distill"].file_bytes == student
+    # teacher, student, gradients, two moments and the best weights so far
+    assert rows["distill"].peak_bytes - rows["load"].peak_bytes > 4.5 * student
+    assert contents(config_only) == before
+
+
+def test_more_text_needs_more(config_only):
+    one, two = (_needs(config_only, "--calib-length", "32", "--calib-sequences", n).value_bytes for n in ("8", "24"))
+    assert two == 2 * one
+
+
+def test_what_has_no_configuration_is_refused(tmp_path):
+    refused(call("tcal", "inspect", TINY, "--memory"), "TeacherError", "config.json")
+    refused(call("tcal", "inspect", tmp_path, "--memory"), "TeacherError", "config.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    refused(call("tcal", "inspect", tmp_path, "--memory"), "TeacherError", "causal")
+    refused(call("tcal", "inspect", TINY, "--calib-length", "32"), "ConfigError", "--memory")
+
+
+def test_a_shell_takes_no_memory_for_its_weights(config_only):
+    before = psutil.Process().memory_info().rss
+    model = shell_of(config_only)
+    assert sum(p.numel() for p in model.parameters()) * 4 > 12e6
+    assert sum(p.untyped_storage().nbytes() for p in model.parameters()) < 1000
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(b.is_meta for b in model.buffers())
+    assert psutil.Process().memory_info().rss - before < 100e6
+
+
+def _train(layer: nn.Linear, x: torch.Tensor) -> None:
+    for _ in range(2):
+        layer(layer(x).relu()).square().sum().backward()
+
+
+def _rule(layer: nn.Linear, x: torch.Tensor) -> None:
+    q = layer(x).view(4, 512, 8, 64)
+    g, beta = q[..., 0].abs().neg(), q[..., 1].sigmoid()
+    gated_delta_rule(q, q, q, g=g, beta=beta)[0].sum().backward()
+
+
+def _attend(layer: nn.Linear, x: torch.Tensor) -> None:
+    q = layer(x).view(4, 512, 8, 64).transpose(1, 2)
+    mask = torch.ones(512, 512, dtype=torch.bool).tril()
+    scaled_dot_product_attention(q, q[:, :2], q[:, :2], attn_mask=mask, enable_gqa=True).sum().backward()
+
+
+@pytest.mark.parametrize("work, batch", [(_train, 16), (_rule, 4), (_attend, 4)])
+def test_counted_bytes_are_those_that_are_taken(work, batch):
+    """Against the resident memory of the process."""
+
+    def run() -> None:
+        work(nn.Linear(512, 512), torch.zeros(batch, 512, 512))
+
+    torch.set_num_threads(1)
+    run()  # libraries are loaded
+    before = psutil.Process().memory_info().rss
+    with Meter() as taken:
+        run()
+    with without_values() as counted:
+        run()
+    assert counted.live == 0
+    assert counted.peak == pytest.approx(taken.peak - before, rel=0.25)
+
+
+def test_a_view_takes_nothing_and_what_is_freed_is_given_back():
+    with without_values() as counted:
+        a = torch.empty(1000)
+        b = a.view(10, 100).t()
+        assert (counted.live, counted.peak) == (4000, 4000)
+        c = b + 1
+        assert (counted.live, counted.peak) == (8000, 8000)
+        del a, b
+        assert (counted.live, counted.peak) == (4000, 8000)
+        assert c[c > 0].shape == (1000,) and c.sum().item() > 0
