@@ -169,12 +169,16 @@ def _each_chunk(
         yield out, state
 
 
+def check_tokens(longest_window: int, least: int = 24) -> int:
+    """Tokens of the comparison of chunks with one pass; longest_window: 0 where there is none."""
+    return max(min(longest_window + 3, 600) if longest_window else 0, least)
+
+
 def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture, length: int = 24) -> tuple[Check, ...]:
     """Chunked against whole-sequence logits, both graphs in float64, relative to the largest logit."""
     longest = max((layer.window or 0 for layer in stateful.layers), default=0)
-    tokens = min(longest + 3, 600) if longest else 0
     gen = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, capture.vocab_size, (2, max(tokens, length)), generator=gen)
+    ids = torch.randint(0, capture.vocab_size, (2, check_tokens(longest, length)), generator=gen)
     with torch.no_grad():
         exact = whole(*capture.inputs(ids))
     largest = _largest(exact).clamp_min(1e-30)

@@ -128,9 +128,9 @@ def _bad_gguf(path: Path, e: Exception) -> TeacherError:
     return TeacherError(str(path), what, "copy it again")
 
 
-def shell_of(path: Path) -> nn.Module:
+def shell_of(path: Path, *, layers: int | None = None) -> nn.Module:
     """The model that a folder's config.json or a GGUF file describes: its buffers as they are, its weights without
-    memory, all values 0. No weight file is opened, and none needs to be there.
+    memory, all values 0. No weight file is opened, and none needs to be there. layers: only the first ones.
 
     Raises TeacherError.
     """
@@ -143,6 +143,7 @@ def shell_of(path: Path) -> nn.Module:
             else:
                 config, model_class = _gguf_config(path)
                 gguf_shell(config, model_class, path)
+            _keep_layers(config, layers)
             with _on_meta():
                 model = _with_attention(
                     lambda kind: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
@@ -155,6 +156,30 @@ def shell_of(path: Path) -> nn.Module:
         raise TeacherError(str(path), f"no model can be made of its configuration: {say(e)}") from e
     _spread_zeros(model)
     return model
+
+
+def _per_layer(config: Any) -> list[str]:
+    """Names of the lists in a configuration that have an entry for every layer."""
+    return [n for n, v in vars(config).items() if isinstance(v, list) and len(v) == config.num_hidden_layers]
+
+
+def _keep_layers(config: Any, layers: int | None) -> None:
+    text = config.get_text_config()
+    if layers is not None:
+        for name in _per_layer(text):
+            setattr(text, name, getattr(text, name)[:layers])
+        text.num_hidden_layers = layers
+
+
+def repeated_layers(model: Any) -> tuple[int, int]:
+    """How many layers a model has, and after how many their kinds repeat, by its configuration; 0, 1: unknown."""
+    text = model.config.get_text_config()
+    count = getattr(text, "num_hidden_layers", 0)
+    if not isinstance(count, int):
+        return 0, 1
+    lists = [getattr(text, n) for n in _per_layer(text)]
+    periods = (p for p in range(1, count + 1) if all(v[i] == v[i % p] for v in lists for i in range(count)))
+    return count, next(periods, 1)
 
 
 @contextmanager

@@ -113,8 +113,10 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
     )
 
 
-def shell_teacher(spec: str) -> Teacher:
+def shell_teacher(spec: str, *, layers: int | None = None) -> Teacher:
     """The teacher of a transformers folder or a .gguf file as a shell without weights, from its configuration alone.
+
+    layers: how many of its layers it has; default: all.
 
     Raises TeacherError, also for any other form of teacher.
     """
@@ -123,7 +125,7 @@ def shell_teacher(spec: str) -> Teacher:
         what = "has no configuration that a model can be made of without its weights"
         raise TeacherError(spec, what, "a transformers folder with config.json, or a .gguf file")
     kind: TeacherKind = "transformers" if path.is_dir() else "gguf"
-    model = shell_of(path)
+    model = shell_of(path, layers=layers)
     return Teacher(str(path), kind, model.eval(), None, None, _info() | _config_info(model) | {"tokenizer": None})
 
 

@@ -8,7 +8,8 @@ they hold them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -19,9 +20,11 @@ from .dry_run import size_text, stand_in
 from .passes.capture import SHAPES
 from .passes.choose import choose, scored_by
 from .passes.find_attention import find_attention
+from .passes.make_stateful import check_tokens
 from .passes.types import Plan, SiteScan
 from .runtime.allocations import Allocations, empty_like_, without_values
 from .runtime.capture_teacher import capture_shell
+from .runtime.checkpoints import repeated_layers
 from .runtime.meter import Meter, Time
 from .runtime.teacher import Teacher, shell_teacher
 from .source import Source, check_length
@@ -31,6 +34,7 @@ from .trial import Trial
 LOAD = {"transformers": 1.0, "gguf": 2.0}  # weights in float32 files are mapped, and read when capture looks at them
 EXPORT = 5.0
 GENERATE = 2.0
+LEAST_LAYERS = 4  # of the smaller model that is measured in place of one with many layers
 RUNTIME = 150_000_000  # bytes of a process that generates, before it has a model
 
 
@@ -94,7 +98,8 @@ class _Counted(Meter):
 def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
     """What `convert` would need for a teacher of which only the configuration is there, on a CPU.
 
-    Distillation is measured whether the configuration asks for it or not.
+    Distillation is measured whether the configuration asks for it or not. Where layers repeat, two models of fewer
+    layers are measured, with as large a share of them kept, and every figure is read off the line through both.
 
     Raises:
         TeacherError: neither a transformers folder nor a .gguf file, or one that no model can be made of.
@@ -102,32 +107,86 @@ def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
         ConfigError: a policy that does not fit the teacher.
     """
     config = config or Config()
-    teacher = shell_teacher(spec)
-    start = psutil.Process().memory_info().rss
-    capture = capture_shell(teacher)
-    source = Source(teacher, None, capture, find_attention(capture))
-    check_length(config.calib.length, source, "calib.length")
-    plan = _plan(source.scan, config)
     distill = config.distill if config.distill.active else config.distill.model_copy(update={"steps": 2})
     config = config.model_copy(update={"distill": distill})
-    base = psutil.Process().memory_info().rss
-    with without_values() as memory:
-        weights = empty_like_(capture.gm)
-        parameters = sum(p.numel() for p in capture.gm.parameters())
-        ids = torch.zeros(config.calib.rows, config.calib.length, dtype=torch.long)
-        trial = Trial(source, plan, ids, config, meter=lambda: _Counted(memory, base), timed=False)
-        load = Need("load", start + (0 if _is_mapped(teacher) else round(LOAD[teacher.kind] * weights)))
-        stages = [load, Need("capture", base + _capturing(source, memory))]
-        for name in ("calibrate", "align", "distill"):
-            cost = trial.stage(name)
-            stages.append(Need(name, cost.peak, cost.files, cost.scratch))
-            if name == "calibrate":
-                values = trial.values_in_all
-        student = trial.weights
-    stages.append(Need("export", base + weights + round(EXPORT * student), 2 * student))
-    stages.append(Need("generate", RUNTIME + round(GENERATE * student)))
+    layers, period = repeated_layers(shell_teacher(spec).module)
+    few = period * -(-LEAST_LAYERS // period)
+    if 3 * few <= layers:
+        shell = _Shell(spec, config, few)
+        if len(shell.source.scan.sites) == few and not shell.source.scan.rejected:
+            plan = _plan(_repeated(shell.source.scan, layers), config)
+            unit = math.lcm(period, layers // math.gcd(layers, len(plan.keep)) if plan.keep else 1)
+            few = unit * -(-LEAST_LAYERS // unit)
+            if 3 * few <= layers:
+                less, more = (_Shell(spec, config, n).needs(_share(plan, n, layers)) for n in (few, 2 * few))
+                return _extended(less, more, plan, layers / few - 1)
+    shell = _Shell(spec, config, None)
+    return shell.needs(_plan(shell.source.scan, config))
+
+
+class _Shell:
+    """A captured teacher without weights, of so many layers."""
+
+    def __init__(self, spec: str, config: Config, layers: int | None) -> None:
+        self.config, self.teacher = config, shell_teacher(spec, layers=layers)
+        self.start = psutil.Process().memory_info().rss
+        capture = capture_shell(self.teacher)
+        self.source = Source(self.teacher, None, capture, find_attention(capture))
+        check_length(config.calib.length, self.source, "calib.length")
+
+    def needs(self, plan: Plan) -> Needs:
+        """Measured."""
+        teacher, capture, calib = self.teacher, self.source.capture, self.config.calib
+        base = psutil.Process().memory_info().rss
+        with without_values() as memory:
+            weights = empty_like_(capture.gm)
+            parameters = sum(p.numel() for p in capture.gm.parameters())
+            ids = torch.zeros(calib.rows, calib.length, dtype=torch.long)
+            trial = Trial(self.source, plan, ids, self.config, meter=lambda: _Counted(memory, base), timed=False)
+            load = Need("load", self.start + (0 if _is_mapped(teacher) else round(LOAD[teacher.kind] * weights)))
+            stages = [load, Need("capture", base + _capturing(self.source, memory))]
+            for name in ("calibrate", "align", "distill"):
+                cost = trial.stage(name)
+                stages.append(Need(name, cost.peak, cost.files, cost.scratch))
+                if name == "calibrate":
+                    values = trial.values_in_all
+            student = trial.weights
+        peak = base + weights + round(EXPORT * student) + _compared_logits(self.source)
+        stages.append(Need("export", peak, 2 * student))
+        stages.append(Need("generate", RUNTIME + round(GENERATE * student)))
+        kept, converted = len(plan.keep), len(plan.convert)
+        return Needs(teacher.source, parameters, weights, values, plan.policy, converted, kept, stages)
+
+
+def _repeated(scan: SiteScan, layers: int) -> SiteScan:
+    """The sites of so many layers, of which these are the first."""
+    sites = (replace(scan.sites[i % len(scan.sites)], index=i) for i in range(layers))
+    return SiteScan(tuple(sites), ())
+
+
+def _share(plan: Plan, few: int, layers: int) -> Plan:
+    """As large a share of fewer layers kept, at even distances."""
+    kept = len(plan.keep) * few // layers
+    keep = tuple(i * few // kept for i in range(kept)) if kept else ()
+    return Plan(keep, tuple(i for i in range(few) if i not in keep), plan.policy)
+
+
+def _extended(less: Needs, more: Needs, plan: Plan, times: float) -> Needs:
+    """Every figure on the line through two models: less at 0, more at 1, the result at `times`."""
+
+    def figure(a: int, b: int) -> int:
+        return round(a + (b - a) * times)
+
+    stages = [
+        Need(
+            a.stage,
+            *(figure(getattr(a, n), getattr(b, n)) for n in ("peak_bytes", "file_bytes", "scratch_bytes")),
+        )
+        for a, b in zip(less.stages, more.stages, strict=True)
+    ]
+    sizes = {n: figure(getattr(less, n), getattr(more, n)) for n in ("parameters", "weight_bytes", "value_bytes")}
     kept, converted = len(plan.keep), len(plan.convert)
-    return Needs(teacher.source, parameters, weights, values, plan.policy, converted, kept, stages)
+    return Needs(less.teacher, **sizes, policy=plan.policy, converted=converted, kept=kept, stages=stages)
 
 
 def _is_mapped(teacher: Teacher) -> bool:
@@ -142,6 +201,12 @@ def _plan(scan: SiteScan, config: Config) -> Plan:
     """For a policy that measures the sites: as many at even distances."""
     policy = config.policy or DEFAULT_POLICY
     return choose(scan, policy) if scored_by(policy) is None else stand_in(scan, policy)[0]
+
+
+def _compared_logits(source: Source) -> int:
+    """Of the check that chunks equal one pass: two tensors in float64."""
+    longest = max((s.window or 0 for s in source.scan.sites), default=0)
+    return 2 * 2 * check_tokens(longest) * source.capture.vocab_size * 8
 
 
 def _capturing(source: Source, memory: Allocations) -> int:

@@ -17,6 +17,7 @@ from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.runtime.allocations import without_values
 from tcal_compiler.runtime.checkpoints import shell_of
 from tcal_compiler.runtime.meter import Meter
+from tcal_compiler.stage_memory import memory_needs
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50_000}
 LAYERS = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -81,6 +82,25 @@ def test_needs_of_a_configuration(config_only):
 def test_more_text_needs_more(config_only):
     one, two = (_needs(config_only, "--calib-length", "32", "--calib-sequences", n).value_bytes for n in ("8", "24"))
     assert two == 2 * one
+
+
+def test_many_layers_are_read_off_a_line(config_only, tmp_path, monkeypatch):
+    """Against a measurement of all of them."""
+    from transformers import LlamaConfig
+
+    from tcal_compiler import stage_memory
+    from tcal_compiler.config import Config
+
+    LlamaConfig(**SIZES, **(LAYERS | {"num_hidden_layers": 12})).save_pretrained(tmp_path)
+    config = Config.model_validate({"calib": {"sequences": 8, "length": 32}, "policy": "uniform:3"})
+    found = memory_needs(str(tmp_path), config=config)
+    monkeypatch.setattr(stage_memory, "LEAST_LAYERS", 12)
+    exact = memory_needs(str(tmp_path), config=config)
+    assert (found.parameters, found.value_bytes) == (exact.parameters, exact.value_bytes)
+    assert (found.kept, found.converted) == (exact.kept, exact.converted) == (3, 9)
+    for a, b in zip(found.stages, exact.stages, strict=True):
+        assert (a.file_bytes, a.scratch_bytes) == (b.file_bytes, b.scratch_bytes)
+        assert a.peak_bytes == pytest.approx(b.peak_bytes, rel=0.05)
 
 
 def test_what_has_no_configuration_is_refused(tmp_path):
