@@ -190,6 +190,8 @@ def run_folder(name: str, body: dict[str, Any]) -> str:
         lines.append(f"Scored on {e['text']}: {e['sequences']} sequences of {e['length']} tokens.")
     lines += [_machine(body["environment"]), ""]
     seconds = f"Seconds of each stage: {', '.join(f'{k} {v}' for k, v in body['seconds'].items())}."
+    if note := body.get("note"):
+        seconds += f" {note}"
     if e:
         lines += ["| model | perplexity | ratio | KL, nats per token |", "|---|---|---|---|"]
         base = e["results"]["teacher"]["perplexity"]
@@ -257,6 +259,8 @@ def copy_run(item: str, folder: Path, machine: str) -> None:
     stages = m["stages"]
     found = {n: e for n in ("eval", "eval-tasks", "distill") if (e := stages.get(n, {}).get("evidence"))}
     found.get("eval", {}).pop("path", None)
+    if not found.get("distill", {}).get("curve"):  # the stage had no steps
+        found.pop("distill", None)
     body = found | {
         "teacher": Path(m["teacher"]["source"]).name,
         "policy": m["plan"]["policy"],

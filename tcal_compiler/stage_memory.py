@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,7 +23,6 @@ from .passes.choose import choose, scored_by
 from .passes.find_attention import find_attention
 from .passes.make_stateful import check_tokens
 from .passes.types import Plan, SiteScan
-from .runtime.allocations import Allocations, empty_like_, without_values
 from .runtime.capture_teacher import capture_shell
 from .runtime.checkpoints import repeated_layers
 from .runtime.meter import Meter, Time
@@ -30,10 +30,14 @@ from .runtime.teacher import Teacher, shell_teacher
 from .source import Source, check_length
 from .trial import Trial
 
+if TYPE_CHECKING:  # loaded late: loading a teacher has not needed it yet, and its memory is counted before
+    from .runtime.allocations import Allocations
+
 # How often a step holds the weights, which only the libraries that it calls can say; seen on SmolLM2-135M and Gemma-3.
 LOAD = {"transformers": 1.0, "gguf": 2.0}  # weights in float32 files are mapped, and read when capture looks at them
 EXPORT = 5.0
 GENERATE = 2.0
+HEAP = 1.6  # what a process holds of blocks that it makes and frees, over what they have at most at once; seen too
 LEAST_LAYERS = 4  # of the smaller model that is measured in place of one with many layers
 RUNTIME = 150_000_000  # bytes of a process that generates, before it has a model
 
@@ -82,7 +86,10 @@ class Needs:
 
 
 class _Counted(Meter):
-    """peak: bytes that are counted, on top of those that the process had before."""
+    """peak: bytes that are counted, on top of those that the process had before.
+
+    Those that do not stay count HEAP times.
+    """
 
     def __init__(self, allocations: Allocations, base: int) -> None:
         self._allocations, self._base = allocations, base
@@ -92,7 +99,8 @@ class _Counted(Meter):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.time, self.peak = Time.now() - self._start, self._base + self._allocations.peak
+        kept, most = self._allocations.live, self._allocations.peak
+        self.time, self.peak = Time.now() - self._start, self._base + kept + round(HEAP * (most - kept))
 
 
 def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
@@ -137,6 +145,8 @@ class _Shell:
     def needs(self, plan: Plan) -> Needs:
         """Measured."""
         teacher, capture, calib = self.teacher, self.source.capture, self.config.calib
+        from .runtime.allocations import empty_like_, without_values
+
         base = psutil.Process().memory_info().rss
         with without_values() as memory:
             weights = empty_like_(capture.gm)

@@ -312,6 +312,10 @@ def _training(
         with trial.meter() as m:
             step(1)
         more, peak = [*more, m.time], max(peak, m.peak)
+    if not trial.timed:  # as after the last step, when a better score keeps another copy of the weights
+        with trial.meter() as m:
+            score()
+        peak = max(peak, m.peak)
     times = more or [first.time]
     middle = Time(median(t.seconds for t in times), median(t.cpu_seconds for t in times))
     return _Trained(first.time, middle, scored.time, peak)
