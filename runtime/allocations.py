@@ -131,9 +131,7 @@ def cpu_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """scaled_dot_product_attention as PyTorch runs it on a CPU: heads repeated, a mask of bool as floats."""
-    if enable_gqa and q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    """scaled_dot_product_attention as PyTorch runs it on a CPU: heads are not repeated, a mask of bool becomes floats."""
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype).masked_fill(attn_mask.logical_not(), -torch.inf)
     if q.shape[-1] != v.shape[-1]:

@@ -118,26 +118,26 @@ def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
     distill = config.distill if config.distill.active else config.distill.model_copy(update={"steps": 2})
     config = config.model_copy(update={"distill": distill})
     layers, period = repeated_layers(shell_teacher(spec).module)
+    start = psutil.Process().memory_info().rss
     few = period * -(-LEAST_LAYERS // period)
     if 3 * few <= layers:
-        shell = _Shell(spec, config, few)
+        shell = _Shell(spec, config, start, few)
         if len(shell.source.scan.sites) == few and not shell.source.scan.rejected:
             plan = _plan(_repeated(shell.source.scan, layers), config)
             unit = math.lcm(period, layers // math.gcd(layers, len(plan.keep)) if plan.keep else 1)
             few = unit * -(-LEAST_LAYERS // unit)
             if 3 * few <= layers:
-                less, more = (_Shell(spec, config, n).needs(_share(plan, n, layers)) for n in (few, 2 * few))
+                less, more = (_Shell(spec, config, start, n).needs(_share(plan, n, layers)) for n in (few, 2 * few))
                 return _extended(less, more, plan, layers / few - 1)
-    shell = _Shell(spec, config, None)
+    shell = _Shell(spec, config, start)
     return shell.needs(_plan(shell.source.scan, config))
 
 
 class _Shell:
-    """A captured teacher without weights, of so many layers."""
+    """A captured teacher without weights, of so many layers. start: bytes of the process when a teacher is loaded."""
 
-    def __init__(self, spec: str, config: Config, layers: int | None) -> None:
-        self.config, self.teacher = config, shell_teacher(spec, layers=layers)
-        self.start = psutil.Process().memory_info().rss
+    def __init__(self, spec: str, config: Config, start: int, layers: int | None = None) -> None:
+        self.config, self.start, self.teacher = config, start, shell_teacher(spec, layers=layers)
         capture = capture_shell(self.teacher)
         self.source = Source(self.teacher, None, capture, find_attention(capture))
         check_length(config.calib.length, self.source, "calib.length")
