@@ -131,7 +131,7 @@ def cpu_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """scaled_dot_product_attention as PyTorch runs it on a CPU: heads are not repeated, a mask of bool becomes floats."""
+    """scaled_dot_product_attention as PyTorch runs it on a CPU: no head is repeated, a mask of bool becomes floats."""
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype).masked_fill(attn_mask.logical_not(), -torch.inf)
     if q.shape[-1] != v.shape[-1]:

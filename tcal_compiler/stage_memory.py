@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # loaded late: loading a teacher has not needed it yet, and i
 # How often a step holds the weights, which only the libraries that it calls can say; seen on SmolLM2-135M and Gemma-3.
 LOAD = {"transformers": 1.0, "gguf": 2.0}  # weights in float32 files are mapped, and read when capture looks at them
 EXPORT = 5.0
-GENERATE = 2.0
+GENERATE = 1.2
+PER_TOKEN = 6000  # bytes of a process that generates, for every token of the vocabulary: the tokenizer's most of all
 HEAP = 1.6  # what a process holds of blocks that it makes and frees, over what they have at most at once; seen too
 LEAST_LAYERS = 4  # of the smaller model that is measured in place of one with many layers
 RUNTIME = 150_000_000  # bytes of a process that generates, before it has a model
@@ -163,7 +164,8 @@ class _Shell:
             student = trial.weights
         peak = base + weights + round(EXPORT * student) + _compared_logits(self.source)
         stages.append(Need("export", peak, 2 * student))
-        stages.append(Need("generate", RUNTIME + round(GENERATE * student)))
+        vocabulary = PER_TOKEN * capture.vocab_size
+        stages.append(Need("generate", RUNTIME + vocabulary + round(GENERATE * student)))
         kept, converted = len(plan.keep), len(plan.convert)
         return Needs(teacher.source, parameters, weights, values, plan.policy, converted, kept, stages)
 
