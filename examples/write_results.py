@@ -238,6 +238,8 @@ def memory(name: str, body: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(run["stages"]) + " |", "|---" * len(run["stages"]) + "|"]
         cells = [_said_seen(row["peak_bytes"], 1e6) for row in run["stages"].values()]
         lines.append("| " + " | ".join(cells) + " |")
+    if note := body.get("note"):
+        lines.append(f"\n{note}")
     return "\n".join([*lines, ""])
 
 
