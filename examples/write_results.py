@@ -243,16 +243,6 @@ def memory(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def loading(name: str, body: dict[str, Any]) -> str:
-    lines = [f"## {name}\n", _machine(body["environment"])]
-    lines += ["Loading a teacher in float32, MB of resident memory beyond the process before it.\n"]
-    lines += ["| weight files | weights in float32 | at most | after | mapped files after |", "|---|---|---|---|---|"]
-    for files, row in body["loading"].items():
-        cells = [f"{row[k] / 1e6:.0f}" for k in ("weights", "peak", "after", "mapped")]
-        lines.append("| " + " | ".join([files, *cells]) + " |")
-    return "\n".join([*lines, ""])
-
-
 def copy_run(item: str, folder: Path, machine: str) -> None:
     """Writes folder/NAME.json from the manifest of a run folder."""
     name, path = item.split("=", 1)
@@ -295,6 +285,7 @@ def main() -> None:
         kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
         kinds |= {"runtime_parity": runtimes, "serving": serving}
         kinds |= {"memory": memory, "loading": loading}
+        kinds |= {"memory": memory}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")
