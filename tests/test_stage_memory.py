@@ -61,6 +61,7 @@ def _needs(*words) -> Needs:
 SMALL = ("--calib-sequences", "8", "--calib-length", "32")
 
 
+@pytest.mark.slow
 def test_needs_of_a_configuration(config_only):
     before = contents(config_only)
     found = _needs(config_only, *SMALL, "--policy", "keep=0")
