@@ -284,7 +284,6 @@ def main() -> None:
         body = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
         kinds |= {"runtime_parity": runtimes, "serving": serving}
-        kinds |= {"memory": memory, "loading": loading}
         kinds |= {"memory": memory}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
