@@ -189,9 +189,8 @@ def run_folder(name: str, body: dict[str, Any]) -> str:
     if e:
         lines.append(f"Scored on {e['text']}: {e['sequences']} sequences of {e['length']} tokens.")
     lines += [_machine(body["environment"]), ""]
-    seconds = f"Seconds of each stage: {', '.join(f'{k} {v}' for k, v in body['seconds'].items())}."
-    if note := body.get("note"):
-        seconds += f" {note}"
+    times = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
+    seconds = " ".join([*([f"Seconds of each stage: {times}."] if times else []), body.get("note", "")]).rstrip()
     if e:
         lines += ["| model | perplexity | ratio | KL, nats per token |", "|---|---|---|---|"]
         base = e["results"]["teacher"]["perplexity"]

@@ -213,7 +213,7 @@ def test_rounding_errors_of_opposite_signs_do_not_add_up(monkeypatch, error: flo
     monkeypatch.setattr(onnx_parity, "widen_to_float64", lambda gm: gm)
     monkeypatch.setattr(onnx_parity, "OnnxSession", lambda *a, **o: None)
     monkeypatch.setattr(onnx_parity, "run_chunks", lambda *a, dtype: (logits + runs[dtype], ()))
-    monkeypatch.setattr(onnx_parity, "_onnx_logits", lambda *a: logits + 1 + error)
+    monkeypatch.setattr(onnx_parity, "session_logits", lambda *a: logits + 1 + error)
     artifact = OnnxArtifact(Path("model.onnx"), "ort", 21, (), 64)
     checks = check_parity(artifact, stateful, whole=lambda ids: logits + 1.0)
     assert [c.passed for c in checks] == [passes] * 3 + [True] and checks[0].allowed == pytest.approx(2e-3)
