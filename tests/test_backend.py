@@ -159,7 +159,11 @@ def left_padded(model, ids):
     "call, words",
     [
         (lambda model, ids: model(ids), ("cache of keys and values", "use_cache=False")),
-        (lambda model, ids: model(ids, logits_to_keep=1, use_cache=False), (r"\[2, 1, 256\]", r"\[2, 9, 256\]")),
+        pytest.param(
+            lambda model, ids: model(ids, logits_to_keep=1, use_cache=False),
+            (r"\[2, 1, 256\]", r"\[2, 9, 256\]"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             lambda model, ids: model(ids, labels=ids.clone(), use_cache=False),
             ("labels int64",),
@@ -241,7 +245,7 @@ def test_changed_weights(tiny, shared_run, name, words):
             (r"mlp.down_proj.weight is float32 \[32, 64\]", r"\[32, 48\]"),
             marks=pytest.mark.slow,
         ),
-        ({"tie_word_embeddings": False}, ("embed_tokens",)),
+        pytest.param({"tie_word_embeddings": False}, ("embed_tokens",), marks=pytest.mark.slow),
     ],
     ids=["deeper", "shallower", "wider", "untied"],
 )

@@ -24,7 +24,7 @@ from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.teacher import load_teacher
 from tcal_compiler.runtime.tokenizer import read_tokenizer
 
-INPUTS = 60
+INPUTS = 40
 
 
 @pytest.fixture(scope="module")

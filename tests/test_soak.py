@@ -6,6 +6,7 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
 import soak
 
 from tcal_compiler.runtime.session import OnnxSession
@@ -27,6 +28,7 @@ def test_answers_are_single_answers_and_sessions_are_freed(shared_run, monkeypat
     assert seen.grown() < 16 << 20  # short: the runtime has not seen every shape yet
 
 
+@pytest.mark.slow
 def test_a_shared_state_and_a_leak_are_seen(shared_run, monkeypatch):
     kept: list[object] = []
     monkeypatch.setattr(OnnxSession, "fork", lambda self: (kept.append(np.ones(1 << 19)), self)[1])  # 4 MiB

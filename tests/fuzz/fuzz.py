@@ -92,6 +92,7 @@ def _child(target: Any, first: int, last: int, seed: int, folder: Path, board: m
         target.read(folder)
     gc.collect()
     gc.freeze()  # what is loaded by now costs later collections no time
+    gc.set_threshold(700, 10, 10)  # Python's own; more would count as memory
     watch = Watch(folder)
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + MOST_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

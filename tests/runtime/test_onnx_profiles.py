@@ -37,6 +37,7 @@ def exported(student: StatefulGraph, profile: str, folder: Path) -> tuple[OnnxAr
     return artifact, onnx.load(artifact.path)
 
 
+@pytest.mark.slow
 def test_standard_is_standard_operators_with_torch_s_numbers(student: StatefulGraph, tmp_path: Path):
     """In ONNX Runtime and, independently of it, in onnx's reference implementation."""
     artifact, model = exported(student, "standard", tmp_path)
