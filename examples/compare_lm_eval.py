@@ -34,27 +34,31 @@ def published_row(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def lm_eval_task(name: str, path: Path, limit: int, folder: Path) -> dict[str, Any]:
-    """lm-eval's own definition of the task, with the data of a local file."""
-    copy = folder / f"{name}.jsonl"
+def lm_eval_task(name: str, defined: Path, path: Path, limit: int, folder: Path) -> str:
+    """A file that includes lm-eval's own definition of the task, and has the data of a local file."""
+    copy, task = folder / f"{name}.jsonl", folder / f"{name}.yaml"
     rows = [json.dumps(published_row(name, row)) for _, row in read_rows(path)[:limit]]
     copy.write_text("\n".join(rows) + "\n", encoding="utf-8")
     split = "test" if name == "lambada_openai" else "validation"
     source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {split: str(copy)}}}
     splits = dict.fromkeys(("training_split", "validation_split", "test_split")) | {f"{split}_split": split}
-    return {"task": name, **source, **splits}
+    task.write_text(json.dumps({"include": str(defined), "task": name, **source, **splits}), encoding="utf-8")
+    return str(task)
 
 
 def compare(model_folder: Path, task_files: Path, names: list[str], limit: int) -> dict[str, dict[str, Any]]:
     """Task -> examples, largest difference of a log likelihood, examples whose metrics differ, and both means."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     lm = HFLM(pretrained=str(model_folder), dtype="float32", device="cpu", batch_size=8)
     tokenizer = read_tokenizer(model_folder)
     with tempfile.TemporaryDirectory() as folder:
-        configs: list[Any] = [lm_eval_task(n, task_file(task_files, n), limit, Path(folder)) for n in names]
-        theirs = lm_eval.simple_evaluate(model=lm, tasks=configs, bootstrap_iters=0, log_samples=True)
+        known = TaskManager().task_index
+        defined = {n: known[n].yaml_path for n in names}
+        tasks: list[Any] = [lm_eval_task(n, defined[n], task_file(task_files, n), limit, Path(folder)) for n in names]
+        theirs = lm_eval.simple_evaluate(model=lm, tasks=tasks, bootstrap_iters=0, log_samples=True)
     assert theirs is not None
     found = {}
     for name in names:
