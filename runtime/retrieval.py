@@ -117,6 +117,8 @@ def _example(filler: Filler, kind: str, length: int, number: int, seed: int) -> 
         asked = facts[rng.randrange(count)].removesuffix(".").rpartition(" ")
         added = sum(len(tokenizer.encode(t)) for t in [*(f" {f}" for f in facts), "\n\n", "".join(asked)])
         pieces = filler.stretch(length - added + _SLACK, rng)
+        if not pieces:
+            break  # the facts alone are too long
         even = math.fmod((number + 1) * 2 / (1 + math.sqrt(5)), 1.0)
         depths = [even] if count == 1 else [rng.random() for _ in facts]
         text = _insert(pieces, facts, depths)
@@ -126,7 +128,7 @@ def _example(filler: Filler, kind: str, length: int, number: int, seed: int) -> 
         whole = all(f in tokenizer.decode(kept) for f in facts)
         if whole and len(kept) == room and not any(c in p for p in pieces for c in codes):
             return Request(start + kept, request.continuation)
-    what = f"example {number} of {length} tokens cannot be made: the filler holds every code, or no sentence fits"
+    what = f"example {number} of {length} tokens cannot be made: too short for the facts, or the text holds every code"
     raise DataError(f"--{kind}", what, "prose as --text, or a larger length")
 
 

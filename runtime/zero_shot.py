@@ -62,6 +62,9 @@ class _Labelled(_Row):
     answerKey: str
 
     def gold(self) -> int:
+        labels, texts = self.choices.label, self.choices.text
+        if len(set(labels)) != len(labels) or len(labels) != len(texts):
+            raise ValueError(f"{len(texts)} choices with the labels {labels[:8]}, which are not one for each")
         return self.choices.label.index(self.answerKey.strip())
 
 
@@ -93,7 +96,11 @@ class HellaSwag(_Row):
 
 def _without_brackets(text: str) -> str:
     """HellaSwag's WikiHow part marks titles and steps in brackets."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    cut = []
+    for line in text.strip().replace(" [title]", ". ").split("\n"):
+        before, last, behind = line.rpartition("]")  # no [ behind it is closed: looking for that would be quadratic
+        cut.append(re.sub(r"\[.*?\]", "", before + last) + behind)
+    return "\n".join(cut).replace("  ", " ")
 
 
 class Piqa(_Row):
@@ -199,6 +206,8 @@ def _example(kind: type[_Row], row: dict[str, Any], where: str) -> Example:
             raise ValueError(f"the answer is number {example.gold} of {len(example.pairs)} choices")
         if not all(context.strip() and continuation.strip() for context, continuation in example.pairs):
             raise ValueError("a context or choice is empty")
+        for pair in example.pairs:
+            "".join(pair).encode()  # half of a surrogate pair is no text
     except ValidationError as e:
         first = e.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}; seen: keys {sorted(row)[:8]}"

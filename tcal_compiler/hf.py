@@ -133,6 +133,8 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         folder = Path(save_directory)
         if unknown := [n for n, v in options.items() if v not in (None, False) and n != "safe_serialization"]:
             raise ConfigError(f"{WHERE}.save_pretrained", f"{unknown[0]} is not known", "the folder alone")
+        if not os.fspath(save_directory):
+            raise ConfigError(f"{WHERE}.save_pretrained", "the folder's name is empty", "a folder of its own")
         if os.path.lexists(folder / MANIFEST_NAME):
             raise RunFolderError(str(folder), "is a run folder", "another folder")
         config = copy.deepcopy(self.config)
@@ -141,6 +143,8 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_student(self._files, folder)
+            for name in ("config.json", "generation_config.json"):  # transformers would write through a link
+                (folder / name).unlink(missing_ok=True)
             config.save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
         except OSError as e:

@@ -149,3 +149,15 @@ def test_a_run_folder_that_was_changed_or_not_exported_is_refused_and_none_is_wr
 def test_options_that_cannot_be_had_are_refused(saved, option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         StudentForCausalLM.from_pretrained(saved, **option)
+
+
+def test_saving_writes_through_no_link_and_into_no_folder_without_a_name(model, tmp_path):
+    with pytest.raises(ConfigError, match="name is empty"):
+        model.save_pretrained("")
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("mine")
+    (folder / "config.json").symlink_to(outside)
+    (folder / "generation_config.json").hardlink_to(outside)
+    model.save_pretrained(folder)
+    assert outside.read_text() == "mine" and not (folder / "config.json").is_symlink()

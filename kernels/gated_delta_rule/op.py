@@ -165,8 +165,16 @@ def gated_delta_rule(
     state are [N, H, Dk, Dv]. One of no tokens keeps its state. The numbers are read on the host: on the GPU every
     forward and backward waits for them, on the CPU none does.
 
-    Raises ValueError when the shapes do not fit, or cu_seqlens falls or does not reach from 0 to T.
+    Raises ValueError when shapes, or the dtype or device of initial_state and cu_seqlens, do not fit, or cu_seqlens
+    falls or does not reach from 0 to T.
     """
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+            raise ValueError(f"want cu_seqlens [N + 1], got {tuple(cu_seqlens.shape)}")
+        if cu_seqlens.device.type not in ("cpu", q.device.type):
+            raise ValueError(f"want cu_seqlens on the CPU or with q on {q.device}, got {cu_seqlens.device}")
+    if initial_state is not None and not initial_state.is_floating_point():
+        raise ValueError(f"want initial_state of floating-point numbers, got {initial_state.dtype}")
     if initial_state is None:
         dtype = torch.promote_types(q.dtype, torch.float32)
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -98,7 +98,7 @@ def test_states_default_to_zeros_one_for_each_sequence():
         ([0, 3, 4, 8], "got 0 to 8"),
         ([0, 3, 9], "3 numbers and 3 states"),
         ([0.0, 3.0, 4.0, 9.0], "want int32 or int64, got torch.float32"),
-        ([[0, 3, 4, 9]], r"want q .*cu_seqlens \[N\+1\].*got"),
+        ([[0, 3, 4, 9]], r"want q .*cu_seqlens \[N\+1\].*got|want cu_seqlens \[N \+ 1\], got \(1, 4\)"),
     ],
 )
 def test_lengths_that_do_not_fit(cu_seqlens, message):
@@ -108,6 +108,15 @@ def test_lengths_that_do_not_fit(cu_seqlens, message):
     with pytest.raises(ValueError, match="batch of 2"):
         two = [x.expand(2, *x.shape[1:]) for x in args[:5]]
         packed(ends((3, 1, 5)))([*two, args[5]])
+
+
+def test_lengths_and_states_of_another_kind():
+    q, k, v, g, beta, state = make_packed((3, 1, 5), (2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"floating-point numbers, got torch\.int64"):
+        gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state.long(), cu_seqlens=ends((3, 1, 5)))
+    for lengths, message in ((ends((3, 1, 5)).to("meta"), "got meta"), (torch.tensor([]), r"got \(0,\)")):
+        with pytest.raises(ValueError, match=message):
+            gated_delta_rule(q, k, v, g=g, beta=beta, cu_seqlens=lengths)
 
 
 def test_gradcheck_and_opcheck():

@@ -89,6 +89,8 @@ def test_lengths_and_fillers_that_do_not_do(docs):
         retrieval_tasks(docs, BYTES, kind="needle", lengths=[600], examples=0)
     with pytest.raises(DataError, match=r"the filler has 1[0-9]{3} tokens, too few for examples of 4096"):
         retrieval_tasks([docs[0][:1500]], BYTES, kind="recall", lengths=[4096])
+    with pytest.raises(DataError, match="too short for the facts"):
+        retrieval_tasks(docs, BYTES, kind="recall", lengths=[256], examples=1)
     every_code = " ".join(f"{i:04}" for i in range(10_000))
     with pytest.raises(DataError, match="cannot be made"):
         retrieval_tasks([every_code] * 2, BYTES, kind="needle", lengths=[49_000], examples=1)

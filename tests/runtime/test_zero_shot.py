@@ -13,6 +13,7 @@ from tcal_compiler.runtime.tasks import Answer, TaskScore
 from tcal_compiler.runtime.tokenizer import ByteTokenizer
 from tcal_compiler.runtime.zero_shot import (
     TASKS,
+    _without_brackets,
     read_examples,
     task_file,
     with_average,
@@ -102,7 +103,9 @@ def test_the_average_takes_acc_norm_where_there_is_one():
         ("arc_easy", {"question": "x", "choices": CHOICES}, "line 2: answerKey: Field required; seen: keys"),
         ("arc_easy", ROWS["arc_easy"] | {"answerKey": "E"}, "line 2: 'E' is not in list"),
         ("arc_easy", ROWS["arc_easy"] | {"choices": {"text": [], "label": []}}, "line 2: choices.text"),
-        ("arc_easy", ROWS["arc_easy"] | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "number 1 of 1 choices"),
+        ("arc_easy", ROWS["arc_easy"] | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "1 choices with the lab"),
+        ("arc_easy", ROWS["arc_easy"] | {"choices": {"text": ["a", "b"], "label": ["B", "B"]}}, "not one for each"),
+        ("boolq", ROWS["boolq"] | {"passage": "half \ud800"}, "line 2: 'utf-8' codec"),
         ("piqa", ROWS["piqa"] | {"label": 2}, "line 2: the answer is number 2 of 2"),
         ("piqa", ROWS["piqa"] | {"sol2": " "}, "line 2: a context or choice is empty"),
         ("piqa", ["a"], "line 2: is no object; seen: list"),
@@ -118,6 +121,11 @@ def test_bad_rows_are_named_by_their_line(tmp_path, name, row, message):
     with pytest.raises(DataError, match=message.replace("[", r"\[")) as e:
         read_examples(path, name)
     assert e.value.hint
+
+
+def test_brackets_that_are_never_closed_cost_no_time():
+    assert _without_brackets("a [b] c[[d] e\n[f") == "a c e\n[f"
+    assert _without_brackets("[" * 300_000 + "\n]") == "[" * 300_000 + "\n]"
 
 
 def test_bad_files_and_names(tmp_path):
