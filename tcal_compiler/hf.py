@@ -208,15 +208,15 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _inputs(self, ids: Tensor | None, mask: Tensor | None, past: int) -> tuple[Tensor, Tensor | None]:
         """Checked ids, 0 where padding is, and the mask."""
-        if ids is None or ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] == 0:
+        if ids is None or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
             seen = "missing" if ids is None else f"{ids.dtype} {list(ids.shape)}"
-            raise DataError("input_ids", f"are {seen}; want int64 [batch, at least 1]", "the tokenizer's input_ids")
+            raise DataError("input_ids", f"are {seen}; want int64 [at least 1, at least 1]", "the tokenizer's input_ids")
         ids, (context, vocab) = ids.long(), (self.config.max_position_embeddings, self.config.vocab_size)
         if past + ids.shape[1] > context:
             what = f"{past} tokens and {ids.shape[1]} more do not fit in the context of {context}"
             raise DataError("input_ids", what, "fewer tokens, or export with a larger max_length")
         if mask is not None:
-            if mask.dim() != 2 or mask.shape[1] < ids.shape[1]:
+            if mask.dim() != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
                 what = f"has shape {list(mask.shape)}; want [{len(ids)}, {past + ids.shape[1]}]"
                 raise DataError("attention_mask", what, "1 for tokens, 0 for padding")
             mask = mask.to(ids.device)
@@ -296,10 +296,15 @@ def _device_of(device_map: Any) -> torch.device | None:
     if device_map is None:
         return None
     one = next(iter(device_map.values())) if isinstance(device_map, dict) and set(device_map) == {""} else device_map
+    hint = "cpu or cuda, for the whole model"
     try:
-        return torch.device(one)
+        device = torch.device(one)
     except (RuntimeError, TypeError) as e:
-        raise ConfigError("device_map", f"{device_map!r} is no device", "cpu or cuda, for the whole model") from e
+        raise ConfigError("device_map", f"{device_map!r} is no device", hint) from e
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise ConfigError("device_map", f"{device} is not here: {count} devices of type {device.type}", hint)
+    return device
 
 
 def _of_run(path: Path) -> tuple[OpenStudent, StudentConfig]:
