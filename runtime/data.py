@@ -26,7 +26,7 @@ _SAMPLE = 256  # hashes kept of a text
 _ANCHOR_EVERY = 8  # one word in so many starts a window
 _MOST_TEXT = 32_000_000  # characters looked at for hashes
 _ROWS = 64  # of a parquet file at a time
-_PIECE = 1 << 8  # compressed bytes taken at a time: at most 8 MiB of text
+_PIECE = 1 << 7  # compressed bytes taken at a time: at most 4 MiB of text
 _MOST_RATIO, _SMALL = 100, 8 << 20  # bytes of text for one of a file, and what is allowed whatever the file's size
 _OVERLAP = 0.5  # share of equal windows from which a text counts as calibrated on
 

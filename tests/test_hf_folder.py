@@ -144,7 +144,15 @@ def test_a_run_folder_that_was_changed_or_not_exported_is_refused_and_none_is_wr
 
 
 @pytest.mark.parametrize(
-    "option", [{"dtype": torch.bfloat16}, {"device_map": "auto"}, {"device_map": "meta"}, {"trust_remote_code": True}, {"attn": "x"}], ids=str
+    "option",
+    [
+        {"dtype": torch.bfloat16},
+        {"device_map": "auto"},
+        {"device_map": "meta"},
+        {"trust_remote_code": True},
+        {"attn": "x"},
+    ],
+    ids=str,
 )
 def test_options_that_cannot_be_had_are_refused(saved, option):
     with pytest.raises(ConfigError, match=next(iter(option))):

@@ -169,7 +169,7 @@ def gated_delta_rule(
     falls or does not reach from 0 to T.
     """
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"want cu_seqlens [N + 1], got {tuple(cu_seqlens.shape)}")
         if cu_seqlens.device.type not in ("cpu", q.device.type):
             raise ValueError(f"want cu_seqlens on the CPU or with q on {q.device}, got {cu_seqlens.device}")
