@@ -210,7 +210,9 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         """Checked ids, 0 where padding is, and the mask."""
         if ids is None or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
             seen = "missing" if ids is None else f"{ids.dtype} {list(ids.shape)}"
-            raise DataError("input_ids", f"are {seen}; want int64, at least 1 row and token", "the tokenizer's input_ids")
+            raise DataError(
+                "input_ids", f"are {seen}; want int64, at least 1 row and token", "the tokenizer's input_ids"
+            )
         ids, (context, vocab) = ids.long(), (self.config.max_position_embeddings, self.config.vocab_size)
         if past + ids.shape[1] > context:
             what = f"{past} tokens and {ids.shape[1]} more do not fit in the context of {context}"
