@@ -282,8 +282,7 @@ def main() -> None:
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
-        kinds |= {"runtime_parity": runtimes, "serving": serving}
-        kinds |= {"memory": memory}
+        kinds |= {"runtime_parity": runtimes, "serving": serving, "memory": memory}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")

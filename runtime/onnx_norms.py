@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .onnx_graph import constant, producer
+
 
 @dataclass(frozen=True)
 class _Norm:
@@ -35,34 +37,22 @@ def fuse_norms(model: Any) -> int:
     return len(found)
 
 
-def _producer(value: Any, op_type: str) -> Any:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
-def _constant(value: Any) -> Any:
-    import onnx_ir as ir
-
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 def _match(product: Any) -> _Norm | None:
     """The norm that ends in a Mul with Reciprocal(Sqrt(Reduce(Pow(x, 2)) + eps))."""
     if product.op_type != "Mul" or product.outputs[0].is_graph_output():
         return None
     for x, inverse in (product.inputs, product.inputs[::-1]):
-        reciprocal = _producer(inverse, "Reciprocal")
-        root = _producer(reciprocal.inputs[0], "Sqrt") if reciprocal else None
-        add = _producer(root.inputs[0], "Add") if root else None
+        reciprocal = producer(inverse, "Reciprocal")
+        root = producer(reciprocal.inputs[0], "Sqrt") if reciprocal else None
+        add = producer(root.inputs[0], "Add") if root else None
         if root is None or add is None:
             continue
-        reduce = _producer(add.inputs[0], "ReduceMean") or _producer(add.inputs[0], "ReduceSum")
-        power = _producer(reduce.inputs[0], "Pow") if reduce else None
-        eps, channels = _constant(add.inputs[1]), None if x.shape is None else x.shape[-1]
+        reduce = producer(add.inputs[0], "ReduceMean") or producer(add.inputs[0], "ReduceSum")
+        power = producer(reduce.inputs[0], "Pow") if reduce else None
+        eps, channels = constant(add.inputs[1]), None if x.shape is None else x.shape[-1]
         if power is None or power.inputs[0] is not x or eps is None or eps.size != 1 or not isinstance(channels, int):
             continue
-        axes, exponent = _constant(reduce.inputs[1]), _constant(power.inputs[1])
+        axes, exponent = constant(reduce.inputs[1]), constant(power.inputs[1])
         last = axes is not None and axes.tolist() in ([-1], [len(x.shape) - 1])
         kept = "keepdims" not in reduce.attributes or reduce.attributes["keepdims"].as_int() == 1
         if last and kept and exponent is not None and exponent.size == 1 and exponent.item() == 2:
@@ -96,7 +86,7 @@ def _rewrite(graph: Any, norm: _Norm) -> None:
         out = add("Mul", out, _vector(graph, np.full(norm.channels, scale, np.float32), norm.x), like=result)
     graph.insert_before(norm.product, new)
     ir.convenience.replace_all_uses_with(result, out)
-    dead = [norm.product, *(i.producer() for i in norm.product.inputs if _producer(i, "Reciprocal"))]
+    dead = [norm.product, *(i.producer() for i in norm.product.inputs if producer(i, "Reciprocal"))]
     if summed:
         dead += [norm.root.producer(), norm.root.producer().inputs[0].producer(), norm.reduce]
     for node in dead:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .onnx_graph import constant, producer
+
 OP_TYPE, DOMAIN = "RotaryEmbedding", "com.microsoft"
 
 
@@ -41,20 +43,8 @@ def fuse_rotary(model: Any) -> int:
     return len(found)
 
 
-def _producer(value: Any, op_type: str) -> Any:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
-def _constant(value: Any) -> Any:
-    import onnx_ir as ir
-
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 def _match(total: Any) -> _Rotation | None:
-    products = [_producer(i, "Mul") for i in total.inputs] if total.op_type == "Add" else []
+    products = [producer(i, "Mul") for i in total.inputs] if total.op_type == "Add" else []
     if len(products) != 2 or None in products or total.outputs[0].is_graph_output():
         return None
     for plain, turned in (products, products[::-1]):
@@ -68,13 +58,13 @@ def _match(total: Any) -> _Rotation | None:
 
 def _is_turned(joined: Any, x: Any) -> bool:
     """Whether joined is [-x2, x1]."""
-    concat = _producer(joined, "Concat")
+    concat = producer(joined, "Concat")
     if concat is None or len(concat.inputs) != 2 or x.shape is None or len(x.shape) != 4:
         return False
     width = x.shape[3]
     if not isinstance(width, int) or width % 2 or concat.attributes["axis"].as_int() not in (-1, 3):
         return False
-    negative = _producer(concat.inputs[0], "Neg")
+    negative = producer(concat.inputs[0], "Neg")
     upper = _part(negative.inputs[0], x) if negative else None
     lower = _part(concat.inputs[1], x)
     return (lower, upper) == ((0, width // 2), (width // 2, width))
@@ -82,16 +72,16 @@ def _is_turned(joined: Any, x: Any) -> bool:
 
 def _part(value: Any, x: Any) -> tuple[int, int] | None:
     """The channels of x that a slice or a split along its last axis takes."""
-    halves = _producer(value, "Split")
+    halves = producer(value, "Split")
     if halves is not None and halves.inputs[0] is x and len(halves.outputs) == 2:
         axis, first = halves.attributes.get("axis"), halves.outputs[0].shape
         if axis is None or axis.as_int() not in (-1, 3) or first is None:
             return None
         return (0, first[3]) if value is halves.outputs[0] else (first[3], x.shape[3])
-    node = _producer(value, "Slice")
+    node = producer(value, "Slice")
     if node is None or node.inputs[0] is not x:
         return None
-    bounds = [_constant(i) for i in node.inputs[1:]]
+    bounds = [constant(i) for i in node.inputs[1:]]
     if len(bounds) < 3 or any(b is None or b.size != 1 for b in bounds) or bounds[2].item() not in (-1, 3):
         return None
     if len(bounds) == 4 and bounds[3].item() != 1:
@@ -113,7 +103,7 @@ def _halves_equal(value: Any) -> bool:
     if node.op_type == "Concat":
         return len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
     if node.op_type == "Mul":
-        scalars = [c is not None and c.size == 1 for c in map(_constant, node.inputs)]
+        scalars = [c is not None and c.size == 1 for c in map(constant, node.inputs)]
         return any(scalars) and _halves_equal(node.inputs[scalars.index(False)] if False in scalars else node.inputs[0])
     return node.op_type in ("Cos", "Sin", "Unsqueeze", "Cast", "Identity") and _halves_equal(node.inputs[0])
 
@@ -164,10 +154,10 @@ def _tables(graph: Any, r: _Rotation) -> tuple[Any, Any, Any]:
 
 def _packed(x: Any) -> Any:
     """The node that splits [B, T, H D] into the heads of x, where x is only the transpose of that; else None."""
-    turn = _producer(x, "Transpose")
+    turn = producer(x, "Transpose")
     if turn is None or list(turn.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
         return None
-    split = _producer(turn.inputs[0], "Reshape")
+    split = producer(turn.inputs[0], "Reshape")
     return (
         split if split is not None and split.inputs[0].shape is not None and len(split.inputs[0].shape) == 3 else None
     )

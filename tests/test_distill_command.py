@@ -94,6 +94,7 @@ def test_a_loss_that_is_not_finite_keeps_the_aligned_student(aligned):
     )
 
 
+@pytest.mark.slow
 def test_an_early_stop_is_recorded_and_shown(aligned):
     (aligned.parent / "high.toml").write_text(
         "[distill]\nlr_gdn = 1.0\nlr_other = 1.0\nclip = 1e6\nbatch = 2\nscore_every = 1\npatience = 2\n"
