@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tcal_compiler.api import CALIBRATION_TEXT
-from tcal_compiler.passes.choose import SCORED, choose
+from tcal_compiler.passes.choose import JOINT, RANKED, RULES, choose, choose_jointly
 from tcal_compiler.passes.types import Plan
 from tcal_compiler.progress import Progress
 from tcal_compiler.runtime import data
@@ -32,6 +32,7 @@ from tcal_compiler.runtime.config import AlignConfig, DistillConfig
 from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.score_sites import Trials, initial_student, planned_student, score_sites
+from tcal_compiler.runtime.select_sites import SetScores, aligned_student
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import collect_taps
 from tcal_compiler.source import Source, open_source
@@ -49,6 +50,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--eval-length", type=int, default=512)
     p.add_argument("--eval-sequences", type=int, default=32)
+    p.add_argument("--score-align-steps", type=int, default=50, help="before kl measures sets of sites")
     p.add_argument("--align-steps", type=int, default=0)
     p.add_argument("--distill-steps", type=int, default=0)
     p.add_argument("--distill-batch", type=int, default=16)
@@ -101,13 +103,45 @@ class Comparison:
         )
 
     def plan(self, policy: str) -> Plan:
-        scores = None
-        if policy in SCORED:
-            trials = Trials(self.source.capture, self.source.scan, policy, None if policy == "ar" else self.initial)
-            held, cache = self.ids[self.args.sequences :], self.args.out / f"{policy}.json"
-            found = self.timed(f"scores for {policy}", lambda: score_sites(trials, held, batch=8, cache=cache))
-            scores = {s.index: s.value for s in found}
-        return choose(self.source.scan, f"{policy}:{self.args.budget}", scores)
+        asked = f"{policy}:{self.args.budget}"
+        if policy == JOINT:
+            ranks = {rule: self._scores(rule) for rule in RULES}
+            return self.timed(
+                "scores of candidate sets",
+                lambda: choose_jointly(self.source.scan, asked, ranks, self._sets().kl),
+            )
+        return choose(self.source.scan, asked, self._scores(policy) if policy in RANKED else None)
+
+    def _scores(self, policy: str) -> dict[int, float]:
+        """Of each site on its own."""
+        trials = Trials(self.source.capture, self.source.scan, policy, None if policy == "ar" else self.initial)
+        held, cache = self.ids[self.args.sequences :], self.args.out / f"{policy}.json"
+        found = self.timed(f"scores for {policy}", lambda: score_sites(trials, held, batch=8, cache=cache))
+        return {s.index: s.value for s in found}
+
+    def _sets(self) -> SetScores:
+        """Scores of sets of sites that were all aligned for --score-align-steps."""
+        steps, held = self.args.score_align_steps, self.ids[self.args.sequences :]
+        cache = self.args.out / f"sets-{steps}.json"
+        return SetScores(
+            self.source.capture, self.source.scan, held, initial=lambda: self._aligned(steps), batch=8, cache=cache
+        )
+
+    def _aligned(self, steps: int) -> Student:
+        if not steps:
+            return self.initial
+        a = self.args
+        return aligned_student(
+            self._initial(),
+            self.ids[: a.sequences],
+            self.ids[a.sequences :],
+            kept=a.sequences,
+            config=AlignConfig(steps=steps),
+            seed=a.seed,
+            batch=8,
+            cache=a.out / f"aligned-{steps}.safetensors",
+            progress=self.progress.bar,
+        )
 
     def students(self, policy: str) -> tuple[Plan, dict[str, Student]]:
         """The initialised student, and the aligned and the distilled one where steps are asked for."""
@@ -137,7 +171,7 @@ def main() -> None:
     comparison = Comparison(args)
     capture = comparison.source.capture
     plans, students = {}, {}
-    for policy in args.policy or ["uniform", *SCORED]:
+    for policy in args.policy or ["uniform", JOINT, *RANKED]:
         plan, made = comparison.students(policy)
         plans[policy] = {"keep": list(plan.keep), "scores": plan.scores}
         students |= {f"{policy}, {name}": s for name, s in made.items()}

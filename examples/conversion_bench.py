@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from tcal_compiler.passes.choose import FORWARD, choose, scored_by
+from tcal_compiler.passes.choose import FORWARD, JOINT, RULES, candidates, choose, choose_jointly, scored_by
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import move_to
 from tcal_compiler.passes.site_program import cut_program
@@ -36,7 +36,7 @@ from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.retrieval import NUM_EXAMPLES, retrieval_tasks
 from tcal_compiler.runtime.score_sites import Trials, initial_student, score_sites
-from tcal_compiler.runtime.select_sites import SetScores, forward_path
+from tcal_compiler.runtime.select_sites import SetScores, aligned_student, forward_path
 from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.taps import LivePairs, SiteGroup, collect_taps
 from tcal_compiler.runtime.tasks import BATCH_TOKENS, Task, score_tasks
@@ -97,7 +97,8 @@ class Bench:
         self.texts = dict(self._text(item, tokenizer) for item in args.eval)
         self.tasks: list[Task] = self.timed("tasks", lambda: self._tasks(tokenizer))
         self._ranks: dict[str, dict[int, float]] = {}
-        self._sets: SetScores | None = None
+        self._set_scores: dict[int, SetScores] = {}
+        self.candidates: dict[str, list[dict[str, Any]]] = {}
         self._scratch = tempfile.TemporaryDirectory()
 
     def timed(self, what: str, call: Any) -> Any:
@@ -138,18 +139,64 @@ class Bench:
         if name is None:
             return choose(self.scan, policy)
         if name == FORWARD:
-            if self._sets is None:
-                given = {"initial": self._initial, "batch": self.args.batch}
-                cache = Path(self._scratch.name) / "sets.json"
-                self._sets = SetScores(self.capture, self.scan, self.ids[-RANKED_ON:], cache=cache, **given)
-            sets = self._sets
+            sets = self._sets(self.args.score_align_steps)
             return self.timed("scores for forward", lambda: choose(self.scan, policy, path=forward_path(sets)))
+        if name == JOINT:
+            return self._joint_plan(policy)
+        return choose(self.scan, policy, self._scores(name))
+
+    def _scores(self, name: str) -> dict[int, float]:
+        """Of each site on its own."""
         if name not in self._ranks:
             trials = Trials(self.capture, self.scan, name, None if name == "ar" else self._initial())
             given = {"batch": self.args.batch, "cache": Path(self._scratch.name) / f"{name}.json"}
             found = self.timed(f"scores for {name}", lambda: score_sites(trials, self.ids[-RANKED_ON:], **given))
             self._ranks[name] = {s.index: s.value for s in found}
-        return choose(self.scan, policy, self._ranks[name])
+        return self._ranks[name]
+
+    def _joint_plan(self, policy: str) -> Plan:
+        """Every candidate's KL is kept, as initialised too, which the choice does not use."""
+        ranks = {rule: self._scores(rule) for rule in RULES}
+        before, after = self._sets(0), self._sets(self.args.score_align_steps)
+
+        def measured() -> Plan:
+            self.candidates[policy] = [
+                {"rule": rule, "keep": list(keep), "kl_initialised": before.kl(keep), "kl_aligned": after.kl(keep)}
+                for rule, keep in candidates(self.scan, policy, ranks).items()
+            ]
+            return choose_jointly(self.scan, policy, ranks, after.kl)
+
+        return self.timed("scores of candidate sets", measured)
+
+    def _sets(self, align_steps: int) -> SetScores:
+        """Scores of sets of sites that were aligned for so many steps."""
+        if align_steps not in self._set_scores:
+            self._set_scores[align_steps] = SetScores(
+                self.capture,
+                self.scan,
+                self.ids[-RANKED_ON:],
+                initial=lambda: self._aligned(align_steps) if align_steps else self._initial(),
+                batch=self.args.batch,
+                cache=Path(self._scratch.name) / f"sets-{align_steps}.json",
+            )
+        return self._set_scores[align_steps]
+
+    def _aligned(self, steps: int) -> Student:
+        student = self._initial()
+        return self.timed(
+            f"alignment of every site, {steps} steps",
+            lambda: aligned_student(
+                student,
+                self.ids[: self.args.sequences],
+                self.ids[self.args.sequences :],
+                kept=self.kept,
+                config=align_config(self.args, steps, (self.args.lr_teacher or [None])[0]),
+                seed=0,
+                batch=self.args.batch,
+                cache=Path(self._scratch.name) / f"aligned-{steps}.safetensors",
+                progress=lambda what: lambda *_: None,
+            ),
+        )
 
     def _initial(self) -> Student:
         """Every site converted and initialised; made once."""
@@ -269,9 +316,7 @@ class Arms:
             return student, self.found[key][1]
         if not steps:
             return student, math.nan
-        given = {"lr_new": self.args.lr_new, "lr_teacher": lr_teacher, "weight_decay": self.args.weight_decay}
-        given["noise"] = self.args.noise
-        config = AlignConfig(steps=steps, batch=self.args.batch, **{k: v for k, v in given.items() if v is not None})
+        config = align_config(self.args, steps, lr_teacher)
         live = LivePairs(student, groups, self.bench.ids[: self.args.sequences]) if self.args.init_sequences else None
         student, curve = self.bench.timed(
             f"align from {init} {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
@@ -330,6 +375,11 @@ class Arms:
         )
         print("  held-out KL: " + ", ".join(f"{p['kl']:.4f}" for p in curve), flush=True)
         return student
+
+
+def align_config(args: argparse.Namespace, steps: int, lr_teacher: float | None) -> AlignConfig:
+    given = {"lr_new": args.lr_new, "lr_teacher": lr_teacher, "weight_decay": args.weight_decay, "noise": args.noise}
+    return AlignConfig(steps=steps, batch=args.batch, **{k: v for k, v in given.items() if v is not None})
 
 
 def set_weights(student: Student, values: dict[str, Tensor]) -> None:

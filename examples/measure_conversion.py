@@ -40,6 +40,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
     p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
     p.add_argument("--length", type=int, default=512)
+    p.add_argument(
+        "--score-align-steps", type=int, default=50, help="of every site, before kl and forward measure sets of sites"
+    )
     p.add_argument("--init", action="append", default=[], help="inits to score without a gradient step; repeat")
     p.add_argument(
         "--steps",
@@ -146,6 +149,7 @@ def result(bench: Bench, scores: Any, tasks: Any, kept: dict[str, list[int]], ra
     given["steps"] = [schedule.spelled for schedule in args.steps]
     given["lr_teacher_used"] = rate
     body = {"arguments": given, "kept": kept, "environment": environment(bench.device), "seconds": bench.seconds}
+    body |= {"candidates": bench.candidates} if bench.candidates else {}
     return body | {"scores": scores} | ({"tasks": tasks} if tasks else {})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +16,10 @@ from .budget import BUDGETS, Budget, KeptSets, parse_budget, prefixes
 from .files import read_small
 from .types import Plan, SiteScan
 
-SCORED, FORWARD = ("kl", "ar", "greedy"), "forward"
+RANKED = ("ar", "greedy")  # by a score of each site on its own
+JOINT, FORWARD = "kl", "forward"  # by scores of whole sets
+MEASURED = (JOINT, *RANKED, FORWARD)
+RULES = (JOINT, "greedy")  # scores of single sites that JOINT takes its candidates from
 POLICIES = (
     "uniform, kl, ar, greedy or forward with :BUDGET, keep=I,J,..., none (convert all), all (convert nothing); "
     f"BUDGET: {BUDGETS}; forward:0.05nats keeps few sites for a KL of at most so much"
@@ -42,9 +45,9 @@ def _explicit(text: str, indices: list[int], policy: str) -> list[int]:
 
 
 def scored_by(policy: str) -> str | None:
-    """The measure that a policy ranks sites by (SCORED, or FORWARD); None for one that needs no measurement."""
+    """What a policy measures (of MEASURED); None for one that needs no measurement."""
     name, colon, _ = policy.partition(":")
-    return name if colon and name in (*SCORED, FORWARD) else None
+    return name if colon and name in MEASURED else None
 
 
 def budget_of(scan: SiteScan, policy: str) -> Budget:
@@ -66,9 +69,9 @@ def choose(
 ) -> Plan:
     """The plan of a policy: POLICIES. Sites that were rejected stay as they are and are not counted.
 
-    scores: value of each site for a policy of SCORED, which keeps the sites of largest value (equal ones: the first).
+    scores: value of each site for a policy of RANKED, which keeps the sites of largest value (equal ones: the first).
     path: for FORWARD, sets of kept sites with their KL, one more site at a time; taken only as far as it is needed.
-    The plan's scores are then the KL that is left once a site is kept too.
+    The plan's scores are then the KL that is left once a site is kept too. For JOINT: choose_jointly.
 
     Raises ConfigError for an unknown policy, a budget out of range, or scores that are needed and not there.
     """
@@ -79,12 +82,11 @@ def choose(
     elif policy == "none":
         keep = []
     elif policy.startswith("uniform:"):
-        even = [([indices[i] for i in _evenly(n, len(indices))], math.nan) for n in range(len(indices) + 1)]
-        keep = list(budget_of(scan, policy).pick(scan, even)[-1][0])
+        keep = list(budget_of(scan, policy).pick(scan, _even_sets(indices))[-1][0])
     elif measure := scored_by(policy):
         budget = budget_of(scan, policy)
         ranked = None if scores is None else prefixes(sorted(indices, key=lambda i: (-scores[i], i)))
-        sets = path if measure == FORWARD else ranked
+        sets = {FORWARD: path, JOINT: None}.get(measure, ranked)
         if sets is None:
             raise ConfigError(f"--policy {policy}", "needs every site measured", "tcal plan, which measures them")
         taken = budget.pick(scan, sets)
@@ -96,8 +98,53 @@ def choose(
     else:
         where = f"--policy {policy if policy.strip() else repr(policy)}"
         raise ConfigError(where, "unknown policy", f"policies: {POLICIES}")
+    return plan_that_keeps(keep, scan, policy, found)
+
+
+def plan_that_keeps(keep: Iterable[int], scan: SiteScan, policy: str, scores: Mapping[int, float]) -> Plan:
+    """The plan that keeps these sites and converts the others."""
     kept = tuple(sorted(keep))
-    return Plan(kept, tuple(i for i in indices if i not in set(kept)), policy, found)
+    return Plan(kept, tuple(s.index for s in scan.sites if s.index not in kept), policy, dict(scores))
+
+
+def _even_sets(indices: list[int]) -> KeptSets:
+    """None, one, ... of the sites, evenly spaced."""
+    return (([indices[i] for i in _evenly(n, len(indices))], math.nan) for n in range(len(indices) + 1))
+
+
+def _spread_sets(indices: list[int], scores: Mapping[int, float]) -> KeptSets:
+    """For n = 0, 1, ...: of each of n equal stretches of the depth the site with the largest score."""
+    total = len(indices)
+    for n in range(total + 1):
+        stretches = (indices[i * total // n : (i + 1) * total // n] for i in range(n))
+        yield [max(stretch, key=lambda i: (scores[i], -i)) for stretch in stretches], math.nan
+
+
+def candidates(scan: SiteScan, policy: str, ranks: Mapping[str, Mapping[int, float]]) -> dict[str, tuple[int, ...]]:
+    """The sets that JOINT measures within its budget, by the rule that each comes from.
+
+    ranks: for each of RULES the scores of single sites. A rule keeps the largest scores, or the largest of each of as
+    many equal stretches of the depth as sites are kept.
+    """
+    indices, budget = [s.index for s in scan.sites], budget_of(scan, policy)
+    rules: dict[str, KeptSets] = {"uniform": _even_sets(indices)}
+    for rule in RULES:
+        scores = ranks[rule]
+        rules[rule] = prefixes(sorted(indices, key=lambda i, s=scores: (-s[i], i)))  # type: ignore[misc]
+        rules[f"{rule}, spread"] = _spread_sets(indices, scores)
+    return {rule: tuple(sorted(budget.pick(scan, sets)[-1][0])) for rule, sets in rules.items()}
+
+
+def choose_jointly(
+    scan: SiteScan, policy: str, ranks: Mapping[str, Mapping[int, float]], kl: Callable[[tuple[int, ...]], float]
+) -> Plan:
+    """The plan of a policy JOINT:BUDGET: of `candidates` the set that leaves the least KL, the first of equal ones.
+
+    kl: of the student that keeps a set, measured when it is asked for. The plan's scores are those of ranks[JOINT].
+    Raises ConfigError as `choose` does.
+    """
+    keep = min(candidates(scan, policy, ranks).values(), key=kl)
+    return plan_that_keeps(keep, scan, policy, ranks[JOINT])
 
 
 def plan_to_toml(plan: Plan, scan: SiteScan) -> str:

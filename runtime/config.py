@@ -48,9 +48,12 @@ class CalibConfig(StrictModel):
 
 
 class ScoreConfig(StrictModel):
-    """What the policies kl, ar and greedy measure."""
+    """What the policies kl, ar, greedy and forward measure."""
 
     sequences: int = Field(8, ge=1, description="calibration sequences, from the end, that each site is scored on")
+    align_steps: int = Field(
+        50, ge=0, description="steps that every site is aligned for before kl and forward measure sets of sites"
+    )
 
 
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]

@@ -1,4 +1,4 @@
-"""How much each attention site matters, measured on the teacher: what the policies kl, ar and greedy rank by."""
+"""How much each attention site matters on its own: what ar and greedy rank by, and kl takes candidates from."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Forward selection: which sites to keep softmax, measured as sets. What the policy forward chooses from."""
+"""Which sites to keep softmax, measured as sets: what the policies kl and forward choose by."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,17 +16,65 @@ from tcal_compiler.errors import RunFolderError, StageError
 from tcal_compiler.passes.files import read_small
 from tcal_compiler.passes.types import Capture, Plan, SiteScan
 
+from .align import align
+from .config import AlignConfig
 from .durable import write_atomic
 from .logits import SplitModel, split_model
 from .score_sites import planned_student, sum_losses
 from .student import Student
-from .taps import Progress
+from .taps import LivePairs, Progress, collect_taps
+from .training import Save, TrainState
+from .weights import changed_names, load_weights, save_weights
 
 Sets = dict[tuple[int, ...], float]
 
 
+def aligned_student(
+    initial: Student,
+    ids: Tensor,
+    held: Tensor,
+    *,
+    kept: int,
+    config: AlignConfig,
+    seed: int,
+    batch: int,
+    cache: Path,
+    resume: TrainState | None = None,
+    save: Save | None = None,
+    progress: Callable[[str], Progress],
+) -> Student:
+    """`initial`, where every site is converted, aligned in place, or as `cache` has it; then it is written there.
+
+    A site is aligned on the teacher's x and y alone, so it comes to the same values in any plan.
+
+    ids [N, T]: what is trained on; the teacher's values of the first `kept` are stored, and where there are more, those
+    of a step's sequences are computed in the step. held [M, T]: what chooses the weights. batch: of the teacher.
+    """
+    device = next(initial.gm.parameters()).device
+    if cache.is_file():
+        load_weights(initial, cache)
+        return replace(initial, stage="aligned")
+    groups = collect_taps(
+        initial,
+        initial.capture.gm,
+        torch.cat([ids[:kept], held]),
+        batch=batch,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        spill=cache.parent,
+        progress=progress("scores: teacher over the text to align on"),
+    )
+    bar = progress(f"scores: alignment of all {len(initial.sites)} sites")
+    live = LivePairs(initial, groups, ids) if kept < len(ids) else None
+    given = {"config": config, "seed": seed, "live": live, "resume": resume, "save": save, "progress": bar}
+    student, _ = align(initial, groups, train=kept, **given)  # type: ignore[arg-type]
+    unfinished = cache.with_suffix(".new")
+    save_weights(student, unfinished, only=changed_names(student))
+    unfinished.replace(cache)
+    return student
+
+
 class SetScores:
-    """Mean KL(teacher || student) in nats per token of the initialised students of sets of kept sites.
+    """Mean KL(teacher || student) in nats per token of the students of sets of kept sites.
 
     Each set is measured once: `known` and the file `cache` hold those that were measured before.
     """
@@ -41,7 +90,7 @@ class SetScores:
         cache: Path,
         known: Sets | None = None,
     ) -> None:
-        """ids [N, T]: what is measured on. initial: every site converted and initialised; called when first needed."""
+        """ids [N, T]: what is measured on. initial: every site converted, with its values; called when first needed."""
         self.capture, self.scan, self.ids, self.batch, self.cache = capture, scan, ids, batch, cache
         self.measured: Sets = (known or {}) | _read(cache)
         self._make_initial = initial
@@ -59,16 +108,16 @@ class SetScores:
         parts = [self.capture.inputs(p.to(device)) for p in self.ids.split(self.batch)]
         return teacher, parts, [teacher.hidden(p) for p in parts]
 
-    @torch.no_grad()
     def kl(self, keep: tuple[int, ...]) -> float:
         """Of the student that keeps these sites, in ascending order. Raises StageError when it is not finite."""
         sites = tuple(s.index for s in self.scan.sites)
         if keep == sites:
-            return 0.0  # the teacher itself
+            self.measured[keep] = 0.0  # the teacher itself
         if keep not in self.measured:
-            plan = Plan(keep, tuple(i for i in sites if i not in keep), "forward")
-            student = planned_student(self._initial, self.scan, plan)
-            total = sum_losses(split_model(student.gm), *self._teacher)
+            plan = Plan(keep, tuple(i for i in sites if i not in keep), "")
+            student = planned_student(self._initial, self.scan, plan)  # which may have to be aligned, with gradients
+            with torch.no_grad():
+                total = sum_losses(split_model(student.gm), *self._teacher)
             kl = total.kl.item() / total.count
             if not math.isfinite(kl):
                 what = f"KL {kl:.4g} of the student that keeps {list(keep)} is not finite"

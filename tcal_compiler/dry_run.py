@@ -10,7 +10,7 @@ from typing import Any
 from .api import STAGES, prepare
 from .config import DEFAULT_POLICY, Config
 from .errors import ConfigError
-from .passes.choose import FORWARD, budget_of, choose, scored_by
+from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, scored_by
 from .passes.types import Plan, SiteScan
 from .progress import Progress, clock
 from .runtime.distill import check_train
@@ -99,7 +99,12 @@ def stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
     if kept == sites:
         what = f"{policy} keeps all {sites} sites, so that no piece of its scores can be run"
         raise ConfigError("--policy", what, "all, the same plan without scores")
-    models = 1 + sum(range(sites - asked + 1, sites + 1)) if scored_by(policy) == FORWARD else sites
+    models, measure = sites, scored_by(policy)
+    if measure == FORWARD:
+        models = 1 + sum(range(sites - asked + 1, sites + 1))
+    elif measure == JOINT:
+        ranks = {rule: {s.index: 0.0 for s in scan.sites} for rule in RULES}
+        models = len(RULES) * sites + len(candidates(scan, policy, ranks))
     even = choose(scan, f"uniform:{kept}")
     return Plan(even.keep, even.convert, policy), models
 
@@ -148,7 +153,8 @@ def dry_run(
             progress.say(f"dry run: a piece of {name}")
             stages.append(trial.stage(name))
             if name == "calibrate" and models:
-                stages.insert(1, trial.score(models))
+                sets = scored_by(policy) in (JOINT, FORWARD)
+                stages.insert(1, trial.score(models, config.score.align_steps if sets else 0))
         progress.say("dry run: a piece of the report")
         stages.append(trial.report())
     sites = [s.summary() | {"becomes": "softmax" if s.index in chosen.keep else "gated delta net"} for s in scan.sites]

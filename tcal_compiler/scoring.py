@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from .config import DEFAULT_POLICY, Config
-from .passes.choose import FORWARD, choose, scored_by
+from .passes.choose import FORWARD, JOINT, RULES, candidates, choose, choose_jointly, scored_by
 from .passes.graph import move_to
 from .passes.types import Plan
 from .progress import Progress
 from .recorded import reading
+from .resume import resume_stage
 from .runtime.manifest import hash_json
-from .runtime.run_folder import RunFolder
-from .runtime.score_sites import Trials, initial_student, score_sites
-from .runtime.select_sites import Sets, SetScores, forward_path, sets_from_rows
+from .runtime.run_folder import RunFolder, Stage
+from .runtime.score_sites import SiteScore, Trials, initial_student, score_sites
+from .runtime.select_sites import Sets, SetScores, aligned_student, forward_path, sets_from_rows
 from .runtime.student import Student
 
 if TYPE_CHECKING:
@@ -40,8 +41,14 @@ class Scoring:
         tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
         self.inputs = {"teacher": source.capture.fingerprint, "tokens": tokens}
         self.settings: dict[str, Any] = {"sequences": config.score.sequences}
-        if scored_by(self.policy) != "ar":
-            self.settings |= {"init": config.init, "seed": config.seed, "calib": config.calib.sequences}
+        self.aligning = config.align.model_copy(update={"steps": config.score.align_steps})
+        measure = scored_by(self.policy)
+        if measure != "ar":
+            self.settings |= {"init": config.init, "seed": config.seed, "calib": config.calib.kept}
+        if measure in (JOINT, FORWARD):
+            self.settings["policy"] = self.policy
+            if config.score.align_steps:
+                self.settings |= {"align": self.aligning.model_dump(), "train": config.calib.sequences}
         self.measured_on = ids[-config.score.sequences :]
 
     def initial(self, scratch: Path) -> Student:
@@ -49,12 +56,56 @@ class Scoring:
         return initial_student(
             self.source.capture,
             self.source.scan,
-            self.ids[: self.config.calib.sequences],
+            self.ids[: self.config.calib.kept],
             init=self.config.init,
             seed=self.config.seed,
             batch=self.config.calib.batch,
             cache=scratch / "initial.safetensors",
             progress=self.progress.bar,
+        )
+
+    def aligned(self, stage: Stage) -> Student:
+        """Every site converted, initialised and aligned for score.align_steps, kept while the stage runs."""
+        student = self.initial(stage.scratch)
+        if not self.aligning.steps:
+            return student
+        resume, save = resume_stage(stage, self.progress)
+        train = self.config.calib.sequences
+        return aligned_student(
+            student,
+            self.ids[:train],
+            self.ids[train:],
+            kept=self.config.calib.kept,
+            config=self.aligning,
+            seed=self.config.seed,
+            batch=self.config.calib.batch,
+            cache=stage.scratch / "aligned.safetensors",
+            resume=resume,
+            save=save,
+            progress=self.progress.bar,
+        )
+
+    def scores(self, measure: str, scratch: Path) -> list[SiteScore]:
+        """Of each site on its own, of one of RULES or of RANKED."""
+        initial = None if measure == "ar" else self.initial(scratch)
+        return score_sites(
+            Trials(self.source.capture, self.source.scan, measure, initial),
+            self.measured_on,
+            batch=self.config.calib.batch,
+            cache=scratch / f"{measure}.json",
+            progress=self.progress.bar(f"scores for {measure}: one model a site"),
+        )
+
+    def sets(self, stage: Stage, known: Sets) -> SetScores:
+        """Scores of sets, of which some may be known."""
+        return SetScores(
+            self.source.capture,
+            self.source.scan,
+            self.measured_on,
+            initial=lambda: self.aligned(stage),
+            batch=self.config.calib.batch,
+            cache=stage.scratch / "sets.json",
+            known=known,
         )
 
     def ranked_plan(self) -> Plan:
@@ -64,55 +115,79 @@ class Scoring:
         with self.run.stage(f"score-{policy}", config=self.settings, inputs=self.inputs) as stage:
             if not stage.done:
                 move_to(self.source.capture.gm, self.device)
-                initial = None if policy == "ar" else self.initial(stage.scratch)
-                scores = score_sites(
-                    Trials(self.source.capture, self.source.scan, policy, initial),
-                    self.measured_on,
-                    batch=self.config.calib.batch,
-                    cache=stage.scratch / "scores.json",
-                    progress=self.progress.bar(f"scores for {policy}: one model a site"),
-                )
-                stage.evidence = {"sites": [asdict(s) for s in scores]}
+                stage.evidence = {"sites": [asdict(s) for s in self.scores(policy, stage.scratch)]}
                 _write(stage.dir, policy, stage.evidence["sites"])
             found: Any = stage.evidence["sites"]
         return choose(self.source.scan, self.policy, {s["index"]: s["value"] for s in found})
 
+    def joint_plan(self, *, reuse: bool) -> Plan:
+        """Single sites, then candidate sets; with reuse, what another budget had measured is not measured again."""
+        scan, old = self.source.scan, self._earlier() if reuse else {}
+        with self.run.stage(f"score-{JOINT}", config=self.settings, inputs=self.inputs) as stage:
+            if stage.done:
+                with reading(self.run.path):
+                    found = sets_from_rows(stage.evidence["sets"])
+                    return choose_jointly(scan, self.policy, _ranks(stage.evidence), found.__getitem__)
+            move_to(self.source.capture.gm, self.device)
+            rows = old or {rule: [asdict(s) for s in self.scores(rule, stage.scratch)] for rule in RULES}
+            ranks = _ranks(rows)
+            sets = self.sets(stage, sets_from_rows(old["sets"]) if old else {})
+            rules = candidates(scan, self.policy, ranks)
+            bar, asked = self.progress.bar("scores: candidate sets"), set[tuple[int, ...]]()
+
+            def kl(keep: tuple[int, ...]) -> float:
+                asked.add(keep)
+                found = sets.kl(keep)
+                bar(len(asked), len(set(rules.values())))
+                return found
+
+            plan = choose_jointly(scan, self.policy, ranks, kl)
+            stage.evidence = {rule: rows[rule] for rule in RULES} | {
+                "made_from": self._made_from,
+                "candidates": [{"rule": r, "keep": list(keep), "kl": sets.kl(keep)} for r, keep in rules.items()],
+                "sets": sets.rows(),
+            }
+            _write(stage.dir, JOINT, {k: stage.evidence[k] for k in (*RULES, "candidates")})
+        return plan
+
     def forward_plan(self, *, reuse: bool) -> Plan:
         """Forward selection; with reuse, sets that another budget had measured are not measured again."""
-        scan, made_from = self.source.scan, hash_json([self.settings, self.inputs])
-        known = self._known(made_from) if reuse else {}
-        settings = self.settings | {"policy": self.policy}
-        with self.run.stage(f"score-{FORWARD}", config=settings, inputs=self.inputs) as stage:
+        scan, old = self.source.scan, self._earlier() if reuse else {}
+        with self.run.stage(f"score-{FORWARD}", config=self.settings, inputs=self.inputs) as stage:
             if stage.done:
                 with reading(self.run.path):
                     return choose(scan, self.policy, path=_path(stage.evidence["path"]))
             move_to(self.source.capture.gm, self.device)
-            scores = SetScores(
-                self.source.capture,
-                scan,
-                self.measured_on,
-                initial=lambda: self.initial(stage.scratch),
-                batch=self.config.calib.batch,
-                cache=stage.scratch / "sets.json",
-                known=known,
-            )
+            scores = self.sets(stage, sets_from_rows(old["sets"]) if old else {})
             path: list[tuple[tuple[int, ...], float]] = []
             plan = choose(scan, self.policy, path=_noted(forward_path(scores, self.progress.bar), path.append))
             stage.evidence = {
-                "made_from": made_from,
+                "made_from": self._made_from,
                 "sets": scores.rows(),
                 "path": [{"keep": list(keep), "kl": kl} for keep, kl in path],
             }
             _write(stage.dir, FORWARD, stage.evidence["sets"])
         return plan
 
-    def _known(self, made_from: str) -> Sets:
-        record = self.run.manifest.stages.get(f"score-{FORWARD}")
+    @property
+    def _made_from(self) -> str:
+        """What sets were measured with, whatever the budget."""
+        return hash_json([{k: v for k, v in self.settings.items() if k != "policy"}, self.inputs])
+
+    def _earlier(self) -> Any:
+        """The evidence of this policy for another budget; empty when there is none that was made from the same."""
+        record = self.run.manifest.stages.get(f"score-{scored_by(self.policy)}")
+        if record is None or record.evidence.get("made_from") != self._made_from:
+            return {}
         with reading(self.run.path):
-            if record is None or record.evidence["made_from"] != made_from:
-                return {}
-            rows: Any = record.evidence["sets"]
-            return sets_from_rows(rows)
+            sets_from_rows(record.evidence["sets"])  # type: ignore[arg-type]
+            if scored_by(self.policy) == JOINT:
+                _ranks(record.evidence)
+        return record.evidence
+
+
+def _ranks(evidence: Any) -> dict[str, dict[int, float]]:
+    return {rule: {int(s["index"]): float(s["value"]) for s in evidence[rule]} for rule in RULES}
 
 
 def _path(rows: Any) -> list[tuple[tuple[int, ...], float]]:
@@ -143,4 +218,7 @@ def scored_plan(
 ) -> Plan:
     """The plan of a policy that measures sites, on the last config.score.sequences of ids."""
     scoring = Scoring(run, source, ids, config, device, progress)
-    return scoring.forward_plan(reuse=reuse) if scored_by(scoring.policy) == FORWARD else scoring.ranked_plan()
+    measure = scored_by(scoring.policy)
+    if measure == JOINT:
+        return scoring.joint_plan(reuse=reuse)
+    return scoring.forward_plan(reuse=reuse) if measure == FORWARD else scoring.ranked_plan()

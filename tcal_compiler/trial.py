@@ -24,7 +24,7 @@ from .passes.types import Plan
 from .report import can_plot
 from .runtime.align import GroupTrainer
 from .runtime.calibrate import half_lives, initialise
-from .runtime.config import TrainConfig
+from .runtime.config import AlignConfig, TrainConfig
 from .runtime.distill import Distiller
 from .runtime.logits import split_model
 from .runtime.meter import Meter, Time
@@ -177,10 +177,10 @@ class Trial:
         """Bytes of the teacher's values that the whole text has beyond the trial's."""
         return round(self._values * ((self.config.calib.kept + self.config.calib.holdout) / len(self.sample) - 1))
 
-    def score(self, models: int) -> StageCost:
-        """Of a policy that measures so many trial models, by what calibrate measured."""
+    def score(self, models: int, align_steps: int) -> StageCost:
+        """Of a policy that measures so many trial models, some after so many steps of alignment of every site."""
         calib, sites = self.config.calib, len(self.source.scan.sites)
-        time = self._teacher_pass(calib.sequences)
+        time = self._teacher_pass(calib.kept)
         number = sum(n for n, _ in self.sites)
         for n, each in self.sites:
             time += each * (n * sites / number)
@@ -190,16 +190,17 @@ class Trial:
         with self.meter() as one, torch.no_grad():
             sum_losses(split_model(student.gm), teacher, [args], [teacher.hidden(args)])
         share = self.config.score.sequences / len(self.sample)
-        beyond = round(self._values * (calib.sequences * sites / number / len(self.sample) - 1))
-        return StageCost("score", time + (m.time + one.time * share) * models, max(self.peak, one.peak) + beyond)
+        beyond = round(self._values * (calib.kept * sites / number / len(self.sample) - 1))
+        peak, scratch = max(self.peak, one.peak), 0
+        if align_steps:
+            config = self.config.align.model_copy(update={"steps": align_steps})
+            aligned = self._alignment(config)
+            time += self._teacher_pass(calib.kept + calib.holdout) + aligned.time * (sites / number)
+            peak, scratch = max(peak, aligned.peak), aligned.scratch
+        return StageCost("score", time + (m.time + one.time * share) * models, peak + beyond, scratch=scratch)
 
-    def align(self) -> StageCost:
-        config, files = self.config.align, self.weights
-        time, scratch = self.writing * files, 0
-        if not (config.steps and self.groups):
-            with self.meter() as m:
-                pass
-            return StageCost("align", time + m.time, m.peak + self._beyond + files, files)
+    def _alignment(self, config: AlignConfig) -> StageCost:
+        """Of the steps alone, on the sites of the plan."""
         live = self.config.calib.init_sequences is not None
         pairs = LivePairs(self.student, self.groups, self.ids) if live else stored_pairs(self.groups)
         index = torch.arange(min(config.batch, self.config.calib.sequences)) % (len(self.ids) if live else self.take)
@@ -211,15 +212,25 @@ class Trial:
                 t.step(number, x, y, 0)
 
         trained = _training(config, step, lambda: [t.score() for t in trainers], self)
+        time = setup.time + trained.whole(config, self.config.calib.holdout / self.held)
+        scratch, saves = 0, counts(config)[1]
+        if saves:
+            scratch = sum(_bytes(t.state("")) for t in trainers)
+            time += self.writing * (scratch * saves)
+        return StageCost("align", time, max(setup.peak, trained.peak), scratch=scratch)
+
+    def align(self) -> StageCost:
+        config, files = self.config.align, self.weights
+        time = self.writing * files
+        if not (config.steps and self.groups):
+            with self.meter() as m:
+                pass
+            return StageCost("align", time + m.time, m.peak + self._beyond + files, files)
+        steps = self._alignment(config)
         with self.meter() as last:
             half_lives(self.student, self.groups, batch=self.config.calib.batch)
-        share = self.config.calib.holdout / self.held
-        time += setup.time + trained.whole(config, share) + last.time
-        state = sum(_bytes(t.state("")) for t in trainers)
-        if counts(config)[1]:
-            time, scratch = time + self.writing * (state * counts(config)[1]), state
-        peak = max(setup.peak, trained.peak, last.peak + files)
-        return StageCost("align", time, peak + self._beyond, files, scratch)
+        time += steps.time + last.time
+        return StageCost("align", time, max(steps.peak, last.peak + files) + self._beyond, files, steps.scratch)
 
     def distill(self) -> StageCost:
         with self.meter() as before:  # what alignment trained on is given back only after the stage has begun

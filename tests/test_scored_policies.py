@@ -9,18 +9,21 @@ import pytest
 from command_line import BYTES, SMALL, TINY, call, done, refused
 
 from tcal_compiler.runtime import select_sites
+from tcal_compiler.runtime.align import GroupTrainer
 from tcal_compiler.runtime.score_sites import Trials
 
 
 def plan(out: Path, policy: str, *more: object):
-    return call("tcal", "plan", TINY, "-o", out, *BYTES, *SMALL, "--policy", policy, *more)
+    config = out.parent / "few.toml"
+    config.write_text("[score]\nalign_steps = 4\n")
+    return call("tcal", "plan", TINY, "-o", out, *BYTES, *SMALL, "--config", config, "--policy", policy, *more)
 
 
 def manifest(out: Path) -> dict:
     return json.loads((out / "tcal.json").read_text())
 
 
-@pytest.mark.parametrize("policy", ["kl", *(pytest.param(p, marks=pytest.mark.slow) for p in ("ar", "greedy"))])
+@pytest.mark.parametrize("policy", [pytest.param(p, marks=pytest.mark.slow) for p in ("ar", "greedy")])
 def test_the_sites_with_the_largest_scores_are_kept(tmp_path, policy):
     out = tmp_path / "run"
     assert plan(out, f"{policy}:50%").code == 0
@@ -39,9 +42,37 @@ def test_the_sites_with_the_largest_scores_are_kept(tmp_path, policy):
     assert manifest(out)["plan"]["keep"] == [max(values, key=values.__getitem__)]
 
 
+def test_kl_keeps_the_candidate_that_leaves_the_least(tmp_path, monkeypatch):
+    """Measured once: another budget needs its sets alone, the same budget again nothing."""
+    made, planned = [], select_sites.planned_student
+    monkeypatch.setattr(select_sites, "planned_student", lambda *args: (made.append(args[2].keep), planned(*args))[1])
+    ranked, model = [], Trials.model
+    monkeypatch.setattr(Trials, "model", lambda self, site: (ranked.append(self.policy), model(self, site))[1])
+    out = tmp_path / "run"
+    assert plan(out, "kl:2").code == 0
+    found = json.loads((out / "scores/kl.json").read_text())
+    sets = {tuple(c["keep"]): c["kl"] for c in found["candidates"]}
+    assert found["candidates"][0] | {"kl": None} == {"rule": "uniform", "keep": [0, 2], "kl": None}
+    assert set(made) == set(sets) and len(made) == len(sets) > 1 and ranked == ["kl"] * 4 + ["greedy"] * 4
+    assert tuple(manifest(out)["plan"]["keep"]) == min(sets, key=sets.__getitem__)
+    values = {str(s["index"]): s["value"] for s in found["kl"]}
+    assert manifest(out)["stages"]["plan"]["evidence"]["scores"] == values and len(values) == 4
+    assert "policy's score" in (out / "report.md").read_text()
+    assert not list((out / ".scratch").rglob("*.safetensors"))
+    made.clear(), ranked.clear()
+    before = manifest(out)["stages"]["score-kl"]
+    assert plan(out, "kl:50%").code == 0 and len(made) == 0 and ranked == []  # the same sets under another name
+    assert manifest(out)["stages"]["score-kl"]["evidence"]["sets"] == before["evidence"]["sets"]
+    assert plan(out, "kl:1").code == 0 and ranked == [] and {len(keep) for keep in made} == {1}
+    made.clear()
+    assert plan(out, "kl:4").code == 0 and made == [] and manifest(out)["plan"]["convert"] == []
+
+
 @pytest.mark.slow
 def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch):
+    """Stopped among the single sites, in alignment and among the sets."""
     model, made = Trials.model, []
+    planned, step, steps = select_sites.planned_student, GroupTrainer.step, []
 
     def stops(self, site):
         made.append(site.index)
@@ -49,11 +80,30 @@ def test_a_stopped_measurement_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return model(self, site)
 
-    monkeypatch.setattr(Trials, "model", stops)
+    def stops_aligning(self, number, *args):
+        steps.append(number)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, number, *args)
+
+    def stops_measuring(*args):
+        if len(steps) == 5:
+            steps.append(-1)
+            raise KeyboardInterrupt
+        return planned(*args)
+
+    config = tmp_path / "often.toml"
+    config.write_text("[score]\nalign_steps = 4\n[align]\ncheckpoint_every = 1\n")
+    given = [TINY, *BYTES, *SMALL, "--config", config, "--policy", "kl:1"]
     out = tmp_path / "run"
-    assert plan(out, "kl:1").code == 130 and list((out / ".scratch").rglob("initial.safetensors"))
-    assert plan(out, "kl:1").code == 0 and made == [0, 1, 2, 2, 3]
-    assert plan(tmp_path / "other", "kl:1").code == 0
+    monkeypatch.setattr(Trials, "model", stops)
+    monkeypatch.setattr(GroupTrainer, "step", stops_aligning)
+    monkeypatch.setattr(select_sites, "planned_student", stops_measuring)
+    for scratch in ("initial.safetensors", "score-kl.safetensors", "aligned.safetensors"):
+        assert call("tcal", "plan", *given, "-o", out).code == 130 and list((out / ".scratch").rglob(scratch))
+    assert call("tcal", "plan", *given, "-o", out).code == 0
+    assert made == [0, 1, 2, 2, 3, 0, 1, 2, 3] and steps == [0, 1, 2, 2, 3, -1]
+    assert call("tcal", "plan", *given, "-o", tmp_path / "other").code == 0
     assert (out / "scores/kl.json").read_bytes() == (tmp_path / "other/scores/kl.json").read_bytes()
 
 

@@ -68,7 +68,7 @@ def test_units_of_size():
 
 def test_a_ranking_is_kept_from_its_top_while_it_fits():
     scores = dict(enumerate([0.1, 0.9, 0.2, 0.8, 0.3, -0.5, 0.0, 0.4]))
-    plan = choose(EIGHT, f"kl:{bytes_of(3, 64) + 1}B@64", scores)
+    plan = choose(EIGHT, f"greedy:{bytes_of(3, 64) + 1}B@64", scores)
     assert plan.keep == (1, 3, 7) and plan.scores == scores
 
 

@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcal_compiler.errors import ConfigError
-from tcal_compiler.passes.choose import SCORED, choose, plan_from_toml, plan_to_toml, scored_by
+from tcal_compiler.passes.budget import memory
+from tcal_compiler.passes.choose import (
+    MEASURED,
+    RANKED,
+    candidates,
+    choose,
+    choose_jointly,
+    plan_from_toml,
+    plan_to_toml,
+    scored_by,
+)
 from tcal_compiler.passes.types import AttentionSite, Rejection, SiteScan
 
 
@@ -49,7 +59,7 @@ def test_policies(policy, keep):
 SCORES = dict(enumerate([0.1, 0.9, 0.2, 0.9, 0.3, -0.5, 0.0, 0.4]))
 
 
-@pytest.mark.parametrize("measure", SCORED)
+@pytest.mark.parametrize("measure", RANKED)
 @pytest.mark.parametrize("budget, keep", [("3", [1, 3, 7]), ("1", [1]), ("25%", [1, 3]), ("0", []), ("8", range(8))])
 def test_scored_policies_keep_the_largest_scores(measure, budget, keep):
     plan = choose(EIGHT, f"{measure}:{budget}", SCORES)
@@ -59,7 +69,43 @@ def test_scored_policies_keep_the_largest_scores(measure, budget, keep):
         choose(EIGHT, f"{measure}:{budget}")
 
 
+LATE = dict(enumerate([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 0.8]))
+RANKS = {"kl": SCORES, "greedy": LATE}
+
+
+@pytest.mark.parametrize(
+    "budget, sets",
+    [
+        ("0", [()] * 5),
+        ("1", [(0,), (1,), (1,), (6,), (6,)]),
+        ("2", [(0, 4), (1, 3), (1, 7), (6, 7), (3, 6)]),
+        ("3", [(0, 2, 5), (1, 3, 7), (1, 3, 7), (5, 6, 7), (1, 4, 6)]),
+        ("100%", [tuple(range(8))] * 5),
+    ],
+)
+def test_kl_chooses_among_the_sets_of_several_rules(budget, sets):
+    """Stretches of 3 of 8 sites: 0 and 1, 2 to 4, 5 to 7."""
+    found = candidates(EIGHT, f"kl:{budget}", RANKS)
+    rules = ["uniform", "kl", "kl, spread", "greedy", "greedy, spread"]
+    assert found == dict(zip(rules, sets, strict=True)) and list(found) == rules
+    for best in set(sets):
+        asked = []
+        kl = lambda keep, best=best, asked=asked: asked.append(keep) or float(keep != best)  # noqa: E731
+        plan = choose_jointly(EIGHT, f"kl:{budget}", RANKS, kl)
+        assert plan.keep == best and set(asked) == set(sets) and plan.scores == SCORES
+        assert plan.policy == f"kl:{budget}" and plan.convert == tuple(i for i in range(8) if i not in best)
+    with pytest.raises(ConfigError, match="needs every site measured"):
+        choose(EIGHT, f"kl:{budget}", SCORES)
+
+
+def test_candidates_of_a_size_all_fit_it():
+    found = candidates(EIGHT, "kl:30KB@64", RANKS)
+    assert found == candidates(EIGHT, "kl:3", RANKS)
+    assert all(memory(EIGHT, keep, 64) <= 30_000 < memory(EIGHT, range(4), 64) for keep in found.values())
+
+
 def test_only_scored_policies_are_scored():
+    assert [scored_by(f"{p}:2") for p in MEASURED] == list(MEASURED)
     assert [scored_by(p) for p in ("uniform:2", "keep=1", "none", "kl", "klx:2", "")] == [None] * 6
 
 

@@ -1,9 +1,10 @@
-"""Forward selection against students that are made and measured by hand."""
+"""Sets of sites, and what chooses among them, against students that are made and measured by hand."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from tiny_models import VOCAB, TinyModel, capture_of
 
 from tcal_compiler.errors import RunFolderError, StageError
 from tcal_compiler.passes.capture import example_ids
-from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.choose import choose, choose_jointly
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.types import Plan
 from tcal_compiler.runtime import select_sites as module
+from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
+from tcal_compiler.runtime.config import AlignConfig
 from tcal_compiler.runtime.evaluate import evaluate
-from tcal_compiler.runtime.score_sites import initial_student
-from tcal_compiler.runtime.select_sites import SetScores, forward_path, sets_from_rows
+from tcal_compiler.runtime.score_sites import Trials, initial_student, score_sites
+from tcal_compiler.runtime.select_sites import SetScores, aligned_student, forward_path, sets_from_rows
 from tcal_compiler.runtime.student import make_student
 from tcal_compiler.runtime.taps import collect_taps
 
@@ -95,3 +98,64 @@ def test_damaged_caches_and_scores_that_are_not_finite(initial, tmp_path):
         with pytest.raises(StageError, match=r"KL nan of the student that keeps \[0\] is not finite"):
             scores(initial, tmp_path / "c").kl((0,))
         weight.copy_(before)
+
+
+def silent(_: str):
+    return lambda *_: None
+
+
+def mislead() -> TinyModel:
+    """The first layer's attention adds most, but nearly the same everywhere, which is learned in a few steps; the last
+    one's adds less and looks at single tokens, which is not.
+    """
+    model = TinyModel("is_causal", layers=3, bias=True)
+    first, second, last = (block.attn for block in model.blocks)
+    with torch.no_grad():
+        first.proj[2].weight.mul_(0.1)
+        first.out.weight.mul_(5.0)
+        second.out.weight.mul_(1e-3)
+        last.out.weight.mul_(4.0)
+        for proj in last.proj[:2]:
+            proj.weight.mul_(20.0)
+    return model
+
+
+def test_kl_is_not_misled_by_what_alignment_mends(tmp_path):
+    """Before training the first layer matters most on its own, and in every set; once aligned the last one does."""
+    capture = capture_of(mislead())
+    scan, config = find_attention(capture), AlignConfig(steps=40, batch=8, score_every=20, warmup=4)
+    train, held = example_ids(32, 24, VOCAB, seed=1), example_ids(8, 24, VOCAB, seed=2)
+    given = {"seed": 0, "batch": 8, "progress": silent}
+    make = lambda: initial_student(capture, scan, train, init="zero-gate", cache=tmp_path / "i", **given)  # noqa: E731
+    single = score_sites(Trials(capture, scan, "kl", make()), held, batch=8, cache=tmp_path / "single")
+    ranks = {"kl": {s.index: s.value for s in single}, "greedy": {0: 0.0, 1: 0.0, 2: 1.0}}  # so that 2 is a candidate
+    assert max(ranks["kl"], key=ranks["kl"].__getitem__) == 0
+    before = SetScores(capture, scan, held, initial=make, batch=8, cache=tmp_path / "before")
+    assert choose_jointly(scan, "kl:1", ranks, before.kl).keep == (0,)
+    options = {"kept": len(train), "config": config, "cache": tmp_path / "a", **given}
+    after = SetScores(
+        capture,
+        scan,
+        held,
+        initial=lambda: aligned_student(make(), train, held, **options),
+        batch=8,
+        cache=tmp_path / "after",
+    )
+    assert choose_jointly(scan, "kl:1", ranks, after.kl).keep == (2,)
+    assert after.kl((2,)) < 0.8 * after.kl((0,)) and after.kl((0,)) < before.kl((0,))
+
+    for keep in ((0,), (2,)):  # students of these plans that are initialised and aligned on their own
+        student = make_student(capture, scan, Plan(keep, tuple(i for i in range(3) if i not in keep), ""))
+        groups = collect_taps(student, capture.gm, torch.cat([train, held]), batch=8)
+        seen = [replace(g, x=g.x[:, :32], y=g.y[:, :32]) for g in groups]
+        initialise(student, seen, init="zero-gate", seed=0, batch=8)
+        values, start = student.state_dict(), make().state_dict()
+        for n in set(values) & set(start):  # zero-gate draws in the order of the sites
+            values[n].copy_(start[n])
+        align(student, groups, train=32, config=config, seed=0)
+        teacher = lambda ids: capture.gm(*capture.inputs(ids))  # noqa: E731
+        kl = evaluate(held, teacher=teacher, students={"s": student.logits})["s"].kl
+        assert after.kl(keep) == pytest.approx(kl, rel=1e-3)
+
+    again = aligned_student(make(), train, held, **options | {"config": None})  # from its file
+    assert again.stage == "aligned"
