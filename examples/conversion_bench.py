@@ -82,6 +82,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
         self.seconds: dict[str, float] = {}
+        self.took = 0.0  # of what was timed last
         teacher = self.timed("load", lambda: load_teacher(args.teacher, tokenizer=args.tokenizer))
         self.context: int | None = teacher.info.get("context_length")
         tokenizer = load_tokenizer(teacher)
@@ -107,9 +108,9 @@ class Bench:
         out = call()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        took = time.perf_counter() - start
-        self.seconds[what] = round(self.seconds.get(what, 0.0) + took, 2)
-        print(f"{what}: {took:.2f} s", flush=True)
+        self.took = time.perf_counter() - start
+        self.seconds[what] = round(self.seconds.get(what, 0.0) + self.took, 2)
+        print(f"{what}: {self.took:.2f} s", flush=True)
         return out
 
     def _text(self, item: str, tokenizer: TokenizerLike) -> tuple[str, Tensor]:
@@ -259,6 +260,7 @@ class Arms:
     def __init__(self, bench: Bench, plan: Plan, seed: int) -> None:
         self.bench, self.args, self.plan, self.seed = bench, bench.args, plan, seed
         self.taps: list[SiteGroup] = []
+        self.spent: dict[object, float] = {}  # seconds of the taps, of each start and of each alignment
         self.starts: dict[InitName, tuple[Student, list[SiteGroup], dict[str, Tensor]]] = {}
         self.recipes: dict[tuple[str, int], tuple[Student, dict[str, Tensor]]] = {}
         self.found: dict[tuple[InitName, int, float | None], tuple[dict[str, Tensor], float]] = {}
@@ -282,6 +284,7 @@ class Arms:
                     dtype=torch.bfloat16 if self.bench.device.type == "cuda" else torch.float32,
                 ),
             )
+            self.spent["taps"] = self.bench.took
         ends = [(g, g.sites[0]) for g in self.taps]
         return [replace(g, program=cut_program(student.gm, inputs_from=[s.x], outputs=[s.y])) for g, s in ends]
 
@@ -307,6 +310,7 @@ class Arms:
             return self.by_recipe(schedule), math.nan
         if init not in self.starts:
             student, groups = self.initialised(init)
+            self.spent[init] = self.bench.took
             values = {n: p.detach().clone() for n, p in student.gm.named_parameters()}
             self.starts[init] = student, groups, values
         student, groups, values = self.starts[init]
@@ -322,11 +326,17 @@ class Arms:
             f"align from {init} {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
             lambda: align(student, groups, train=self.bench.kept, config=config, seed=self.seed, live=live),
         )
+        self.spent[key] = self.bench.took
         means = [[sum(p[k].values()) / len(p[k]) for k in ("train", "held_out")] for p in curve]
         print("  error on trained, held-out: " + ", ".join(f"{t:.4f} {h:.4f}" for t, h in means), flush=True)
         best = min(h for _, h in means)
         self.found[key] = {n: p.detach().clone() for n, p in student.gm.named_parameters()}, best
         return student, best
+
+    def seconds_to_aligned(self, schedule: Schedule, lr_teacher: float | None) -> float:
+        """From the loaded teacher to the aligned student: its values on the text, initial values, alignment."""
+        parts = ("taps", schedule.init, (schedule.init, schedule.align, lr_teacher))
+        return round(sum(self.spent[part] for part in parts), 2)
 
     def by_recipe(self, schedule: Schedule) -> Student:
         """The published recipe or its mended form, on its own few sequences; trained once for all distillations."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversion_bench import Arms, Bench, Schedule
+from conversion_bench import RECIPES, Arms, Bench, Schedule
 
 from tcal_compiler.runtime.student import Student, without_linear
 
@@ -105,41 +105,47 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 
-def students_of(arms: Arms, args: argparse.Namespace) -> tuple[dict[str, Student], float | None]:
-    """Every student that was asked for, by its name, and the rate that was used."""
+def students_of(arms: Arms, args: argparse.Namespace) -> tuple[dict[str, Student], float | None, dict[str, float]]:
+    """Every student that was asked for, by its name; the rate that was used; seconds until each one was aligned."""
+    seconds = {}
     found = {init: arms.initialised(init)[0] for init in args.init}
     rates: list[float | None] = args.lr_teacher or [None]
     for i, schedule in enumerate(args.steps):
         if i == 0 and len(rates) > 1:
             rates = [min(rates, key=lambda rate: arms.aligned(args.steps[0], rate)[1])]
         student, _ = arms.aligned(schedule, rates[0])
+        if schedule.align and schedule.init not in RECIPES:
+            seconds[schedule.name] = arms.seconds_to_aligned(schedule, rates[0])
         student = arms.distilled(student, schedule) if schedule.distill else student
         found[schedule.name] = replace(student, gm=copy.deepcopy(student.gm))
     if args.without_linear:
         found |= {f"{n}, no linear": without_linear(s) for n, s in found.items()}
-    return found, rates[0]
+    return found, rates[0], seconds
 
 
 def main() -> None:
     args = arguments()
     args.policy = args.policy or ["uniform:25%"]
-    bench, scores, tasks, kept, rate = Bench(args), {}, {}, {}, None
+    bench, scores, tasks, kept, rate, seconds = Bench(args), {}, {}, {}, None, {}
     for policy in args.policy:
         plan = bench.plan(policy)
         kept[policy] = list(plan.keep)
         for seed in args.seeds:
-            students, rate = students_of(Arms(bench, plan, seed), args)
+            students, rate, took = students_of(Arms(bench, plan, seed), args)
             before = f"{policy}, " if len(args.policy) > 1 else ""
             behind = f", seed {seed}" if len(args.seeds) > 1 else ""
             students = {f"{before}{n}{behind}": s for n, s in students.items()}
+            seconds |= {f"{before}{n}{behind}": s for n, s in took.items()}
             scores |= bench.timed("evaluation", lambda s=students: bench.score(s))
             tasks |= bench.timed("task evaluation", lambda s=students: bench.score_tasks(s))
             if args.json:
-                args.json.write_text(json.dumps(result(bench, scores, tasks, kept, rate), indent=1) + "\n")
+                args.json.write_text(json.dumps(result(bench, scores, tasks, kept, rate, seconds), indent=1) + "\n")
 
 
-def result(bench: Bench, scores: Any, tasks: Any, kept: dict[str, list[int]], rate: float | None) -> dict[str, Any]:
-    """What is written: the names of files without their folders."""
+def result(
+    bench: Bench, scores: Any, tasks: Any, kept: dict[str, list[int]], rate: float | None, aligned: dict[str, float]
+) -> dict[str, Any]:
+    """What is written: the names of files without their folders. aligned: seconds from loaded teacher to student."""
     args = bench.args
     given = {
         k: Path(v).name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json", "task_files")
@@ -149,6 +155,7 @@ def result(bench: Bench, scores: Any, tasks: Any, kept: dict[str, list[int]], ra
     given["steps"] = [schedule.spelled for schedule in args.steps]
     given["lr_teacher_used"] = rate
     body = {"arguments": given, "kept": kept, "environment": environment(bench.device), "seconds": bench.seconds}
+    body |= {"seconds_to_aligned": aligned} if aligned else {}
     body |= {"candidates": bench.candidates} if bench.candidates else {}
     return body | {"scores": scores} | ({"tasks": tasks} if tasks else {})
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tcal_compiler.errors import ConfigError
 
+BUCKET = 64 * 2**20  # bytes after which tensors to be summed are sent
+
 
 @dataclass(frozen=True)
 class Group:
@@ -31,14 +33,30 @@ class Group:
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by its sum over the processes: the same bits in all of them."""
         if self.size > 1:
-            for t in tensors:
-                dist.all_reduce(t)
+            for bucket in _buckets(tensors):
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat)
+                for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    t.copy_(part.view_as(t))
 
     def follow_(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by what process 0 has."""
         if self.size > 1:
             for t in tensors:
                 dist.broadcast(t, 0)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype and device that are sent at once: one call for each of hundreds would take its time."""
+    bucket: list[Tensor] = []
+    for t in tensors:
+        size = sum(b.numel() * b.element_size() for b in bucket)
+        if bucket and ((t.dtype, t.device) != (bucket[0].dtype, bucket[0].device) or size > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(t)
+    if bucket:
+        yield bucket
 
 
 SOLO = Group()

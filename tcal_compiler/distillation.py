@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 from .passes.types import Check
 from .resume import resume_stage
 from .runtime.distill import distill, stopped_at
+from .runtime.flops import device_peak, distillation_flops
 from .runtime.parallel import current
 from .runtime.run_folder import RunFolder
 from .runtime.token_cache import cached_rows
@@ -23,6 +27,22 @@ if TYPE_CHECKING:
     from .conversion import Conversion
 
 ALIGNED, DISTILLED, CURVE = "weights.safetensors", "distilled.safetensors", "distillation.json"
+
+
+class StepClock:
+    """A progress callback that also notes when each step was done; a step ends with its loss read back."""
+
+    def __init__(self, shown: Callable[..., None]) -> None:
+        self._shown, self._times = shown, list[float]()
+
+    def __call__(self, done: int, total: int, loss: float) -> None:
+        self._times.append(time.monotonic())
+        self._shown(done, total, loss)
+
+    def median(self) -> float | None:
+        """Seconds of a step, which seldom has a score or a checkpoint in it; None where fewer than two were taken."""
+        steps = [b - a for a, b in pairwise(self._times)]
+        return median(steps) if steps else None
 
 
 def student_weights(run: RunFolder) -> Path:
@@ -39,6 +59,26 @@ def distillation_rows(work: Conversion) -> tuple[Tensor, Tensor, int]:
     held[calib.sequences : calib.sequences + calib.holdout] = True
     order = torch.cat(((~held).nonzero(), held.nonzero())).squeeze(1)
     return ids[order], counts[order], len(ids) - calib.holdout
+
+
+def _utilisation(work: Conversion, sequences: float) -> float | None:
+    """MFU of a step of so many sequences on a card, were it done in a second; None on a CPU or an unknown card."""
+    peak = device_peak(work.device)
+    return sequences * distillation_flops(work.student, work.config.calib.length) / peak if peak else None
+
+
+def _speed(
+    work: Conversion, tokens: int, seconds: float, step: float | None, utilisation: float | None
+) -> dict[str, Any]:
+    """Of the whole work, scores and checkpoints included, and of its median step."""
+    return {
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "step_seconds": None if step is None else round(step, 4),
+        "mfu": None if step is None or utilisation is None else round(utilisation / step, 4),
+        "card": torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else None,
+    }
 
 
 def distill_stage(work: Conversion) -> None:
@@ -60,7 +100,12 @@ def distill_stage(work: Conversion) -> None:
         ids, counts, train = distillation_rows(work)
         resume, save = resume_stage(stage, work.progress)
         group = current()
-        tokens, started = min(config.batch, train) * calib.length, time.monotonic()
+        sequences = min(config.batch, train)
+        tokens, utilisation = sequences * calib.length, _utilisation(work, sequences / group.size)
+        clock = StepClock(
+            work.progress.bar("distillation", tokens=tokens, utilisation=utilisation, loss_name=config.divergence)
+        )
+        started = time.monotonic()
         _, curve = distill(
             work.student,
             ids,
@@ -70,7 +115,7 @@ def distill_stage(work: Conversion) -> None:
             seed=work.config.seed,
             resume=resume,
             save=save,
-            progress=work.progress.bar("distillation", tokens=tokens, loss_name=config.divergence),
+            progress=clock,
             group=group,
         )
         seconds, stopped = max(time.monotonic() - started, 1e-3), stopped_at(curve, config)
@@ -86,7 +131,7 @@ def distill_stage(work: Conversion) -> None:
             "steps": config.steps,
             "stopped_at": stopped,
             "processes": group.size,
-            "speed": {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds, 1)},
+            "speed": _speed(work, tokens, seconds, clock.median(), utilisation),
         }
         if stopped is not None:
             work.progress.say(f"distillation stopped at step {stopped}: {config.patience} scores without a better one")

@@ -29,10 +29,12 @@ class Progress:
             print(file=sys.stderr)
             self._open = False
 
-    def bar(self, what: str, *, tokens: int = 0, loss_name: str = "error") -> Callable[..., None]:
+    def bar(
+        self, what: str, *, tokens: int = 0, utilisation: float | None = None, loss_name: str = "error"
+    ) -> Callable[..., None]:
         """A callback (done, total[, loss]) that reports progress of `what`.
 
-        tokens: of one step; with it the rate is also shown in tokens per second.
+        tokens: of one step; with it the rate is also shown in tokens per second. utilisation: MFU at one step a second.
         """
         started = time.monotonic()
         state = {"shown": started, "first": -1, "loss": math.nan}
@@ -54,6 +56,8 @@ class Progress:
             text = f"{what}: {done}/{total}, {rate:.3g}/s, {clock(left)} left"
             if tokens:
                 text += f", {rate * tokens:.0f} tokens/s"
+            if utilisation is not None:
+                text += f", MFU {rate * utilisation:.1%}"
             if not math.isnan(state["loss"]):
                 text += f", {loss_name} {state['loss']:.4f}"
             if self._tty:

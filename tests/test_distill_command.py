@@ -57,6 +57,7 @@ def test_distil_a_run_folder(aligned):
     speed = record["evidence"]["speed"]
     assert speed["tokens"] == 4 * 2 * 48 and 0 < speed["seconds"] < stages(aligned)["distill"]["seconds"]
     assert speed["tokens_per_second"] == pytest.approx(speed["tokens"] / speed["seconds"], rel=0.01)
+    assert 0 < speed["step_seconds"] < speed["seconds"] and speed["mfu"] is speed["card"] is None  # no card, no peak
     assert record["evidence"]["stopped_at"] is None
     done("tcal", "distill", aligned, "--tokens", str(2 * 48 * 4), "--no-export", "--quiet")  # the same length
     assert stages(aligned)["distill"] == record

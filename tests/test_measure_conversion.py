@@ -93,7 +93,7 @@ def test_one_command_gives_the_table(tmp_path):
         2,
     ]
     given += ["--policy", "kl:1", "--policy", "none", "--seeds", "0,1", "--init", "naive", "--steps", "4+2"]
-    given += ["--steps", "published:3+2", "--steps", "mended:3"]
+    given += ["--steps", "published:3+2", "--steps", "mended:3", "--score-align-steps", 3]
     given += ["--eval", f"books={HELD_OUT}", "--eval-length", 64, "--eval-sequences", 2, "--needle", 300]
     given += ["--tasks", "piqa", "--task-files", tmp_path, "--limit", 2, "--without-linear", "--device", "cpu"]
     script("measure_conversion.py", TINY, *given, "--json", out)
@@ -102,6 +102,12 @@ def test_one_command_gives_the_table(tmp_path):
     expected = {f"{p}, {n}, seed {s}" for p in ("kl:1", "none") for n in names for s in (0, 1)}
     assert found["scores"].keys() == expected and found["tasks"].keys() == expected | {"teacher"}
     assert len(found["kept"]["kl:1"]) == 1 and found["kept"]["none"] == []
+    sets = {tuple(c["keep"]): c["kl_aligned"] for c in found["candidates"]["kl:1"]}
+    assert len(sets) > 1 and tuple(found["kept"]["kl:1"]) == min(sets, key=sets.__getitem__)
+    assert found["candidates"]["kl:1"][0]["rule"] == "uniform"
+    took = {f"{p}, aligned-4-distilled-2, seed {s}" for p in ("kl:1", "none") for s in (0, 1)}
+    assert found["seconds_to_aligned"].keys() == took
+    assert all(0 < s < sum(found["seconds"].values()) for s in found["seconds_to_aligned"].values())
     kl = {n: r["books (64)"]["kl"] for n, r in found["scores"].items()}
     assert kl["none, aligned-4-distilled-2, seed 0"] != kl["none, aligned-4-distilled-2, seed 1"]
     assert kl["none, aligned-4-distilled-2, seed 0"] < kl["none, naive, seed 0"]

@@ -145,7 +145,9 @@ def distillation(run: Facts, _: Scales) -> list[Block]:
         )
     if speed := evidence.get("speed"):
         rate, seconds = number(speed["tokens_per_second"]), number(speed["seconds"])
-        text += f"{rate} tokens per second over the last {seconds} s of work, scores and checkpoints included."
+        text += f"{rate} tokens per second over the last {seconds} s of work, scores and checkpoints included. "
+        if mfu := speed.get("mfu"):
+            text += f"A step took {number(speed['step_seconds'])} s: MFU {mfu:.1%} of {speed['card']}'s bfloat16 peak."
     plot = Plot("Distillation", lambda axes: plots.distillation(axes, run))
     return [Table(head, rows), *[Paragraph(text)] * bool(text), plot]
 
