@@ -19,13 +19,15 @@ from tcal_compiler.errors import StageError
 from .config import AlignConfig
 from .optimizer import StackedMuon
 from .student import Student
-from .taps import LivePairs, SiteGroup, stored_pairs
+from .taps import LivePairs, Pairs, SiteGroup, stored_pairs
 from .training import Save, TrainState, batch_indices, learning_rate, products_for
 
 NEW = "mixer."  # gates, norms and rates of a mixer
 # Short memories: the noise of a step's gradient is small, and a run has few steps.
 BETAS = (0.8, 0.9)
 MOMENTUM = 0.8
+# One pass of the teacher serves as many steps as this holds: small ones leave a GPU waiting for the next launch.
+PASS_TOKENS = {"cuda": 16384}
 VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
 
 
@@ -203,6 +205,38 @@ def align(
     return replace(student, stage="aligned"), curve
 
 
+def _pairs_of_step(
+    groups: list[SiteGroup], train: int, config: AlignConfig, seed: int, live: LivePairs | None
+) -> Callable[[int], Pairs]:
+    """x and y of a step's sequences. Of `live` those of several steps come from one pass of the teacher.
+
+    Which steps share a pass does not depend on where a run goes on, so that a resumed one has the same numbers.
+    """
+    sequences = len(live.ids) if live else train
+
+    def indices(step: int) -> Tensor:
+        return batch_indices(step, sequences=sequences, batch=config.batch, seed=seed)
+
+    stored = stored_pairs(groups)
+    if live is None:
+        return lambda step: stored(indices(step))
+    tokens = live.ids.shape[1] * min(config.batch, sequences)
+    many = max(1, PASS_TOKENS.get(live.device.type, 0) // tokens)
+    held: dict[int, Pairs] = {}
+
+    def pairs(step: int) -> Pairs:
+        if step not in held:
+            held.clear()
+            first = step - step % many
+            parts = [indices(s) for s in range(first, min(first + many, config.steps))]
+            values = live(torch.cat(parts))
+            for i, n in enumerate(map(len, parts)):
+                held[first + i] = [(x[:, i * n : (i + 1) * n], y[:, i * n : (i + 1) * n]) for x, y in values]
+        return held[step]
+
+    return pairs
+
+
 def _run(
     student: Student,
     groups: list[SiteGroup],
@@ -215,7 +249,7 @@ def _run(
     progress: Callable[[int, int, float], None] | None,
 ) -> list[dict[str, object]]:
     trainers = [GroupTrainer(student, g, train, config) for g in groups]
-    pairs, sequences = (live, len(live.ids)) if live else (stored_pairs(groups), train)
+    pairs = _pairs_of_step(groups, train, config, seed, live)
     state = resume or TrainState(0)
     if resume:
         for i, t in enumerate(trainers):
@@ -228,7 +262,7 @@ def _run(
         held = torch.cat([t.score() for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))
     for step in range(state.step, config.steps):
-        values = pairs(batch_indices(step, sequences=sequences, batch=config.batch, seed=seed))
+        values = pairs(step)
         losses = torch.cat([t.step(step, x, y, seed) for t, (x, y) in zip(trainers, values, strict=True)])
         done = step + 1
         if config.scores_after(done):

@@ -15,6 +15,7 @@ from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.graph import move_to
 from tcal_compiler.passes.rewrite_gdn import mixer_path
+from tcal_compiler.runtime import align as align_module
 from tcal_compiler.runtime.align import GroupTrainer, align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.config import AlignConfig
@@ -136,6 +137,27 @@ def test_sequences_that_are_not_stored_are_trained_on_and_resume_exactly(tmp_pat
     again, same, rest = go(resume=Checkpoint(tmp_path / "state").load())
     assert same == curve and [i.tolist() for i in rest] == [i.tolist() for i in seen[6:]]
     assert all(torch.equal(t, final[n]) for n, t in again.items())
+
+
+def test_a_pass_of_the_teacher_that_serves_several_steps_changes_nothing(undisturbed, monkeypatch):
+    """11 steps in passes of 3, as on a GPU, the last one short; stopped and resumed amid one with the same numbers."""
+    _, _, curve, _, _, _ = undisturbed
+    monkeypatch.setitem(align_module.PASS_TOKENS, "cpu", 3 * CONFIG.batch * 24 + 1)
+
+    def go(**options):
+        student, groups = start(core=MIXED)
+        seen = []
+        live = recording(LivePairs(student, groups, example_ids(TRAIN + 2, 24, VOCAB, seed=1)[:TRAIN]), seen)
+        return run(student, groups, live=live, **options)[1], [len(i) // CONFIG.batch for i in seen]
+
+    saved: list[TrainState] = []
+    found, passes = go(save=lambda s: saved.append(copy.deepcopy(s)))
+    assert passes == [3, 3, 3, 2]
+    for a, b in zip(found, curve, strict=True):
+        for key in ("held_out", "train"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+    same, passes = go(resume=saved[4])  # five steps were done
+    assert same == found and passes == [3, 3, 2]
 
 
 def test_kept_weights_score_what_was_recorded_and_no_site_is_worse(undisturbed):
