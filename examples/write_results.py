@@ -17,9 +17,9 @@ HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/verify_runtimes.py`,
-`examples/measure_dry_run.py` and, from run folders, this script itself wrote. Each section names its command's
-arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration texts and scored texts
-are different files, and a scored text that was calibrated on is refused.
+`examples/measure_dry_run.py`, `examples/estimate_conversion.py` and, from run folders, this script itself wrote. Each
+section names its command's arguments, machine, versions and commit. Ratios are to the teacher in the same run.
+Calibration texts and scored texts are different files, and a scored text that was calibrated on is refused.
 """
 
 
@@ -45,8 +45,24 @@ def conversion(name: str, body: dict[str, Any]) -> str:
     if "kept" in body and len(body["kept"]) > 1:
         lines += [f"Kept by {policy}: {', '.join(map(str, keep))}.  " for policy, keep in body["kept"].items()] + [""]
     lines += _texts(body["scores"]) + _tasks(body.get("tasks", {}))
+    lines += _candidates(body.get("candidates", {}), a)
     seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
+    if aligned := body.get("seconds_to_aligned"):
+        seconds += ". From loaded teacher to aligned student: " + ", ".join(f"{n} {s}" for n, s in aligned.items())
     return "\n".join([*lines, "", f"Seconds: {seconds}.", ""])
+
+
+def _candidates(candidates: dict[str, Any], a: dict[str, Any]) -> list[str]:
+    """The sets that kl chose among."""
+    if not candidates:
+        return []
+    lines = [f"\nCandidate sets of kl on held-out sequences, after {a['score_align_steps']} steps of alignment.\n"]
+    lines += ["| policy | rule | kept | KL, initialised | KL, aligned |", "|---|---|---|---|---|"]
+    for policy, rows in candidates.items():
+        for r in rows:
+            kls = [f"{r[k]:.4f}" for k in ("kl_initialised", "kl_aligned")]
+            lines.append("| " + " | ".join([policy, r["rule"], ", ".join(map(str, r["keep"])), *kls]) + " |")
+    return lines
 
 
 def _policies(a: dict[str, Any]) -> str:
@@ -206,9 +222,13 @@ def _distilled(d: dict[str, Any], config: dict[str, Any]) -> str:
     return (
         f"Distilled for {d['steps']} steps of {config['batch']} sequences, rates {config['lr_gdn']:g} at converted "
         f"sites and {config['lr_other']:g} elsewhere, by {d['processes']} process(es): {speed['tokens']} tokens in "
-        f"{speed['seconds']:.0f} s, {speed['tokens_per_second']:.0f} a second; KL on the held-out calibration "
-        f"sequences {first['kl']:.4f} before, {last['kl']:.4f} after."
+        f"{speed['seconds']:.0f} s, {speed['tokens_per_second']:.0f} a second{_mfu(speed)}; KL on the held-out "
+        f"calibration sequences {first['kl']:.4f} before, {last['kl']:.4f} after."
     )
+
+
+def _mfu(speed: dict[str, Any]) -> str:
+    return f", {speed['step_seconds']} s a step (MFU {speed['mfu']:.1%})" if speed.get("mfu") else ""
 
 
 def dry_runs(name: str, body: dict[str, Any]) -> str:
@@ -240,6 +260,35 @@ def memory(name: str, body: dict[str, Any]) -> str:
     if note := body.get("note"):
         lines.append(f"\n{note}")
     return "\n".join([*lines, ""])
+
+
+def estimate(name: str, body: dict[str, Any]) -> str:
+    """examples/estimate_conversion.py: what was not measured, from what was."""
+    calib, align, distill = body["calib"], body["align"], body["distill"]
+    kept = calib["init_sequences"] or calib["sequences"]
+    lines = [
+        f"## {name}\n",
+        f"Not measured: {body['estimate']}, {body['parameters'] / 1e9:.2f} billion weights, {body['converted']} layers "
+        f"converted and {body['kept']} kept, by `examples/estimate_conversion.py`. Start from {kept} x "
+        f"{calib['length']} tokens; {align['steps']} steps of alignment with {align['batch']} sequences; "
+        f"{distill['steps']} steps of distillation with {distill['batch']}, that is "
+        f"{distill['steps'] * distill['batch'] * calib['length'] / 1e6:.0f} million tokens"
+        f"{', with checkpointed activations' if distill['checkpoint_activations'] else ''}. A stage's time is that of "
+        "SmolLM2-135M on an H100 (export: on two CPU cores), times the operations of this teacher over its.",
+        "",
+        "| stage | time, s | from, s | in | peak memory, GB |",
+        "|---|---|---|---|---|",
+    ]
+    held = {"initialisation": "calibrate", "alignment": "align", "distillation": "distill", "export": "export"}
+    for stage, row in body["stages"].items():
+        peak = f"{body['memory'][held[stage]] / 1e9:.0f}" if stage in held else ""
+        seen = [f"{row['seconds']:.0f}", f"{row['measured_seconds']:.1f}", row["from"].replace("-", " "), peak]
+        lines.append("| " + " | ".join([stage, *seen]) + " |")
+    note = (
+        f"Memory is what `tcal inspect --memory` counts for a process on a CPU; {body['value_bytes'] / 1e9:.0f} GB of "
+        "calibrate and align are the teacher's values, which take half as much on a GPU, in bfloat16."
+    )
+    return "\n".join([*lines, "", note, ""])
 
 
 def copy_run(item: str, folder: Path, machine: str) -> None:
@@ -282,7 +331,7 @@ def main() -> None:
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
-        kinds |= {"runtime_parity": runtimes, "serving": serving, "memory": memory}
+        kinds |= {"estimate": estimate, "runtime_parity": runtimes, "serving": serving, "memory": memory}
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")

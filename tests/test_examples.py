@@ -34,6 +34,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "conversion_bench": "measure_conversion",
     "measure_conversion": "test_measure_conversion",
     "measure_dry_run": "docs/results.md",
+    "estimate_conversion": "test_estimate",
     "published_recipe": "test_measure_conversion",
 }
 HERE = {"convert_and_generate", "compile_in_place", "onnx_by_hand", "own_model", "stop_and_share", "walk_the_passes"}
