@@ -156,16 +156,16 @@ class Bench:
         return self._ranks[name]
 
     def _joint_plan(self, policy: str) -> Plan:
-        """Every candidate's KL is kept, as initialised too, which the choice does not use."""
-        ranks = {rule: self._scores(rule) for rule in RULES}
-        before, after = self._sets(0), self._sets(self.args.score_align_steps)
+        """Every candidate's KL is kept, as initialised and after four times the steps too: the choice uses neither."""
+        ranks, steps = {rule: self._scores(rule) for rule in RULES}, self.args.score_align_steps
+        sets = {n: self._sets(n) for n in (0, steps, 4 * steps)}
 
         def measured() -> Plan:
             self.candidates[policy] = [
-                {"rule": rule, "keep": list(keep), "kl_initialised": before.kl(keep), "kl_aligned": after.kl(keep)}
+                {"rule": rule, "keep": list(keep), "kl": {str(n): s.kl(keep) for n, s in sets.items()}}
                 for rule, keep in candidates(self.scan, policy, ranks).items()
             ]
-            return choose_jointly(self.scan, policy, ranks, after.kl)
+            return choose_jointly(self.scan, policy, ranks, sets[steps].kl)
 
         return self.timed("scores of candidate sets", measured)
 

@@ -56,11 +56,14 @@ def _candidates(candidates: dict[str, Any], a: dict[str, Any]) -> list[str]:
     """The sets that kl chose among."""
     if not candidates:
         return []
-    lines = [f"\nCandidate sets of kl on held-out sequences, after {a['score_align_steps']} steps of alignment.\n"]
-    lines += ["| policy | rule | kept | KL, initialised | KL, aligned |", "|---|---|---|---|---|"]
+    steps = list(next(iter(candidates.values()))[0]["kl"])
+    lines = ["\nCandidate sets of kl on held-out sequences, after so many steps of alignment of every site; chosen by "]
+    lines[0] += f"that after {a['score_align_steps']}.\n"
+    head = ["policy", "rule", "kept", f"KL after {steps[0]} steps", *(f"after {n} steps" for n in steps[1:])]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for policy, rows in candidates.items():
         for r in rows:
-            kls = [f"{r[k]:.4f}" for k in ("kl_initialised", "kl_aligned")]
+            kls = [f"{r['kl'][n]:.4f}" for n in steps]
             lines.append("| " + " | ".join([policy, r["rule"], ", ".join(map(str, r["keep"])), *kls]) + " |")
     return lines
 

@@ -102,9 +102,10 @@ def test_one_command_gives_the_table(tmp_path):
     expected = {f"{p}, {n}, seed {s}" for p in ("kl:1", "none") for n in names for s in (0, 1)}
     assert found["scores"].keys() == expected and found["tasks"].keys() == expected | {"teacher"}
     assert len(found["kept"]["kl:1"]) == 1 and found["kept"]["none"] == []
-    sets = {tuple(c["keep"]): c["kl_aligned"] for c in found["candidates"]["kl:1"]}
+    sets = {tuple(c["keep"]): c["kl"]["3"] for c in found["candidates"]["kl:1"]}
     assert len(sets) > 1 and tuple(found["kept"]["kl:1"]) == min(sets, key=sets.__getitem__)
     assert found["candidates"]["kl:1"][0]["rule"] == "uniform"
+    assert all(c["kl"].keys() == {"0", "3", "12"} for c in found["candidates"]["kl:1"])
     took = {f"{p}, aligned-4-distilled-2, seed {s}" for p in ("kl:1", "none") for s in (0, 1)}
     assert found["seconds_to_aligned"].keys() == took
     assert all(0 < s < sum(found["seconds"].values()) for s in found["seconds_to_aligned"].values())
@@ -115,6 +116,7 @@ def test_one_command_gives_the_table(tmp_path):
     assert max(none) - min(none) > 0  # what training changed outside the converted sites
     script("write_results.py", out.parent, "--out", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
+    assert "| policy | rule | kept | KL after 0 steps | after 3 steps | after 12 steps |" in page
     assert "policies kl:1, none" in page and "seeds 0, 1" in page and "| piqa | acc_norm | teacher | 1 |" in page
     assert page.count("| needle 300 | exact |") == len(expected) + 1
 

@@ -24,6 +24,8 @@ sequences = 4
 length = 32
 holdout = 2
 batch = 2
+[score]
+align_steps = 20
 [align]
 steps = 60
 batch = 2
