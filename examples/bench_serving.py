@@ -26,17 +26,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from bench_variants import read_bandwidth, weight_bytes
 
 from tcal_compiler.runtime.quantize import WEIGHT_TYPES, quantize
 from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.speed import FILL, decode_seconds, go_behind, prefill_seconds
 
-FILL = 0.01
 ROOM = 8  # positions behind the context, at least, for warming up
 
 
@@ -49,23 +47,11 @@ def timed(call: Any) -> float:
 def onnx_row(job: dict[str, Any]) -> dict[str, Any]:
     session = OnnxSession(job["path"], threads=job["threads"])
     batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
-
-    def fill(length: int) -> None:
-        session.reset(batch=batch)
-        empty = session.snapshot()
-        pairs = zip(empty.values, session.state_shapes(length), strict=True)
-        values = tuple(np.broadcast_to(v.dtype.type(FILL), (batch, *shape[1:])) for v, shape in pairs)
-        session.restore(replace(empty, length=length, mask=np.ones((batch, length), np.int64), values=values))
-
-    tokens, token = np.ones((batch, chunk), np.int64), np.ones((batch, 1), np.int64)
-    prefills = []
-    for _ in range(2):
-        fill(context - chunk)
-        prefills.append(timed(lambda: session.forward(tokens)))
-    fill(context)
+    prefill = prefill_seconds(session, context, chunk=chunk, batch=batch)
+    go_behind(session, context, batch=batch)
     state, moved = session.state_bytes, weight_bytes(Path(job["path"]) / "model.onnx") + session.step_bytes
-    steps = [timed(lambda: session.forward(token)) for _ in range(job["steps"] + 1)][1:]
-    return measured(job, prefills[1], chunk, steps) | {"state_mb": state / 1e6, "moved_mb": moved / 1e6}
+    step = decode_seconds(session, steps=job["steps"], batch=batch)
+    return measured(job, prefill, chunk, step) | {"state_mb": state / 1e6, "moved_mb": moved / 1e6}
 
 
 def torch_row(job: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +82,7 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
         past = cache(context)
         steps = [timed(lambda: feed(past, 1)) for _ in range(job["steps"] + 1)][1:]
     state = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * context * width * 4
-    return measured(job, prefills[1], chunk, steps) | {"state_mb": state / 1e6}
+    return measured(job, prefills[1], chunk, statistics.median(steps)) | {"state_mb": state / 1e6}
 
 
 def llama_row(job: dict[str, Any]) -> dict[str, Any]:
@@ -111,15 +97,15 @@ def llama_row(job: dict[str, Any]) -> dict[str, Any]:
     found = server.handle_completions(asked)["timings"]
     assert found["prompt_n"] == job["context"], found
     step = found["predicted_ms"] / found["predicted_n"] / 1e3
-    return measured(job, found["prompt_ms"] / 1e3, job["context"], [step])
+    return measured(job, found["prompt_ms"] / 1e3, job["context"], step)
 
 
-def measured(job: dict[str, Any], prefill: float, chunk: int, steps: list[float]) -> dict[str, Any]:
-    median, batch = statistics.median(steps), job["batch"]
+def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> dict[str, Any]:
+    batch = job["batch"]
     return {
         "prefill_tokens_per_s": batch * chunk / prefill,
-        "decode_ms": 1e3 * median,
-        "decode_tokens_per_s": batch / median,
+        "decode_ms": 1e3 * step,
+        "decode_tokens_per_s": batch / step,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 

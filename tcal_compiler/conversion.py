@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -29,11 +30,15 @@ from .runtime.onnx_export import context_length, export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
 from .runtime.run_folder import RunFolder
+from .runtime.session import OnnxSession
 from .runtime.sources import CalibrationText
+from .runtime.speed import measure_speed
 from .runtime.student import Student, make_student
 from .runtime.taps import LivePairs, SiteGroup, collect_taps
 from .runtime.weights import changed_names, load_weights, save_weights
 from .source import Source
+
+SPEED_CONTEXTS = (128, 1024, 4096)  # tokens, where the export has room for them
 
 
 class Conversion:
@@ -198,6 +203,10 @@ class Conversion:
                 "opset": artifact.opset,
                 "profile": artifact.profile,
             }
+            if artifact.profile != "cuda":  # whose operators are slow stand-ins here
+                self.progress.say("export: speed of the ONNX student")
+                rows = measure_speed(OnnxSession(artifact.folder), SPEED_CONTEXTS)
+                stage.evidence["speed"] = {"cpus": os.cpu_count(), "rows": [asdict(r) for r in rows]}
 
 
 def require(where: str, checks: Sequence[Check], hint: str) -> None:

@@ -105,7 +105,7 @@ def distill_stage(work: Conversion) -> None:
         clock = StepClock(
             work.progress.bar("distillation", tokens=tokens, utilisation=utilisation, loss_name=config.divergence)
         )
-        started = time.monotonic()
+        started, begun = time.monotonic(), resume.step if resume else 0
         _, curve = distill(
             work.student,
             ids,
@@ -123,7 +123,7 @@ def distill_stage(work: Conversion) -> None:
         (stage.dir / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
         scores: list[Any] = [p["held_out"] for p in curve]
         check = Check("held-out score of distillation against its start", min(scores), scores[0])
-        tokens *= (stopped or config.steps) - (resume.step if resume else 0)
+        tokens *= (stopped or config.steps) - begun
         stage.evidence = {
             "curve": curve,
             "checks": [asdict(check)],

@@ -78,6 +78,7 @@ def test_a_stopped_distillation_goes_on_with_the_same_bits(aligned, tmp_path, mo
     assert call(*command).code == 130 and "distill" not in stages(aligned)
     again = call(*command)
     assert again.code == 0 and "stage distill goes on from step 3" in again.err and calls[3:] == [3, 3, 4, 5]
+    assert stages(aligned)["distill"]["evidence"]["speed"]["tokens"] == 3 * 2 * 48  # of the steps after the stop
     first, _, *rest = words(tmp_path / "other")
     done(first, "align", *rest)
     done("tcal", "distill", tmp_path / "other", "--steps", "6", "--no-export", "--quiet")

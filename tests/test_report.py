@@ -134,6 +134,15 @@ def test_memory_of_a_teacher_is_its_keys_and_values(shared_run):
     assert run.memory(10)[0] == len(run.layers) * 10 * layer.kv_heads * (layer.head_dim + layer.value_dim) * 4
 
 
+def test_speed_is_shown_where_the_context_has_room(shared_run):
+    rows = [{"context": 128, "prefill_tokens_per_second": 2048.0, "decode_seconds": 0.004}]
+
+    def edit(body: dict[str, Any]) -> None:
+        body["stages"]["export"]["evidence"]["speed"] = {"cpus": 2, "rows": rows}
+
+    assert "| 128 | 2048 | 4.00 | 250.0 |" in render_report(edited(facts(shared_run), edit).manifest)
+
+
 def test_memory_of_a_window_is_what_is_kept(shared_run):
     def edit(body: dict[str, Any], bounded: bool) -> None:
         body["stages"]["plan"]["evidence"]["sites"][0]["window"] = 9

@@ -215,6 +215,26 @@ def memory(run: Facts, scales: Scales) -> list[Block]:
     ]
 
 
+def speed(run: Facts, _: Scales) -> list[Block]:
+    if not (found := run.evidence("export").get("speed")) or not found["rows"]:
+        return []
+    head = ["tokens before", "prefill, tokens per second", "one more token, ms", "tokens per second"]
+    rows = [
+        [
+            str(r["context"]),
+            fixed(r["prefill_tokens_per_second"], 0),
+            fixed(1e3 * r["decode_seconds"], 2),
+            fixed(1 / r["decode_seconds"], 1),
+        ]
+        for r in found["rows"]
+    ]
+    text = (
+        f"The ONNX student in ONNX Runtime, one sequence, when it was exported, on a machine of {found['cpus']} CPUs: "
+        "few runs each, so that other work on the machine shows in them."
+    )
+    return [Paragraph(text), Table(head, rows)]
+
+
 def checks(run: Facts, _: Scales) -> list[Block]:
     rows = []
     for stage, c in run.checks:
@@ -287,6 +307,7 @@ SECTIONS = {
     "Distillation": distillation,
     "Perplexity": scores,
     "Memory": memory,
+    "Speed": speed,
     "Checks": checks,
     "Stages": stages,
     "To do it again": reproduction,
