@@ -17,9 +17,10 @@ HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/verify_runtimes.py`,
-`examples/measure_dry_run.py`, `examples/estimate_conversion.py` and, from run folders, this script itself wrote. Each
-section names its command's arguments, machine, versions and commit. Ratios are to the teacher in the same run.
-Calibration texts and scored texts are different files, and a scored text that was calibrated on is refused.
+`examples/measure_dry_run.py`, `examples/estimate_conversion.py`, `examples/rank_sets.py` and, from run folders, this
+script itself wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to the teacher
+in the same run. Calibration texts and scored texts are different files, and a scored text that was calibrated on is
+refused.
 """
 
 
@@ -294,6 +295,24 @@ def estimate(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def set_ranks(name: str, body: dict[str, Any]) -> str:
+    a, many = body["arguments"], body["arguments"]["steps"][-1]
+    lines = [
+        f"## {name}\n",
+        f"Teacher {a['teacher']}, all sites aligned on {a['sequences']} x {a['length']} tokens of {a['calib']}, sets "
+        f"of kept sites measured on {a['holdout']} more sequences, seed {a['seed']}, by `examples/rank_sets.py`.",
+        _machine(body["environment"]),
+        "",
+        f"| kept | sets | steps | rank correlation with {many} steps | chosen, its KL after {many} | best, its KL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in body["set_ranks"]:
+        sets = [f"{', '.join(map(str, r[k]))}: {r[f'{k}_kl']:.4f}" for k in ("chosen", "best")]
+        cells = [str(r["kept"]), str(r["sets"]), str(r["steps"]), f"{r['rank_correlation']:.2f}", *sets]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def copy_run(item: str, folder: Path, machine: str) -> None:
     """Writes folder/NAME.json from the manifest of a run folder."""
     name, path = item.split("=", 1)
@@ -334,7 +353,13 @@ def main() -> None:
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
-        kinds |= {"estimate": estimate, "runtime_parity": runtimes, "serving": serving, "memory": memory}
+        kinds |= {
+            "estimate": estimate,
+            "set_ranks": set_ranks,
+            "runtime_parity": runtimes,
+            "serving": serving,
+            "memory": memory,
+        }
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))
     args.out.write_text("\n".join(parts), encoding="utf-8")

@@ -35,7 +35,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "measure_conversion": "test_measure_conversion",
     "measure_dry_run": "docs/results.md",
     "estimate_conversion": "test_estimate",
-    "rank_sets": "its numbers in docs/method.md",
+    "rank_sets": "docs/results.md",
     "published_recipe": "test_measure_conversion",
 }
 HERE = {"convert_and_generate", "compile_in_place", "onnx_by_hand", "own_model", "stop_and_share", "walk_the_passes"}
