@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench_variants import read_bandwidth, weight_bytes
 
 from tcal_compiler.runtime.quantize import WEIGHT_TYPES, quantize

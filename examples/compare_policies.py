@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--eval-length", type=int, default=512)
     p.add_argument("--eval-sequences", type=int, default=32)
-    p.add_argument("--score-align-steps", type=int, default=50, help="before kl measures sets of sites")
+    p.add_argument("--score-align-steps", type=int, default=200, help="before kl measures sets of sites")
     p.add_argument("--align-steps", type=int, default=0)
     p.add_argument("--distill-steps", type=int, default=0)
     p.add_argument("--distill-batch", type=int, default=16)

@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
     p.add_argument("--length", type=int, default=512)
     p.add_argument(
-        "--score-align-steps", type=int, default=50, help="of every site, before kl and forward measure sets of sites"
+        "--score-align-steps", type=int, default=200, help="of every site, before kl and forward measure sets of sites"
     )
     p.add_argument("--init", action="append", default=[], help="inits to score without a gradient step; repeat")
     p.add_argument(

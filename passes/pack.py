@@ -51,7 +51,6 @@ def pack_tokens(graph: Graph, ids: Node, mask: Node, before: Node, symbols: tupl
         total = call(aten.sym_size.int, mask, 1)
         start = call(operator.sub, total, length)
         real = call(aten.ne.Scalar, mask, 0)
-        past_lengths = call(aten.sum.dim_IntList, call(aten.slice.Tensor, real, 1, 0, start), [1])
         new = call(aten.slice.Tensor, real, 1, start, _ALL)
         real_until, padding_until = (
             call(aten.cumsum.default, new, 1),
@@ -59,6 +58,8 @@ def pack_tokens(graph: Graph, ids: Node, mask: Node, before: Node, symbols: tupl
         )
         count = call(aten.sum.dim_IntList, new, [1], True)
         new_lengths = call(aten.squeeze.dim, count, 1)
+        # not the sum over what is past: ONNX Runtime's CUDA kernel refuses a sum over no columns
+        past_lengths = call(aten.sub.Tensor, call(aten.sum.dim_IntList, real, [1]), new_lengths)
         place = call(aten.where.self, new, real_until, call(aten.add.Tensor, padding_until, count))
         place = call(aten.sub.Tensor, place, 1)
         step = call(aten.unsqueeze.default, call(aten.arange.default, length, **device), 0)

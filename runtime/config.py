@@ -52,7 +52,7 @@ class ScoreConfig(StrictModel):
 
     sequences: int = Field(8, ge=1, description="calibration sequences, from the end, that each site is scored on")
     align_steps: int = Field(
-        50, ge=0, description="steps that every site is aligned for before kl and forward measure sets of sites"
+        200, ge=0, description="steps that every site is aligned for before kl and forward measure sets of sites"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tcal_compiler.runtime.config import ExportConfig
 from tcal_compiler.runtime.onnx_export import OnnxArtifact, export_onnx
 from tcal_compiler.runtime.onnx_parity import check_parity
 from tcal_compiler.runtime.run_folder import RunFolder
+from tcal_compiler.runtime.session import OnnxSession
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,20 @@ def test_cuda_has_half_products_and_caches_and_whole_states(student: StatefulGra
     with torch.no_grad():
         dict(wrong.gm.named_parameters())["tcal_mixers.1.dt_bias"].add_(2.0)
     assert not any(c.passed for c in check_parity(artifact, wrong, threads=1))
+
+
+def test_nothing_is_reduced_over_no_columns_at_the_first_token(shared_run: Path, tmp_path: Path):
+    """ONNX Runtime on a GPU refuses that; on the CPU it is a sum of 0."""
+    model = onnx.load(shared_run / "onnx" / "model.onnx")
+    reduced = [n.input[0] for n in model.graph.node if n.op_type.startswith("Reduce")]
+    inside = list(dict.fromkeys(reduced))
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inside)
+    onnx.save(model, tmp_path / "model.onnx")
+    shutil.copyfile(shared_run / "onnx" / "genai_config.json", tmp_path / "genai_config.json")
+    session = OnnxSession(tmp_path)
+    feed = {"input_ids": np.ones((1, 1), np.int64), "attention_mask": np.ones((1, 1), np.int64)}
+    for i in session._session.get_inputs():
+        sizes = [1, *(d if isinstance(d, int) else 300 for d in i.shape[1:])]
+        feed.setdefault(i.name, np.zeros(sizes, np.float32))
+    found = session._session.run(inside, feed)
+    assert inside and all(v.size for v in found)
