@@ -2,14 +2,16 @@
 
     python -m tcal_compiler.kernels.bench [--ops rule step norm attention] [--shapes ...] [--dtype bfloat16]
                                           [--repeat 30] [--json FILE]
-    python -m tcal_compiler.kernels.bench --tune [--shapes ...] [--dtype bfloat16] [--json kernels/tuning.json]
+    python -m tcal_compiler.kernels.bench --tune [--ops rule step] [--shapes ...] [--dtype bfloat16] [--seconds 400]
+                                          [--json kernels/tuning.json]
 
 On a GPU: our kernels, their plain-PyTorch form, fla and flash attention where they can be had, and bounds from bytes
 and operations for an H100 or H200 (other cards: bytes and operations only). On a CPU: the PyTorch forms. Every time is
 a median of one process with its quartiles; nothing is timed when a result is wrong.
 
---tune measures launch settings of the rule's kernels on this card instead, some minutes for every head dim of the
-shapes, and writes the table that the kernels read: into the package, or into FILE. Tune with nothing else on the card.
+--tune measures launch settings of the rule's and the step's kernels on this card instead, for --seconds at most or
+little more, and writes the table that the kernels read: into the package, or into FILE. Tune with nothing else on the
+card.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ OPS: dict[str, Benchmark] = {
     "attention": attention.BENCHMARK,
 }
 
+TUNED = ("rule", "step")
+
 
 def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -48,12 +52,13 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=30 if device == "cuda" else 9)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--tune", action="store_true", help="measure launch settings of the rule's kernels")
+    parser.add_argument("--tune", action="store_true", help="measure launch settings of the kernels")
+    parser.add_argument("--seconds", type=float, default=400, help="that tuning may take")
     options = parser.parse_args(argv)
     if options.tune:
-        if "rule" not in options.ops:
-            parser.error("--tune is for the rule")
-        options.ops = ["rule"]
+        options.ops = [op for op in options.ops if op in TUNED]
+        if not options.ops:
+            parser.error(f"--tune is for {' and '.join(TUNED)}")
         if device != "cuda":
             parser.error("--tune needs a CUDA device")
     if options.shapes and len(options.ops) != 1:
@@ -76,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.tune:
         from .tune import tune  # needs Triton
 
-        shapes = [shape for _, shape in options.work]
-        tune(shapes, getattr(torch, options.dtype), options.repeat, Path(options.json or tuning.TABLE))
+        path = Path(options.json or tuning.TABLE)
+        tune(options.work, getattr(torch, options.dtype), options.repeat, path, options.seconds)
         return 0
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     report: dict[str, Any] = {"device": where, "torch": torch.__version__, "dtype": options.dtype, "results": []}

@@ -76,6 +76,11 @@ def fla_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
     )
 
 
+def count_for(state: Tensor, device: str) -> int:
+    """How many states a graph steps on."""
+    return min(MOST_STEPS, max(LEAST_STEPS, GRAPH_BYTES // (4 * state.numel()))) if device == "cuda" else 1
+
+
 def time_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str, repeat: int) -> dict[str, Any]:
     inputs, norm = make_inputs(shape, dtype, device)
     scale, step = shape[3] ** -0.5, kernel(device)
@@ -86,8 +91,7 @@ def time_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str, repeat: 
     least = bound(least_bytes(batch, tokens, heads, dim, inputs[0].element_size()), 0, device)
     result["bounds"] = {"core": least, "with norms": least}
     *given, state = inputs
-    count = min(MOST_STEPS, max(LEAST_STEPS, GRAPH_BYTES // (4 * state.numel()))) if device == "cuda" else 1
-    states = [state.clone() for _ in range(count)]
+    states = [state.clone() for _ in range(count_for(state, device))]
     times: dict[str, Any] = {}
 
     def add(name: str, kind: str, each: Step, *rest: Tensor, **fixed: Any) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tcal_compiler.kernels.tiles import load_gate
-from tcal_compiler.kernels.tuning import tuned
+from tcal_compiler.kernels.tuning import Fields, tuned
 
 CHUNK = 64
 
@@ -60,6 +60,10 @@ class Setting:
     pair_warps: int  # of the gradients
     solve_warps: int
     solve_keys: int  # key columns that one product of the solve takes
+    read_columns: int  # value columns of one program of the walk that reads the outputs, and of the ends before it
+    read_stages: int
+    read_warps: int
+    read_programs: int  # of that walk that a processor runs at once, as its shared memory holds them
 
     def blocks(self, columns: int) -> dict[str, Any]:
         """The constexpr arguments that the kernels of the gradients share."""
@@ -82,9 +86,10 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
     emulated = not q.is_cuda  # the interpreter multiplies the bits of bfloat16
     bfloat16_products = narrow and not emulated
     value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
+    value_columns = min(value_block, max(16, triton.next_power_of_2(v.shape[-1])))
     usual = Setting(
         key_block=key_block,
-        value_block=min(value_block, max(16, triton.next_power_of_2(v.shape[-1]))),
+        value_block=value_columns,
         key_part=min(64, key_block),
         dot=tl.bfloat16 if bfloat16_products else tl.float32,
         gate=tl.float32 if narrow else tl.float64,
@@ -95,9 +100,18 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
         pair_warps=4,
         solve_warps=1 if narrow else 4,
         solve_keys=16 if narrow else min(32, key_block),
+        read_columns=value_columns,
+        read_stages=3 if bfloat16_products else 2 if key_block <= 64 else 1,
+        read_warps=4,
+        read_programs=1,
     )
-    measured: dict[str, Any] = tuned("gated_delta_rule", q, q.shape[-1], v.shape[-1])
+    measured: dict[str, Any] = measured_for(q, v)
     return replace(usual, **measured)
+
+
+def measured_for(q: Tensor, v: Tensor) -> Fields:
+    """Those fields of the setting that the table gives."""
+    return tuned("gated_delta_rule", q, q.shape[-1], v.shape[-1])
 
 
 def as_kernels_take(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -153,36 +153,57 @@ def _walk(
 
 @dataclass(frozen=True)
 class Cut:
-    """How a walk is laid out: segments of the sequence, value columns of a program, tiles loaded ahead."""
+    """How a walk is laid out: segments of the sequence, value columns of a program, tiles loaded ahead, warps."""
 
     segments: int
     columns: int
     stages: int
+    warps: int = 4
+
+
+def least_cut(s: Setting) -> int:
+    """From how many chunks every walk over a sequence is cut, if it has few heads for the card's processors."""
+    return SHORTEST * WORTH * max(2, s.read_programs)
+
+
+def cut_to_read(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device) -> Cut:
+    """As `cut_for`, of the walk that reads the outputs, whose fields are its own."""
+    if s.key_block > 128:
+        return Cut(1, s.read_columns, s.read_stages, s.read_warps)
+    segments, columns = _cut(chunks, rows, value_dim, s.read_columns, s.read_programs, device)
+    warps = s.read_warps if columns == s.read_columns else min(s.read_warps, s.warps)
+    return Cut(segments, columns, s.read_stages, warps)
 
 
 def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device, *, wide: bool) -> Cut:
     """As many programs as the card runs at once, where there are enough chunks to cut; as measured on an H200.
 
-    wide: the walk loads five tiles a chunk, not three, so that a processor's shared memory holds one program, not two.
+    wide: the walk back loads five tiles a chunk, not three, so that a processor's shared memory holds one program, not
+    two.
     """
-    columns, narrow = s.value_block, s.dot == tl.bfloat16
+    narrow = s.dot == tl.bfloat16
     stages = s.stages if narrow or not wide or s.key_block <= 64 else 1
-    if device.type != "cuda" or s.key_block > 128:
-        return Cut(1, columns, stages)
-    at_once = 1 if wide else 2
+    if s.key_block > 128:
+        return Cut(1, s.value_block, stages, s.warps)
+    segments, columns = _cut(chunks, rows, value_dim, s.value_block, 1 if wide else 2, device)
+    stages = 3 if narrow and (wide or s.key_block <= 64 or columns <= 32) else stages
+    return Cut(segments, columns, stages, s.warps)
+
+
+def _cut(chunks: int, rows: int, value_dim: int, columns: int, at_once: int, device: torch.device) -> tuple[int, int]:
+    """Segments and columns. Without segments, fewer columns while the programs do not fill the card."""
     processors = _processors(device)
-    programs = rows * triton.cdiv(value_dim, columns)
-    segments = min(MOST, chunks // SHORTEST, at_once * processors // programs)
-    if segments < at_once * WORTH:
-        segments = 1
-        if programs <= processors:
-            columns = min(columns, 32)
-    return Cut(segments, columns, 3 if narrow and (wide or s.key_block <= 64 or columns <= 32) else stages)
+    segments = min(MOST, chunks // SHORTEST, at_once * processors // (rows * triton.cdiv(value_dim, columns)))
+    if segments >= at_once * WORTH:
+        return segments, columns
+    while columns > 32 and rows * triton.cdiv(value_dim, columns) <= processors:
+        columns //= 2
+    return 1, columns
 
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:
@@ -243,7 +264,7 @@ class Walk:
 
     def _blocks(self) -> dict[str, Any]:
         blocks = dict(C=CHUNK, BK=self.s.key_block, BV=self.cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
-        return blocks | dict(STAGES=self.cut.stages, PACKED=self.layout.packed, num_warps=self.s.warps)
+        return blocks | dict(STAGES=self.cut.stages, PACKED=self.layout.packed, num_warps=self.cut.warps)
 
 
 def walk_states(k: Tensor, solved: Solved, state: Tensor, layout: Layout, s: Setting) -> tuple[Tensor, Tensor]:
@@ -260,5 +281,5 @@ def walk_outputs(
     """Outputs [B, T, H, Dv] in dtype, and the final state."""
     value_dim = solved.u.shape[3]
     out = torch.empty(*q.shape[:3], value_dim, dtype=dtype, device=q.device)
-    cut = cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=True)
+    cut = cut_to_read(layout.longest, layout.whole_rows, value_dim, s, k.device)
     return out, Walk(k, solved, state, layout, s, cut).run(out, q, out, scale, read=True)

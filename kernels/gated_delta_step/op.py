@@ -57,7 +57,7 @@ def self_check(
     device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, normalize: bool, normed: bool
 ) -> dict[str, float]:
     """Errors of Triton's results against float64: four query heads on two key heads, 3 tokens in place, then one."""
-    from .triton_kernel import gated_delta_step_triton, tiles
+    from .triton_kernel import gated_delta_step_triton, measured_for, tiles
 
     gen = torch.Generator().manual_seed(0)
 
@@ -66,7 +66,8 @@ def self_check(
 
     given: dict[str, Any] = dict(scale=key_dim**-0.5, normalize=normalize)
     found: dict[str, float] = {}
-    for tile in tiles(key_dim, value_dim, whole=normed):
+    like = (torch.empty(dim, dtype=dtype, device=device) for dim in (key_dim, value_dim))
+    for tile in tiles(key_dim, value_dim, whole=normed, measured=measured_for(*like, normed=normed)):
         state = randn(3, 4, key_dim, value_dim)
         exact_state = state.double()
         for tokens in (3, 1):

@@ -1,8 +1,9 @@
 """Triton kernel of the decode step: one launch, each state read and written once, in registers between.
 
 A program takes BV of the Dv columns of one state [Dk, Dv], and all its rows. With the norm it takes all columns, since
-their squares have one sum; a tile of more than MOST_FUSED numbers does not fit in registers, so that there the norm
-follows in PyTorch. Both readings of a token come from the state before it, so that neither waits for the update:
+their squares have one sum; a tile of more than MOST_FUSED numbers does not fit in registers, so that there the norm is
+a second launch, as where that was measured to be faster (`tuning`). Both readings of a token come from the state before
+it, so that neither waits for the update:
 
     w = beta (v - exp(g) S^T k)     o = scale (exp(g) S^T q + (k . q) w)     S <- exp(g) S + k w^T
 """
@@ -16,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm_reference
-from tcal_compiler.kernels.tiles import load_rows, store_rows
+from tcal_compiler.kernels.tuning import Fields, tuned
 
 from .reference import L2_EPS
 
 MOST_FUSED = 128 * 256  # numbers of a state that one program holds
 MOST_REGISTERS = 128  # of a thread: so a multiprocessor holds two whole states of 128 x 128
 ENOUGH_PROGRAMS = 512
+NORM_ROWS = 4  # heads of one program of the norm's own launch
 
 
 @triton.jit
@@ -36,14 +37,15 @@ def _step(
     q, k, v, g, beta, gate, weight, start, out, final, scale, eps, l2_eps, T, H, K,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, zb, zt, zh,
     DK: tl.constexpr, DV: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
     row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
     b, h = row // H, row % H
-    state = load_rows(start + row * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
     dk, dv = tl.arange(0, BK), v0 + tl.arange(0, BV)
+    at, there = row * DK * DV + dk[:, None] * DV + dv[None, :], (dk[:, None] < DK) & (dv[None, :] < DV)
+    state = tl.load(start + at, mask=there, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     shared = h // (H // K)
     q_at, k_at = q + b * qb + h * qh, k + b * kb + shared * kh
     v_at, z_at = v + b * vb + shared * vh, gate + b * zb + h * zh
@@ -65,29 +67,57 @@ def _step(
             y = y / tl.sqrt(tl.sum(y * y, 0) / DV + eps) * w * z / (1.0 + tl.exp(-z))
         tl.store(out + here * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)
         q_at, k_at, v_at, z_at = q_at + qt, k_at + kt, v_at + vt, z_at + zt
-    store_rows(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+    tl.store(final + at, state.to(final.dtype.element_ty), mask=there, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _norm(
+    y, gate, weight, out, eps, N, T, H, zb, zt, zh, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """The gated norm of y [N, Dv], N = B T H, for which `_step` took a head in parts."""
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    h, t, b = n % H, n // H % T, n // H // T
+    dv = tl.arange(0, BV)[None, :]
+    there = (n[:, None] < N) & (dv < DV)
+    x = tl.load(y + n[:, None] * DV + dv, mask=there, other=0.0)
+    z = tl.load(gate + (b * zb + t * zt + h * zh)[:, None] + dv, mask=there, other=0.0).to(tl.float32)
+    w = tl.load(weight + h[:, None] * DV + dv, mask=there, other=0.0).to(tl.float32)
+    size = tl.sqrt(tl.sum(x * x, 1) / DV + eps)
+    normed = x / size[:, None] * w * z / (1.0 + tl.exp(-z))
+    tl.store(out + n[:, None] * DV + dv, normed.to(out.dtype.element_ty), mask=there)
 
 
 class Tile(NamedTuple):
-    """What the kernel is compiled for: all key columns, the value columns of one program, and its warps."""
+    """What the kernel is compiled for: all key columns, the value columns of one program, its warps, a thread's
+    registers, and whether the state is the first that the cache gives up."""
 
     BK: int
     BV: int
     num_warps: int
+    maxnreg: int = MOST_REGISTERS
+    streams: int = 0
 
 
-def tiles(key_dim: int, value_dim: int, *, whole: bool) -> list[Tile]:
+def measured_for(q: Tensor, v: Tensor, *, normed: bool) -> Fields:
+    """Of the table: fields of the widest tile; "apart": 1 where the norm is a launch of its own."""
+    return tuned("gated_delta_step with norm" if normed else "gated_delta_step", q, q.shape[-1], v.shape[-1])
+
+
+def tiles(key_dim: int, value_dim: int, *, whole: bool, measured: Fields | None = None) -> list[Tile]:
     """The tiles that a call may take, widest first; whole: all value columns in one program, if they fit.
 
     32 columns are a cache line of the state, 8 a sector. A warp takes 1024 numbers, or 2048 beyond 8 warps.
     """
+    fields = dict(measured or {})
+    whole = not fields.pop("apart", 0) and whole
     key_block, value_block = (max(8, triton.next_power_of_2(n)) for n in (key_dim, value_dim))
     widths = [n for n in (32, 16, 8) if n <= value_block]
     if whole and key_block * value_block <= MOST_FUSED:
         widths = [value_block]
     sizes = (key_block * n for n in widths)
     warps = (max(1, min(size // 1024, 8), size // 2048) for size in sizes)
-    return [Tile(key_block, *pair) for pair in zip(widths, warps, strict=True)]
+    widest, *others = (Tile(key_block, *pair) for pair in zip(widths, warps, strict=True))
+    return [widest._replace(**fields), *others]
 
 
 def choose_tile(options: list[Tile], rows: int, value_dim: int) -> Tile:
@@ -122,7 +152,10 @@ def gated_delta_step_triton(
     batch, tokens, heads, key_dim = q.shape
     kv_heads, value_dim = v.shape[2:]
     rows = batch * heads
-    tile = tile or choose_tile(tiles(key_dim, value_dim, whole=gate is not None), rows, value_dim)
+    if tile is None:
+        normed = gate is not None
+        options = tiles(key_dim, value_dim, whole=normed, measured=measured_for(q, v, normed=normed))
+        tile = choose_tile(options, rows, value_dim)
     fused = gate is not None and value_dim <= tile.BV
     start = state if state.is_contiguous() else state.contiguous()
     final = start if in_place else torch.empty_like(start)
@@ -131,10 +164,16 @@ def gated_delta_step_triton(
     strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
     _step[(rows * triton.cdiv(value_dim, tile.BV),)](
         q, k, v, g, beta, z, w, start, out, final, scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
-        DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, **tile._asdict(), maxnreg=MOST_REGISTERS,
+        DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
+        EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
     )  # fmt: skip
-    if gate is not None and weight is not None and not fused:
-        out = gated_rms_norm_reference(out, gate, weight, eps).to(v.dtype)
+    if gate is not None and not fused:
+        y, out = out, torch.empty_like(out, dtype=v.dtype)
+        sizes = (batch * tokens * heads, tokens, heads, *z.stride()[:3])
+        block = triton.next_power_of_2(value_dim)
+        _norm[(triton.cdiv(sizes[0], NORM_ROWS),)](
+            y, z, w, out, eps, *sizes, DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1
+        )
     if not in_place:
         return out, final
     return out, state if final is state else state.copy_(final)

@@ -111,17 +111,35 @@ def test_in_the_interpreter(shape, normalize, normed):
 @interpreted
 def test_tiles():
     """Every tile gives the same; many states take wide ones."""
-    from tcal_compiler.kernels.gated_delta_step.triton_kernel import choose_tile, tiles
+    from tcal_compiler.kernels.gated_delta_step.triton_kernel import Tile, choose_tile, tiles
 
     options = tiles(128, 128, whole=False)
-    assert options == [(128, 32, 4), (128, 16, 2), (128, 8, 1)]
+    assert options == [Tile(128, 32, 4), Tile(128, 16, 2), Tile(128, 8, 1)]
     assert choose_tile(options, 16, 128).BV == 8 and choose_tile(options, 2048, 128).BV == 32
-    assert tiles(128, 100, whole=True) == [(128, 128, 8)] and tiles(24, 3, whole=False) == [(32, 8, 1)]
-    assert tiles(256, 128, whole=True) == [(256, 128, 16)] and tiles(64, 64, whole=True) == [(64, 64, 4)]
+    assert tiles(128, 100, whole=True) == [Tile(128, 128, 8)] and tiles(24, 3, whole=False) == [Tile(32, 8, 1)]
+    assert tiles(256, 128, whole=True) == [Tile(256, 128, 16)] and tiles(64, 64, whole=True) == [Tile(64, 64, 4)]
     assert tiles(256, 256, whole=True) == tiles(256, 256, whole=False)
+    fields = {"BV": 64, "num_warps": 8, "streams": 1}
+    assert tiles(128, 128, whole=False, measured=fields) == [Tile(128, 64, 8, streams=1), *options[1:]]
+    assert tiles(128, 128, whole=True, measured={"apart": 1}) == options
     args = draw((2, 2, 2, 1, 24, 40), torch.float32, normalize=False, normed=False)
     for tile in tiles(24, 40, whole=False):
         check(triton_step(args, scale=SCALE, tile=tile), args, scale=SCALE)
+
+
+@interpreted
+@pytest.mark.parametrize("fields", [{"apart": 1, "BV": 16, "streams": 1}, {"num_warps": 4, "maxnreg": 168}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_measured_fields_in_the_interpreter(fields, dtype, monkeypatch):
+    """The norm in a launch of its own, or in another tile, over odd sizes and groups, is the same step."""
+    from tcal_compiler.kernels.gated_delta_step import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "tuned", lambda op, *_: fields if op == "gated_delta_step with norm" else {})
+    monkeypatch.setattr(triton_kernel, "ENOUGH_PROGRAMS", 1)
+    given: dict[str, Any] = dict(scale=SCALE, normalize=True, eps=1e-3)
+    for shape in ((3, 5, 6, 2, 24, 40), (1, 1, 3, 3, 8, 17)):
+        args = draw(shape, dtype, normalize=True, normed=True)
+        check(triton_step(args, **given), args, **given)
 
 
 @interpreted

@@ -201,7 +201,8 @@ def test_kernels_in_the_interpreter(lengths, heads, segments, monkeypatch):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
 
     cut = triton_walk.Cut(segments=segments, columns=16, stages=1)
-    monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: cut)
+    for each in ("cut_for", "cut_to_read"):
+        monkeypatch.setattr(triton_walk, each, lambda *_, **__: cut)
     args = make_packed(lengths, (heads, 1, 8, 8), torch.float32, decay=0.05)
     with interpreter_or_skip():
         actual = kernels(lengths, args, "cpu")
@@ -246,7 +247,7 @@ def test_long_sequences_are_cut_on_the_gpu(dtype):
     args = make_packed(lengths, (2, 1, 64, 64), dtype, decay=0.02)
     layout = triton_layout.layout_of(args[0].cuda(), (0, *accumulate(lengths)))
     setting = setting_for(args[0].cuda(), args[2].cuda())
-    cut = triton_walk.cut_for(layout.longest, layout.whole_rows, 64, setting, layout.device, wide=True)
+    cut = triton_walk.cut_to_read(layout.longest, layout.whole_rows, 64, setting, layout.device)
     assert layout.cuts(cut.segments).total > len(lengths) + 8
     exact, plain = with_gradients(packed(ends(lengths)), exactly(args)), with_gradients(packed(ends(lengths)), args)
     for name, x in kernels(lengths, args, "cuda").items():

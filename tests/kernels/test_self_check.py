@@ -61,8 +61,8 @@ def test_sees_a_wrong_gradient_of_the_rule(monkeypatch):
 
     monkeypatch.setattr(triton_forward, "gated_delta_rule_triton", rule.forward)
     monkeypatch.setattr(triton_backward, "gated_delta_rule_triton_backward", wrong)
-    only_wrong(rule.self_check(CPU, torch.float32, 8, 8), "dg")
-    only_wrong(rule.packed_self_check(CPU, torch.float32, 8, 8), "dg")
+    only_wrong(rule.self_check(CPU, torch.float32, 8, 8), "dg of 131 tokens")
+    only_wrong(rule.packed_self_check(CPU, torch.float32, 8, 8), "dg of 131 tokens")
 
 
 @interpreted
@@ -115,7 +115,7 @@ def test_sees_a_step_that_is_wrong_in_one_tile(normed, monkeypatch):
     only_wrong(errors, *(f"{name} in {widest.BV} columns" for name in after))
 
 
-def nothing_to_check(*_: object) -> dict[str, float]:
+def nothing_to_check(*_: object, **__: object) -> dict[str, float]:
     return {}
 
 
@@ -142,3 +142,55 @@ def test_cpu_tensors_never_take_triton():
     x = torch.zeros(1, 5, 2, 64)
     assert not rule._takes_triton(x, x) and not statistics._takes_triton(x, x) and not norm._takes_triton(x)
     assert not step._takes_triton(x, x, x, True, True)
+
+
+READS = {"read_columns": 128, "read_warps": 8}
+
+
+def test_proves_what_the_table_gives_uncut_and_cut(monkeypatch):
+    """A table's fields are proved at a length that is cut on a large card, where programs have all their columns."""
+    pytest.importorskip("triton")
+    from tcal_compiler.kernels.gated_delta_rule import triton_tiles, triton_walk
+
+    given = (CPU, torch.float32, 128, 128)
+    assert rule._lengths(*given) == [131]
+    monkeypatch.setattr(triton_tiles, "tuned", lambda *_: READS)
+    monkeypatch.setattr(triton_walk, "_processors", lambda device: 132)
+    short, long = rule._lengths(*given)
+    setting = triton_tiles.setting_for(*(torch.empty(1, 1, 1, 128) for _ in range(2)))
+    assert triton_walk.cut_to_read(short // 64 + 1, 2, 128, setting, CPU).segments == 1
+    cut = triton_walk.cut_to_read(long // 64, 2, 128, setting, CPU)
+    assert cut.segments > 1 and (cut.columns, cut.warps) == (128, 8)
+    assert all(triton_walk.cut_for(long // 64, 2, 128, setting, CPU, wide=wide).segments > 1 for wide in (True, False))
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_sees_what_is_wrong_in_segments_alone(monkeypatch):
+    from tcal_compiler.kernels.gated_delta_rule import triton_tiles, triton_walk
+
+    monkeypatch.setattr(triton_tiles, "tuned", lambda *_: {"read_columns": 32, "read_warps": 8})
+    monkeypatch.setattr(triton_walk, "SHORTEST", 1)
+    monkeypatch.setattr(triton_walk, "WORTH", 1)
+    monkeypatch.setattr(triton_walk, "_processors", lambda device: 8)
+    with interpreter_or_skip():
+        only_wrong(rule.self_check(CPU, torch.float32, 8, 40))
+    join = triton_walk.join
+    monkeypatch.setattr(triton_walk, "join", lambda *args: join(*args).flip(0))
+    assert not max(rule.self_check(CPU, torch.float32, 8, 40).values()) <= self_check.ALLOWED[torch.float32]
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("fields", [{"no_such_field": 2}, {"read_columns": 48}], ids=str)
+def test_an_entry_that_does_not_fit_is_never_used(fields, monkeypatch):
+    """The operator says so once and takes its other path."""
+    from tcal_compiler.kernels.gated_delta_rule import triton_tiles
+
+    monkeypatch.setattr(triton_tiles, "tuned", lambda *_: fields)
+    monkeypatch.setattr(step, "self_check", nothing_to_check)
+    monkeypatch.setattr(self_check.torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(self_check.torch, "device", lambda kind, index=None: CPU)
+    with pytest.warns(UserWarning, match="runs in plain PyTorch on this GPU: Triton failed"):
+        assert not self_check.proved(f"rule with {fields}", rule.self_check, 0, torch.float32, 8, 40)

@@ -68,6 +68,7 @@ def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
 
     args = make_args((1, 300, 2, 1, 24, 40), torch.float32, decay=0.05)
     monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: triton_walk.Cut(segments=3, columns=16, stages=1))
+    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for)
     with interpreter_or_skip():
         actual = results(args, device="cpu")
     exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
@@ -83,7 +84,7 @@ def test_a_long_sequence_is_cut_on_the_gpu(dtype):
 
     args = make_args((1, 5000, 2, 1, 64, 64), dtype, decay=0.02)
     setting = setting_for(args[0].cuda(), args[2].cuda())
-    cut = triton_walk.cut_for(79, 2, 64, setting, torch.device("cuda"), wide=True)
+    cut = triton_walk.cut_to_read(79, 2, 64, setting, torch.device("cuda"))
     assert cut.segments == 9
     exact, plain = with_gradients(op, exactly(args)), with_gradients(op, args)
     for name, x in results(args, device="cuda").items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import time
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import interpreted, interpreter_or_skip
 
 from tcal_compiler.kernels import tuning
 from tcal_compiler.kernels.bench import __main__ as bench
@@ -16,21 +18,82 @@ pytest.importorskip("triton")
 
 from tcal_compiler.kernels.bench import tune
 from tcal_compiler.kernels.gated_delta_rule import triton_tiles
+from tcal_compiler.kernels.gated_delta_step import triton_kernel
+
+BOTH = ("forward", "backward")
 
 
-def cost(fields: dict[str, int]) -> float | None:
-    """Least at warps 8 and stages 3; two stages do not run with 8 warps, and other warps hardly matter."""
+def cost(fields: dict[str, int], kinds: tuple[str, ...]) -> float | None:
+    """Least at warps 8 and stages 3; two stages do not run with 8 warps, and other warps hardly matter. The forward
+    alone is faster with eight warps of its own."""
     if fields.get("warps") == 8 and fields.get("stages") == 2:
         return None
-    return 10 - 2 * (fields.get("warps") == 8) - (fields.get("stages") == 3) - 0.01 * (fields.get("solve_warps") == 2)
+    own = (fields.get("read_warps") == 8) * (1 if kinds == BOTH else 3)
+    return 10 - own - 2 * (fields.get("warps") == 8) - (fields.get("stages") == 3) - 0.01 * fields.get("solve_warps", 0)
 
 
 def test_search_takes_what_is_clearly_faster_and_runs():
-    values = {"solve_warps": (1, 2), "warps": (4, 8), "stages": (1, 2, 3)}
-    assert tune.search(values, cost) == {"warps": 8, "stages": 3}
-    assert tune.search({"stages": (1, 2)}, cost) == {}
+    trials = [
+        tune.Trial(BOTH, tune.one("solve_warps", 1, 2)),
+        tune.Trial(BOTH, ({"warps": 8, "stages": 2}, {"warps": 8})),
+        tune.Trial(BOTH, tune.one("stages", 1, 2, 3)),
+        tune.Trial(("forward",), tune.one("read_warps", 4, 8)),
+    ]
+    best = {"warps": 8, "stages": 3, "read_warps": 8}
+    assert list(tune.search(trials, cost)) == [{}, {"warps": 8}, {"warps": 8, "stages": 3}, best]
+    assert list(tune.search(trials[2:3], lambda fields, kinds: cost(fields | {"warps": 8}, kinds))) == [{"stages": 3}]
+    assert list(tune.search(trials, cost, until=0)) == [{}] * 4
     with pytest.raises(RuntimeError, match="without a table"):
-        tune.search(values, lambda fields: None)
+        list(tune.search(trials, lambda fields, kinds: None))
+
+
+TARGETS = (
+    tune.Rule(torch.float32, ((1, 70, 2, 16), (2, 20, 1, 16))),
+    tune.Step(torch.float32, ((1, 2, 2, 16),)),
+    tune.NormedStep(torch.float32, ((1, 2, 2, 16),)),
+)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.op)
+def test_a_setting_is_measured_where_its_results_are_the_usual_ones(target, monkeypatch, capsys):
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    monkeypatch.setattr(tuning, "place", lambda device: "here")
+    monkeypatch.setattr(tuning, "tuned", lambda op, x, *dims: {})
+    monkeypatch.setattr(tune, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tune, "median_in_graph", lambda runs, *_: {"ms": float(len(runs))})
+    monkeypatch.setattr(tune.torch.cuda, "synchronize", lambda: None)
+    measure, kinds = tune.Measure(target, 2), target.trials()[0].kinds
+    with interpreter_or_skip():
+        assert tune.prepare(target, {}, tune.parts(target, kinds)) == ""
+        assert measure({}, kinds) == pytest.approx(1.0)
+    assert table == {"here": {}}
+    wrong = next(iter(measure.expected))
+    measure.expected[wrong] = tuple(x + 1 for x in measure.expected[wrong])
+    assert measure({}, kinds) is None and f"at {wrong[0]}" in capsys.readouterr().out
+    monkeypatch.setattr(type(target), "errors", lambda *_: 1 / 0)
+    assert measure({}, kinds) is None and "ZeroDivision" in tune.prepare(target, {}, [None])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles where there is a GPU")
+def test_what_does_not_run_in_a_process_of_its_own_is_left_out(capsys):
+    """Without a GPU that is everything; the search itself goes on without it."""
+    failed = tune.prepare_all(TARGETS[1:2], time.monotonic() + 60)
+    candidates = [c for trial in TARGETS[1].trials() for c in trial.candidates]
+    assert set(failed) == {(TARGETS[1].key, tune.spelled(c)) for c in [{}, *candidates]}
+    assert all("CUDA" in why or "NVIDIA" in why for why in failed.values()), failed
+    late = tune.prepare_all(TARGETS[1:2], time.monotonic())
+    assert set(late.values()) == {"not compiled in time"}
+
+
+def test_one_target_for_every_operator_and_head_dim():
+    work = [("rule", (8, 9, 1, 64)), ("rule", (1, 9, 1, 128)), ("step", (1, 1, 2, 128)), ("rule", (2, 9, 1, 64))]
+    found = [(type(t), t.shapes) for t in tune.targets_of(work, torch.bfloat16)]
+    steps = [(kind, ((1, 1, 2, 128),)) for kind in (tune.Step, tune.NormedStep)]
+    assert found == [*steps, (tune.Rule, ((1, 9, 1, 128),)), (tune.Rule, ((8, 9, 1, 64), (2, 9, 1, 64)))]
 
 
 def test_an_entry_holds_for_its_card_triton_dtype_and_dims_alone(monkeypatch):
@@ -51,17 +114,21 @@ def test_kernels_take_what_the_table_says(monkeypatch):
     q = torch.zeros(1, 1, 1, 64)
     usual = triton_tiles.setting_for(q, q)
     monkeypatch.setattr(triton_tiles, "tuned", lambda *_: {"solve_warps": 2, "key_part": 32})
-    assert triton_tiles.setting_for(q, q) == dataclasses.replace(usual, solve_warps=2, key_part=32)
+    assert triton_tiles.setting_for(q, q) == replace(usual, solve_warps=2, key_part=32)
 
 
-def test_the_table_that_ships_has_known_fields():
-    fields = {f.name for f in dataclasses.fields(triton_tiles.Setting)}
-    assert set(tune.VALUES) <= fields
+def test_candidates_and_the_table_that_ships_have_known_fields():
+    kinds = {kind.op: kind for kinds in tune.TARGETS.values() for kind in kinds}
+    known = {
+        op: {"apart", *triton_kernel.Tile._fields} if "step" in op else {f.name for f in fields(triton_tiles.Setting)}
+        for op in kinds
+    }
+    for op, kind in kinds.items():
+        for trial in kind(torch.bfloat16, ((1, 1, 1, 128),)).trials():
+            assert trial.candidates and all(set(c) <= known[op] for c in trial.candidates)
     for entries in json.loads(tuning.TABLE.read_text()).values():
         for name, chosen in entries.items():
-            op, _, *dims = name.split(", ")
-            allowed = tune.values_for(int(dims[0]))
-            assert op == tune.OP and all(value in allowed[field] for field, value in chosen.items()), name
+            assert set(chosen) <= known[name.split(", ")[0]], name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes where there is a GPU")
@@ -73,18 +140,20 @@ def test_tuning_needs_a_gpu(capsys):
 
 @pytest.mark.gpu
 def test_tuning_on_the_gpu(monkeypatch, tmp_path, capsys):
-    """The heads' own best of two values is written and then used; a wrong setting is not timed."""
+    """The best of some candidates is written and then used; a wrong setting is not timed."""
     table: dict[str, dict[str, dict[str, int]]] = {}
     monkeypatch.setattr(tuning, "table", lambda: table)
-    monkeypatch.setattr(tune, "VALUES", {"solve_warps": (1, 4)})
+    monkeypatch.setattr(tune.Rule, "trials", lambda self: (tune.Trial(("forward",), tune.one("solve_warps", 1, 4)),))
+    monkeypatch.setattr(tune, "prepare_all", lambda *_: {})  # other processes would read the table that ships
     monkeypatch.setattr(tune, "GAIN", -10.0)  # anything is clearly faster
     path = tmp_path / "table.json"
-    assert bench.main(["--tune", "--shapes", "1,300,2,64", "--repeat", "3", "--json", str(path)]) == 0
+    given = ["--tune", "--ops", "rule", "--shapes", "1,300,2,64", "--repeat", "3", "--json", str(path)]
+    assert bench.main(given) == 0
     (entries,) = json.loads(path.read_text()).values()
-    (fields,) = entries.values()
+    (chosen,) = entries.values()
     x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
-    assert triton_tiles.setting_for(x, x).solve_warps == fields["solve_warps"]
+    assert triton_tiles.setting_for(x, x).solve_warps == chosen["solve_warps"]
     assert capsys.readouterr().out.count(" ms of ") == 3
-    monkeypatch.setattr(tune, "_errors", lambda *_: {"o": 1.0})
+    monkeypatch.setattr(tune.Rule, "errors", lambda *_: {"o": 1.0})
     with pytest.raises(RuntimeError, match="without a table"):
-        bench.main(["--tune", "--shapes", "1,300,2,64", "--repeat", "3", "--json", str(path)])
+        bench.main(given)
