@@ -156,7 +156,8 @@ class Step(Target):
         *given, state = inputs
         states = [state.clone() for _ in range(step.count_for(state, _device().type))]
         rest: dict[str, Any] = dict(scale=shape[3] ** -0.5, normalize=self.normed, in_place=True)
-        return [partial(gated_delta_step_triton, *given, s, *(norm if self.normed else ()), **rest) for s in states]
+        each: step.Step = gated_delta_step_triton
+        return [partial(each, *given, s, *(norm if self.normed else ()), **rest) for s in states]
 
 
 class NormedStep(Step):

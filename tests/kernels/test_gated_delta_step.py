@@ -128,8 +128,10 @@ def test_tiles():
 
 
 @interpreted
-@pytest.mark.parametrize("fields", [{"apart": 1, "BV": 16, "streams": 1}, {"num_warps": 4, "maxnreg": 168}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("fields", "dtype"), [
+    ({"apart": 1, "BV": 16, "streams": 1}, torch.bfloat16), ({"apart": 1}, torch.float32),
+    ({"num_warps": 4, "maxnreg": 168}, torch.float32),
+], ids=str)  # fmt: skip
 def test_measured_fields_in_the_interpreter(fields, dtype, monkeypatch):
     """The norm in a launch of its own, or in another tile, over odd sizes and groups, is the same step."""
     from tcal_compiler.kernels.gated_delta_step import triton_kernel
@@ -137,7 +139,7 @@ def test_measured_fields_in_the_interpreter(fields, dtype, monkeypatch):
     monkeypatch.setattr(triton_kernel, "tuned", lambda op, *_: fields if op == "gated_delta_step with norm" else {})
     monkeypatch.setattr(triton_kernel, "ENOUGH_PROGRAMS", 1)
     given: dict[str, Any] = dict(scale=SCALE, normalize=True, eps=1e-3)
-    for shape in ((3, 5, 6, 2, 24, 40), (1, 1, 3, 3, 8, 17)):
+    for shape in ((2, 3, 4, 2, 24, 40), (1, 1, 3, 3, 8, 17)):
         args = draw(shape, dtype, normalize=True, normed=True)
         check(triton_step(args, **given), args, **given)
 

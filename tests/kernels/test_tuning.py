@@ -48,7 +48,7 @@ def test_search_takes_what_is_clearly_faster_and_runs():
 
 
 TARGETS = (
-    tune.Rule(torch.float32, ((1, 70, 2, 16), (2, 20, 1, 16))),
+    tune.Rule(torch.float32, ((1, 20, 2, 16), (2, 17, 1, 16))),
     tune.Step(torch.float32, ((1, 2, 2, 16),)),
     tune.NormedStep(torch.float32, ((1, 2, 2, 16),)),
 )
@@ -65,6 +65,7 @@ def test_a_setting_is_measured_where_its_results_are_the_usual_ones(target, monk
     monkeypatch.setattr(tune, "_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(tune, "median_in_graph", lambda runs, *_: {"ms": float(len(runs))})
     monkeypatch.setattr(tune.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(type(target), "errors", lambda *_: {"o": 0.0})
     measure, kinds = tune.Measure(target, 2), target.trials()[0].kinds
     with interpreter_or_skip():
         assert tune.prepare(target, {}, tune.parts(target, kinds)) == ""
