@@ -104,7 +104,7 @@ class Rule(Target):
         both, forward, backward = ("forward", "backward"), ("forward",), ("backward",)
         walks = (
             *({"read_columns": 128, "read_warps": 8, "read_stages": n} for n in (1, 2, 3)),
-            {"read_columns": 64, "read_programs": 2, "read_stages": 1},
+            *({"read_columns": 64, "read_programs": 2, "read_stages": n} for n in (1, 2)),
             {"read_columns": 64, "read_warps": 8, "read_stages": 2},
             {"read_columns": 64, "read_warps": 4, "read_stages": 2},
         )
