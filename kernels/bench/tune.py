@@ -105,7 +105,7 @@ class Rule(Target):
         walks = (
             *({"read_columns": 128, "read_warps": 8, "read_stages": n} for n in (1, 2, 3)),
             *({"read_columns": 64, "read_programs": 2, "read_stages": n} for n in (1, 2)),
-            {"read_columns": 64, "read_warps": 8, "read_stages": 2},
+            *({"read_columns": 64, "read_warps": 8, "read_stages": n} for n in (2, 3)),
             {"read_columns": 64, "read_warps": 4, "read_stages": 2},
         )
         found = (
@@ -143,7 +143,7 @@ class Step(Target):
         tiles = [(32, 4, 64), (32, 4, 255), (32, 8, 64), (64, 4, 128), (64, 8, 64), (16, 2, 64), (128, 8, 128)]
         tiles = [tile for tile in tiles if tile[0] <= max(8, triton.next_power_of_2(self.dim))]
         parts = tuple(dict(zip(("BV", "num_warps", "maxnreg"), tile, strict=True)) for tile in tiles)
-        whole = ({"num_warps": 4, "maxnreg": 168}, {"num_warps": 8, "maxnreg": 80}, {"num_warps": 16, "maxnreg": 64})
+        whole = ({"num_warps": 4, "maxnreg": 168}, {"num_warps": 4, "maxnreg": 255}, {"num_warps": 16, "maxnreg": 64})
         found = (*whole, {"apart": 1}, *({"apart": 1} | part for part in parts)) if self.normed else parts
         return Trial(kinds, tuple(found)), Trial(kinds, one("streams", 1))
 
