@@ -53,11 +53,28 @@ def _region(outs: Sequence[Node], ins: Sequence[Node], order: list[Node]) -> lis
     return [n for n in order if n in after and n in before]
 
 
+def _of_parameters(node: Node, source: GraphModule) -> list[Node] | None:
+    """The nodes that make a value of parameters alone, such as 1 + w of a norm; None when it takes anything else."""
+    if node.op == "get_attr":
+        return [] if isinstance(get_tensor(source, str(node.target)), nn.Parameter) else None
+    if node.op != "call_function" or not inputs(node):
+        return None
+    parts = [_of_parameters(i, source) for i in inputs(node)]
+    return None if None in parts else [*(n for part in parts for n in part or ()), node]
+
+
 def cut_program(source: GraphModule, *, inputs_from: Sequence[str], outputs: Sequence[str]) -> SiteProgram:
-    """The part of `source` between the named nodes. Parameters are shared with the source, not copied."""
+    """The part of `source` between the named nodes, and what makes values of parameters alone for it.
+
+    Parameters are shared with the source, not copied.
+    """
     nodes = by_name(source)
     ins, outs = [nodes[n] for n in inputs_from], [nodes[n] for n in outputs]
-    region = _region(outs, ins, list(source.graph.nodes))
+    order = list(source.graph.nodes)
+    region = _region(outs, ins, order)
+    kept = set(region)
+    made = {m for n in region for i in inputs(n) if i not in ins for m in _of_parameters(i, source) or ()}
+    region = [n for n in order if n in made or n in kept]
     inside = set(region) | set(ins)
     graph, root = Graph(), nn.Module()
     params: dict[str, str] = {}
