@@ -53,14 +53,21 @@ def _region(outs: Sequence[Node], ins: Sequence[Node], order: list[Node]) -> lis
     return [n for n in order if n in after and n in before]
 
 
-def _of_parameters(node: Node, source: GraphModule) -> list[Node] | None:
-    """The nodes that make a value of parameters alone, such as 1 + w of a norm; None when it takes anything else."""
-    if node.op == "get_attr":
-        return [] if isinstance(get_tensor(source, str(node.target)), nn.Parameter) else None
-    if node.op != "call_function" or not inputs(node):
-        return None
-    parts = [_of_parameters(i, source) for i in inputs(node)]
-    return None if None in parts else [*(n for part in parts for n in part or ()), node]
+def _with_values_of_parameters(region: list[Node], order: list[Node], source: GraphModule) -> list[Node]:
+    """The region and the nodes that make values of parameters alone for it, such as 1 + w of a norm."""
+    alone: set[Node] = set()
+    for n in order:
+        if n.op == "get_attr":
+            known = isinstance(get_tensor(source, str(n.target)), nn.Parameter)
+        else:
+            known = n.op == "call_function" and bool(inputs(n)) and alone.issuperset(inputs(n))
+        if known:
+            alone.add(n)
+    wanted = set(region)
+    for n in reversed(order):
+        if n in wanted:
+            wanted |= {i for i in inputs(n) if i in alone and i.op != "get_attr"}
+    return [n for n in order if n in wanted]
 
 
 def cut_program(source: GraphModule, *, inputs_from: Sequence[str], outputs: Sequence[str]) -> SiteProgram:
@@ -72,9 +79,7 @@ def cut_program(source: GraphModule, *, inputs_from: Sequence[str], outputs: Seq
     ins, outs = [nodes[n] for n in inputs_from], [nodes[n] for n in outputs]
     order = list(source.graph.nodes)
     region = _region(outs, ins, order)
-    kept = set(region)
-    made = {m for n in region for i in inputs(n) if i not in ins for m in _of_parameters(i, source) or ()}
-    region = [n for n in order if n in made or n in kept]
+    region = _with_values_of_parameters(region, order, source)
     inside = set(region) | set(ins)
     graph, root = Graph(), nn.Module()
     params: dict[str, str] = {}
