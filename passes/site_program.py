@@ -53,11 +53,33 @@ def _region(outs: Sequence[Node], ins: Sequence[Node], order: list[Node]) -> lis
     return [n for n in order if n in after and n in before]
 
 
+def _with_values_of_parameters(region: list[Node], order: list[Node], source: GraphModule) -> list[Node]:
+    """The region and the nodes that make values of parameters alone for it, such as 1 + w of a norm."""
+    alone: set[Node] = set()
+    for n in order:
+        if n.op == "get_attr":
+            known = isinstance(get_tensor(source, str(n.target)), nn.Parameter)
+        else:
+            known = n.op == "call_function" and bool(inputs(n)) and alone.issuperset(inputs(n))
+        if known:
+            alone.add(n)
+    wanted = set(region)
+    for n in reversed(order):
+        if n in wanted:
+            wanted |= {i for i in inputs(n) if i in alone and i.op != "get_attr"}
+    return [n for n in order if n in wanted]
+
+
 def cut_program(source: GraphModule, *, inputs_from: Sequence[str], outputs: Sequence[str]) -> SiteProgram:
-    """The part of `source` between the named nodes. Parameters are shared with the source, not copied."""
+    """The part of `source` between the named nodes, and what makes values of parameters alone for it.
+
+    Parameters are shared with the source, not copied.
+    """
     nodes = by_name(source)
     ins, outs = [nodes[n] for n in inputs_from], [nodes[n] for n in outputs]
-    region = _region(outs, ins, list(source.graph.nodes))
+    order = list(source.graph.nodes)
+    region = _region(outs, ins, order)
+    region = _with_values_of_parameters(region, order, source)
     inside = set(region) | set(ins)
     graph, root = Graph(), nn.Module()
     params: dict[str, str] = {}

@@ -28,6 +28,7 @@ BETAS = (0.8, 0.9)
 MOMENTUM = 0.8
 # One pass of the teacher serves as many steps as this holds: small ones leave a GPU waiting for the next launch.
 PASS_TOKENS = {"cuda": 16384}
+GATE_INPUT = 0.25  # root mean square of x at which gates take steps of lr_new
 VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
 
 
@@ -36,6 +37,7 @@ class GroupTrainer:
 
     def __init__(self, student: Student, group: SiteGroup, train: int, config: AlignConfig) -> None:
         self.group, self.train, self.config, self.gm = group, train, config, student.gm
+        self.teacher = student.capture.gm
         self.device = next(student.gm.parameters()).device
         source = student.gm
         self.params = {
@@ -43,6 +45,9 @@ class GroupTrainer:
             for name in group.names[0]
         }
         self.optimizers = self._make_optimizers()
+        # The gates' matrices act on x: the larger it is, the smaller are their steps.
+        self.gate_factor = (GATE_INPUT / self._mean_squares(group.x).sqrt().clamp_min(1e-6)).view(-1, 1, 1)
+        self.power = self._mean_squares(group.y)
         program = group.program.gm
         names = list(self.params)
 
@@ -52,9 +57,6 @@ class GroupTrainer:
         self._forward = lambda x: vmap(
             lambda p, xi: run(p, xi, *group.outside(x.shape[1])), in_dims=({n: 0 for n in names}, 0)
         )(self.params, x)
-        self.power = torch.stack([y[:train].float().square().mean(dtype=torch.float64).float() for y in group.y]).to(
-            self.device
-        )
         self.best_error = torch.full((len(group.sites),), float("inf"), device=self.device)
         self.best = {n: p.detach().clone() for n, p in self.params.items()}
 
@@ -62,8 +64,9 @@ class GroupTrainer:
         """Muon for the teacher's matrices, AdamW for gates, norms and biases."""
         c = self.config
         new = [p for n, p in self.params.items() if n.startswith(NEW)]
-        matrices = [p for n, p in self.params.items() if not n.startswith(NEW) and p.dim() == 3]
-        vectors = [p for n, p in self.params.items() if not n.startswith(NEW) and p.dim() != 3]
+        teacher = [n for n in self.params if not n.startswith(NEW)]
+        matrices = [(self.params[n], self._teacher_size(n)) for n in teacher if self.params[n].dim() == 3]
+        vectors = [self.params[n] for n in teacher if self.params[n].dim() != 3]
         adam = [{"params": new, "lr": c.lr_new}, {"params": vectors, "lr": VECTOR_RATE * c.lr_teacher}]
         fused = self.device.type == "cuda"
         found: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam, betas=BETAS, weight_decay=0.0, fused=fused)]
@@ -72,6 +75,16 @@ class GroupTrainer:
         for group in (g for o in found for g in o.param_groups):
             group["peak"] = group["lr"]
         return found
+
+    def _mean_squares(self, values: Tensor) -> Tensor:
+        """Of each site's values on the sequences that are trained on [L]."""
+        each = [v[: self.train].float().square().mean(dtype=torch.float64).float() for v in values]
+        return torch.stack(each).to(self.device)
+
+    def _teacher_size(self, name: str) -> Tensor:
+        """Root mean square of a parameter in the teacher [L]; that of an output projection that was refit is larger."""
+        values = (self.teacher.get_parameter(n[name]).detach().float() for n in self.group.names)
+        return torch.stack([v.square().mean().sqrt() for v in values]).to(self.device)
 
     def losses(self, x: Tensor, y: Tensor, noise_seed: int | None = None) -> Tensor:
         """Per-site mean squared error over the site's mean square [L], for x, y [L, n, T, C].
@@ -99,8 +112,13 @@ class GroupTrainer:
             factor = (self.config.clip / norm.clamp_min(self.config.clip)).to(norm.dtype)
             for g in grads:
                 g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+        gates = [p for n, p in self.params.items() if n.startswith(NEW) and n.endswith("_proj.weight")]
+        before = [p.detach().clone() for p in gates]
         for optimizer in self.optimizers:
             optimizer.step()
+        with torch.no_grad():
+            for p, old in zip(gates, before, strict=True):
+                p.copy_(old.lerp(p, self.gate_factor))
         return losses.detach()
 
     @torch.no_grad()

@@ -85,9 +85,11 @@ class AlignConfig(TrainConfig):
 
     steps: int = Field(300, ge=0, description="optimiser steps; 0 skips the stage")
     batch: int = Field(8, ge=1, description="sequences in a step")
-    lr_new: float = Field(2e-2, gt=0, description="peak learning rate of gates and norm")
+    lr_new: float = Field(
+        2e-2, gt=0, description="peak learning rate of gates and norm; of the gates' matrices where x has rms 1/4"
+    )
     lr_teacher: float = Field(
-        8e-2, gt=0, description="peak learning rate of the teacher's q, k, v and output projections, whatever the width"
+        8e-2, gt=0, description="peak learning rate of the teacher's q, k, v and output projections, over their rms"
     )
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the teacher's projections only")
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")

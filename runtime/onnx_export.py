@@ -23,6 +23,7 @@ from tcal_compiler.kernels.cached_attention import onnx_rule as attention_rule
 from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, NEWER, translation_table
 from tcal_compiler.kernels.gates import onnx_rule as gates_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
+from tcal_compiler.passes.lower_complex import without_complex
 from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
 from tcal_compiler.passes.types import Check
 
@@ -110,6 +111,7 @@ def export_onnx(
     Raises:
         ExportError: what `check_supported` refuses (before any file is touched), a graph that torch.onnx cannot
             express, or a folder that cannot be written.
+        UnsupportedModelError: complex numbers outside a rotary embedding, before any file is touched.
     """
     info = info or {}
     check_supported(config)
@@ -141,7 +143,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     import onnx_ir as ir
 
     lowering = LOWERINGS[profile]
-    program = export_stateful(stateful)
+    program = export_stateful(replace(stateful, gm=without_complex(stateful.gm)))
     if not (lowering.fused and all(_is_fused(layer) for layer in stateful.layers if layer.kind == "softmax")):
         program = attention_rule.decompose_plain(program, fused=lowering.fused)
     try:

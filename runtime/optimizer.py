@@ -32,14 +32,21 @@ class StackedMuon(torch.optim.Optimizer):
     """Per matrix W [R, C] of a stack [L, R, C], with gradient G:
 
         M <- momentum M + G
-        W <- (1 - lr weight_decay) W - lr sqrt(max(R, C)) / 5 orthogonalize(G + momentum M)
+        W <- (1 - lr weight_decay) W - lr s sqrt(max(R, C)) orthogonalize(G + momentum M)
 
-    The factor makes an entry's root mean square step lr / 5, about what Adam's is (arXiv:2502.16982). torch.optim.Muon
-    takes single matrices only, and would orthogonalise one site after another.
+    An entry's root mean square step is lr s, with a size s of each matrix [L], so that a step is as large a part of a
+    matrix whatever the scale of a model's weights is. torch.optim.Muon takes single matrices only, and would
+    orthogonalise one site after another.
+
+    Args:
+        params: stacks, each with its sizes.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self, params: Iterable[tuple[Tensor, Tensor]], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        groups = [{"params": [p], "size": size} for p, size in params]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -53,4 +60,5 @@ class StackedMuon(torch.optim.Optimizer):
                 m = state["momentum"].mul_(group["momentum"]).add_(p.grad)
                 update = orthogonalize(p.grad + group["momentum"] * m)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * group["lr"] * max(p.shape[1:]) ** 0.5)
+                step = group["lr"] * group["size"] * max(p.shape[1:]) ** 0.5
+                p.sub_(update * step.view(-1, 1, 1))

@@ -13,7 +13,7 @@ from tiny_models import VOCAB, student_of
 
 from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
-from tcal_compiler.passes.graph import move_to
+from tcal_compiler.passes.graph import copy_module, move_to
 from tcal_compiler.passes.rewrite_gdn import mixer_path
 from tcal_compiler.runtime import align as align_module
 from tcal_compiler.runtime.align import GroupTrainer, align
@@ -97,6 +97,26 @@ def test_resuming_on_a_gpu_gives_the_same_weights_within_rounding(tmp_path):
             assert a["step"] == b["step"] and a["held_out"] == pytest.approx(b["held_out"], rel=1e-5)
         for name, tensor in weights(student).items():
             torch.testing.assert_close(weights(resumed)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_scale_of_a_models_weights_and_of_its_hidden_states_changes_nothing():
+    """The teacher's input projections 30 times smaller on a 30 times larger x, as in Gemma 3, compute the same."""
+    config = AlignConfig(steps=6, batch=2, warmup=2, score_every=2, clip=1e9)
+    curves = []
+    for scale in (1.0, 30.0):
+        student, groups = start("closed-form")
+        student = replace(student, capture=replace(student.capture, gm=copy_module(student.capture.gm)))
+        paths = {p for g in groups for names in g.names for n, p in names.items() if "attn.proj" in p}
+        assert len(paths) == 6
+        with torch.no_grad():
+            for gm in (student.gm, student.capture.gm):
+                for path in paths:
+                    gm.get_parameter(path).div_(scale)
+        _, curve = run(student, [replace(g, x=scale * g.x) for g in groups], config)
+        curves.append(curve)
+    for a, b in zip(*curves, strict=True):
+        assert b["held_out"] == pytest.approx(a["held_out"], rel=1e-2)
+    assert all(curves[0][-1]["held_out"][i] < 0.97 * v for i, v in curves[0][0]["held_out"].items())
 
 
 def test_values_computed_in_each_step_give_what_stored_ones_give(undisturbed):

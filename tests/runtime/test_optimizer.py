@@ -30,8 +30,8 @@ def test_a_step_is_the_formula_and_sites_do_not_touch():
     gen = torch.Generator().manual_seed(2)
     start, grads = torch.randn(2, 6, 10, generator=gen), [torch.randn(2, 6, 10, generator=gen) for _ in range(2)]
     lr, momentum, decay = 0.1, 0.7, 0.3
-    stack = start.clone().requires_grad_()
-    optimizer = StackedMuon([stack], lr=lr, momentum=momentum, weight_decay=decay)
+    stack, size = start.clone().requires_grad_(), torch.tensor([0.5, 2.0])
+    optimizer = StackedMuon([(stack, size)], lr=lr, momentum=momentum, weight_decay=decay)
     for g in grads:
         stack.grad = g.clone()
         optimizer.step()
@@ -40,5 +40,5 @@ def test_a_step_is_the_formula_and_sites_do_not_touch():
         for g in grads:
             m = momentum * m + g[site]
             update = orthogonalize((g[site] + momentum * m)[None])[0]
-            w = (1 - lr * decay) * w - lr * 10**0.5 / 5 * update
+            w = (1 - lr * decay) * w - lr * size[site] * 10**0.5 * update
         torch.testing.assert_close(stack[site], w, rtol=1e-4, atol=1e-5)
