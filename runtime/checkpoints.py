@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tcal_compiler.errors import TeacherError
 
-from .declared_size import check_folder, gguf_shell
+from .declared_size import check_folder, check_shell, gguf_shell
 from .tokenizer import quiet_transformers
 
 _GGUF_HINT = "pip install 'tcal-compile[gguf]'"
@@ -140,6 +140,7 @@ def shell_of(path: Path, *, layers: int | None = None) -> nn.Module:
         with quiet_transformers():
             if path.is_dir():
                 config: Any = folder_config(path)
+                check_shell(config, path)
             else:
                 config, model_class = _gguf_config(path)
                 gguf_shell(config, model_class, path)

@@ -125,16 +125,12 @@ class StudentCache(Cache):
 def full_mask(cache: StudentCache, ids: Tensor, mask: Tensor | None) -> Tensor:
     """The mask [B, P + T] of everything seen and the new ids [B, T].
 
-    Raises DataError when a given mask has another shape, or says otherwise of what was seen.
+    mask: of that shape already, or None. Raises DataError when it says otherwise of what was seen.
     """
     seen = cache.seen(ids)
     if mask is None:
         return torch.cat([seen, torch.ones_like(ids)], 1)
     mask = (mask != 0).long()
-    want = [len(ids), seen.shape[1] + ids.shape[1]]
-    if list(mask.shape) != want:
-        what = f"has shape {list(mask.shape)}; want {want}: {seen.shape[1]} tokens seen and {ids.shape[1]} new ones"
-        raise DataError("attention_mask", what, "one column for each token since the cache was empty, or no mask")
     if not torch.equal(mask[:, : seen.shape[1]], seen):
         what = "hides other tokens than when they were fed"
         raise DataError("attention_mask", what, "the mask that they were fed with, and the new tokens' behind it")

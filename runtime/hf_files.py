@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from tcal_compiler.errors import RunFolderError
 from tcal_compiler.passes.capture import capture_program
 from tcal_compiler.passes.types import Capture
 
+from .durable import remove_tree
 from .hashed_tensors import load_hashed, save_hashed
 from .manifest import hash_file
 from .program_file import load_program, save_program
+from .run_files import make_folders, remove_empty
 
 GRAPH_FILE, WEIGHTS_FILE = "graph.pt2", "model.safetensors"
 AGAIN = "save_pretrained writes such a folder"
@@ -98,14 +102,33 @@ def hollow(program: ExportedProgram, ties: tuple[tuple[str, ...], ...]) -> None:
                 state[name] = nn.Parameter(view, requires_grad=False) if is_parameter else view
 
 
+@contextlib.contextmanager
+def new_files_of(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder`; what is written there takes its place once the block ends well.
+
+    Names and links that are there already are replaced. Nothing is left of a block that fails, nor of a folder that
+    was not there before.
+    """
+    made = make_folders(folder)
+    new = folder / ".saving"
+    try:
+        remove_tree(new)
+        new.mkdir()
+        yield new
+        for file in sorted(new.iterdir()):
+            os.replace(file, folder / file.name)
+    except BaseException:
+        remove_tree(new)
+        remove_empty(made)
+        raise
+    remove_tree(new)
+
+
 def save_student(student: OpenStudent, folder: Path) -> None:
-    """Writes graph and weights; a graph that is there already is replaced before its weights are. Raises OSError."""
-    new = folder / f".{GRAPH_FILE}.new"
-    new.unlink(missing_ok=True)
+    """Writes graph and weights into an empty folder. Raises OSError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # all are views
-        save_program(student.program, new)
-    os.replace(new, folder / GRAPH_FILE)
+        save_program(student.program, folder / GRAPH_FILE)
     save_hashed(folder / WEIGHTS_FILE, student.weights(), json.dumps({"graph": hash_file(folder / GRAPH_FILE)}))
 
 

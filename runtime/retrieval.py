@@ -30,6 +30,7 @@ from .tokenizer import TokenizerLike, encode_each
 
 NUM_FACTS = {"needle": 1, "recall": 8}
 NUM_EXAMPLES = 100  # when nothing else is asked for
+MOST_EXAMPLES = 10_000
 SHORTEST = 256  # tokens; eight facts take some 130
 _DIGITS = 4
 _PIECE_WORDS = 60  # a longer sentence is cut, so that facts have places
@@ -37,6 +38,13 @@ _SLACK = 8  # tokens that pieces have more when they are encoded one by one
 _TRIALS = 20
 _COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "pink", "grey", "orange", "purple", "silver"]
 _THINGS = ["lamp", "boat", "chair", "door", "coat", "tower", "garden", "piano", "barrel", "wagon", "mirror", "kettle"]
+
+
+def check_sizes(kind: str, lengths: Sequence[int], examples: int) -> None:
+    """Raises ConfigError for a length below SHORTEST, no examples or more than MOST_EXAMPLES."""
+    if lengths and not (1 <= examples <= MOST_EXAMPLES and min(lengths) >= SHORTEST):
+        what = f"{examples} examples of {', '.join(map(str, lengths))} tokens"
+        raise ConfigError(f"--{kind}", what, f"--limit 1 to {MOST_EXAMPLES}, lengths of at least {SHORTEST} tokens")
 
 
 def retrieval_tasks(
@@ -51,12 +59,10 @@ def retrieval_tasks(
     """One task for each length in tokens; kind is a key of NUM_FACTS, docs are the filler's documents.
 
     Raises:
-        ConfigError: a length below SHORTEST, or no examples.
+        ConfigError: see check_sizes.
         DataError: the filler has fewer than twice as many tokens as an example.
     """
-    if examples < 1 or min(lengths, default=SHORTEST) < SHORTEST:
-        what = f"{examples} examples of {', '.join(map(str, lengths))} tokens"
-        raise ConfigError(f"--{kind}", what, f"at least 1 example of {SHORTEST} tokens")
+    check_sizes(kind, lengths, examples)
     filler = Filler(docs, tokenizer)
     tasks = []
     for length in lengths:

@@ -174,6 +174,12 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def remove_empty_below(folder: Path) -> None:
+    """Deletes folders without files below and at folder, which may be missing; no link is followed."""
+    if not folder.is_symlink():
+        remove_empty([Path(where) for where, _, _ in os.walk(folder, topdown=False)])
+
+
 def discard(path: Path, made: list[Path]) -> None:
     """Take back a run folder without any complete stage: our own files, then the folders that we made."""
     for entry in path.glob(".tmp-*"):

@@ -60,6 +60,7 @@ from .run_files import (
     read_manifest,
     refuse_foreign,
     remove_empty,
+    remove_empty_below,
 )
 
 AGAIN = ("its settings changed", "what it is made from changed", "its files were changed", "it was asked for anew")
@@ -199,6 +200,8 @@ class RunFolder:
     def close(self) -> None:
         """Give the lock back. A folder that this call made is removed when it holds no stage and no checkpoint."""
         if self._lock is not None:
+            if self._writable:
+                remove_empty_below(self.path / SCRATCH_NAME)
             if self._fresh and not self.manifest.stages and not has_files(self.path / SCRATCH_NAME):
                 discard(self.path, self._made)
             self._lock.close()

@@ -98,15 +98,16 @@ def _print_scores(found: Evaluation, *, as_json: bool) -> None:
             rows.setdefault(name, {})["tasks"] = [_finite(asdict(s)) for s in scores]
         print(json.dumps(rows, indent=1))
         return
+    from .report.sections import with_error
+
     for name, r in found.text.items():
         ratio = r.perplexity / found.text["teacher"].perplexity
-        print(f"{name:12} perplexity {r.perplexity:10.3f}  x{ratio:8.3f}  KL {r.kl:.4f} ± {r.kl_stderr:.4f}")
+        print(f"{name:12} perplexity {r.perplexity:10.3f}  x{ratio:8.3f}  KL {with_error(r.kl, r.kl_stderr, 4)}")
     for name, scores in found.tasks.items():
         for s in scores:
-            line = f"{name:12} {s.task:16} {s.metric:8} {s.value:8.4f} ± {s.stderr:.4f}"
-            print(
-                line + ("" if name == "teacher" else f"  against the teacher {s.change:+.4f} ± {s.change_stderr:.4f}")
-            )
+            line = f"{name:12} {s.task:16} {s.metric:8} {with_error(s.value, s.stderr, 4):>17}"
+            change = with_error(s.change, s.change_stderr, 4)
+            print(line + ("" if name == "teacher" else f"  minus the teacher's {change}"))
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

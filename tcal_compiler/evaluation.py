@@ -21,7 +21,7 @@ from .recorded import calibrated_texts, calibration_length, plan_of
 from .run_models import last_weights, naive_student, student_program, student_with, teacher_of
 from .runtime import data
 from .runtime.evaluate import EvalResult, Logits, evaluate
-from .runtime.retrieval import NUM_EXAMPLES, retrieval_tasks
+from .runtime.retrieval import NUM_EXAMPLES, check_sizes, retrieval_tasks
 from .runtime.run_folder import RunFolder
 from .runtime.student import without_linear
 from .runtime.tasks import BATCH_TOKENS, Task, TaskScore, score_tasks
@@ -60,6 +60,8 @@ class Measures:
         check_tasks(self.tasks)
         if self.limit is not None and self.limit < 1:
             raise ConfigError("--limit", f"is {self.limit}", "at least 1 example")
+        for kind, lengths in (("needle", self.needle), ("recall", self.recall)):
+            check_sizes(kind, lengths, self.limit or NUM_EXAMPLES)
         if bool(self.tasks) != (self.task_files is not None):
             what = "--tasks and --task-files go together, one of them is missing"
             raise ConfigError("eval", what, "--tasks arc_easy,piqa --task-files FOLDER")

@@ -26,7 +26,15 @@ from .errors import ConfigError, DataError, RunFolderError
 from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
 from .runtime.hf_cache import StudentCache, full_mask
-from .runtime.hf_files import GRAPH_FILE, WEIGHTS_FILE, OpenStudent, load_student, open_program, save_student
+from .runtime.hf_files import (
+    GRAPH_FILE,
+    WEIGHTS_FILE,
+    OpenStudent,
+    load_student,
+    new_files_of,
+    open_program,
+    save_student,
+)
 from .runtime.manifest import MANIFEST_NAME
 from .runtime.onnx_export import CONFIG_FILE
 from .runtime.program_file import load_program
@@ -128,7 +136,10 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
         """Writes graph.pt2, model.safetensors, config.json and generation_config.json; no tokenizer.
 
-        Raises RunFolderError for a run folder or one that cannot be written, StageError when no space is left.
+        All four are written below .saving first: a folder that held a student before holds it until they are there.
+
+        Raises RunFolderError for a run folder or one that cannot be written, StageError when no space is left, and
+        ConfigError for configurations that transformers cannot write.
         """
         folder = Path(save_directory)
         if unknown := [n for n, v in options.items() if v not in (None, False) and n != "safe_serialization"]:
@@ -141,12 +152,14 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         config.architectures = [type(self).__name__]
         config.dtype = "float32"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_student(self._files, folder)
-            for name in ("config.json", "generation_config.json"):  # transformers would write through a link
-                (folder / name).unlink(missing_ok=True)
-            config.save_pretrained(folder)
-            self.generation_config.save_pretrained(folder)
+            with new_files_of(folder) as new:
+                try:
+                    config.save_pretrained(new)
+                    self.generation_config.save_pretrained(new)
+                except (ValueError, TypeError) as e:  # transformers checks a generation configuration as it writes it
+                    what = f"a configuration cannot be written: {' '.join(str(e).split())[:200]}"
+                    raise ConfigError(f"{WHERE}.save_pretrained", what, "see model.generation_config") from e
+                save_student(self._files, new)
         except OSError as e:
             raise os_error(e, folder) from e
 
@@ -178,10 +191,11 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
                 earlier call returned. It is changed in place.
             labels: [B, T], -100 where no loss counts; shifted inside.
             use_cache: True makes a cache where none is given.
-            logits_to_keep: only of so many last tokens, or of these; 0: of all.
+            logits_to_keep: only of so many last tokens, or of these; 0: of all, which labels need.
 
         Raises:
-            DataError: ids outside the vocabulary, a mask of another shape, or more tokens than the context holds.
+            DataError: ids or labels outside the vocabulary, a mask or labels of another shape, logits of tokens that
+                are not there, or more tokens than the context holds.
             ConfigError: another model's cache, or an argument that the graph has no use for.
         """
         if asked := [n for n, v in others.items() if v is not None and v is not False]:
@@ -195,6 +209,9 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
             state = self.new_cache()
         past = 0 if state is None else state.get_seq_length()
         ids, mask = self._inputs(input_ids, attention_mask, past)
+        _check_kept(logits_to_keep, ids.shape[1])
+        if labels is not None:
+            _check_labels(labels, ids, logits_to_keep, self.config.vocab_size)
         if state is None:
             logits = _keep(self._whole(ids, mask), logits_to_keep)
         else:
@@ -218,9 +235,9 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
             what = f"{past} tokens and {ids.shape[1]} more do not fit in the context of {context}"
             raise DataError("input_ids", what, "fewer tokens, or export with a larger max_length")
         if mask is not None:
-            if mask.dim() != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
-                what = f"has shape {list(mask.shape)}; want [{len(ids)}, {past + ids.shape[1]}]"
-                raise DataError("attention_mask", what, "1 for tokens, 0 for padding")
+            if list(mask.shape) != (want := [len(ids), past + ids.shape[1]]):
+                what = f"has shape {list(mask.shape)}; want {want}: {past} tokens seen and {ids.shape[1]} new ones"
+                raise DataError("attention_mask", what, "one column for each token since the cache was empty, or none")
             mask = mask.to(ids.device)
             ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
         if ids.device.type == "cpu" or ids.shape[1] > 1:  # a generated token is one of the vocabulary
@@ -235,9 +252,6 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         capture = self._files.capture
         if mask is None or bool((mask != 0).all()):
             return self.graph(*capture.inputs(ids))
-        if mask.shape != ids.shape:
-            what = f"has shape {list(mask.shape)}; want {list(ids.shape)}"
-            raise DataError("attention_mask", what, "1 for tokens, 0 for padding")
         order = (mask == 0).long().argsort(dim=1, stable=True)
         logits = self.graph(*capture.inputs(ids.gather(1, order)))
         return logits.gather(1, order.argsort(1)[:, :, None].expand_as(logits))
@@ -291,6 +305,34 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _keep(logits: Tensor, keep: int | Tensor) -> Tensor:
     return logits[:, keep] if isinstance(keep, Tensor) else logits[:, -keep:]
+
+
+def _check_kept(keep: int | Tensor, tokens: int) -> None:
+    """Raises DataError for a number below 0, and for places that new tokens [B, T] do not have."""
+    if not isinstance(keep, Tensor):
+        wrong = "" if type(keep) is int and keep >= 0 else f"is {keep!r}"
+    elif keep.dtype == torch.bool:
+        wrong = "" if list(keep.shape) == [tokens] else f"is a choice of shape {list(keep.shape)}"
+    elif keep.is_floating_point() or keep.is_complex() or keep.dim() > 1:
+        wrong = f"is {keep.dtype} {list(keep.shape)}"
+    else:
+        low, high = (int(x) for x in keep.aminmax()) if keep.numel() else (0, 0)
+        wrong = "" if -tokens <= low and high < tokens else f"names the tokens {low}..{high}"
+    if wrong:
+        hint = "a number of last tokens, 0 for all, or their places in one dimension"
+        raise DataError("logits_to_keep", f"{wrong}; there are {tokens} new tokens", hint)
+
+
+def _check_labels(labels: Tensor, ids: Tensor, keep: int | Tensor, vocab: int) -> None:
+    if isinstance(keep, Tensor) or keep:
+        raise DataError("labels", "are given with logits_to_keep; a loss needs the logits of all tokens", "one of them")
+    if labels.shape != ids.shape or labels.dtype not in (torch.int32, torch.int64):
+        what = f"are {labels.dtype} {list(labels.shape)}; want int64 {list(ids.shape)}, as the ids"
+        raise DataError("labels", what, "the ids themselves, -100 where no loss counts")
+    counted = labels[labels != -100]
+    low, high = (int(x) for x in counted.aminmax()) if counted.numel() else (0, 0)
+    if low < 0 or high >= vocab:
+        raise DataError("labels", f"{low}..{high} are outside the vocabulary of {vocab}", "-100 where no loss counts")
 
 
 def _device_of(device_map: Any) -> torch.device | None:

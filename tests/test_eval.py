@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from command_line import HELD_OUT, call, done, refused
 from tiny_models import VOCAB, TinyModel
 
+from tcal_compiler.cli_runs import _print_scores
+from tcal_compiler.evaluation import Evaluation
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.runtime.evaluate import EvalResult
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.live import capture_live
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.student import make_student, without_linear
+from tcal_compiler.runtime.tasks import TaskScore
 
 BOOLQ = [{"passage": f"The {i} o'clock bell rang.", "question": "did it ring", "answer": i % 3 > 0} for i in range(5)]
 
@@ -40,6 +45,19 @@ def test_retrieval_and_tasks_beside_a_text(finished, tmp_path):
     assert kept["files"].keys() == {"heldout.txt", "boolq.jsonl"}
     report = (finished / "report.md").read_text()
     assert "| boolq | acc | student | 3 |" in report and "| no linear | " in report
+    assert found["student"]["kl_stderr"] is None and "nan" not in report  # of a single sequence
+    assert not (finished / ".scratch").exists()
+
+
+def test_a_single_sequence_has_no_error_bar(capsys):
+    found = Evaluation(
+        {"teacher": EvalResult(9, 2.0, math.nan, 0.0, 0.0), "student": EvalResult(9, 3.0, math.nan, 0.5, math.nan)},
+        {"student": [TaskScore("boolq", "acc", 0.25, math.nan, 1, None, -0.5, math.nan)]},
+    )
+    _print_scores(found, as_json=False)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.rpartition("KL ")[2] for row in rows[:2]] == ["0.0000 ± 0.0000", "0.5000"]
+    assert rows[2].split("acc")[1].split() == ["0.2500", "minus", "the", "teacher's", "-0.5000"]
 
 
 @pytest.mark.slow
@@ -60,6 +78,8 @@ def test_tasks_alone_of_every_model(finished, tmp_path):
         (("--tasks", "boolq"), "ConfigError", "--task-files go together"),
         (("--needle", "300"), "ConfigError", "need a text"),
         (("--needle", "300,x", "--text", HELD_OUT), "ConfigError", "'300,x' is no list of lengths"),
+        (("--needle", "1024", "--text", HELD_OUT, "--limit", 10**9), "ConfigError", "1000000000 examples of 1024"),
+        (("--recall", "255", "--text", HELD_OUT), "ConfigError", "100 examples of 255"),
         (("--tasks", "glue", "--task-files", "."), "ConfigError", "glue is unknown"),
         (("--tasks", "boolq", "--task-files", "gone"), "DataError", "no such folder"),
         (("--text", HELD_OUT, "--device", "tpu"), "ConfigError", "unknown device 'tpu'"),

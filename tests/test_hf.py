@@ -23,6 +23,7 @@ from tcal_compiler.runtime.session import OnnxSession
 
 Logits = Callable[[Tensor], Tensor]
 NEW = 12
+ROW = torch.zeros(1, 3, dtype=torch.long)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,14 @@ def test_states_that_are_not_this_students_are_refused(model):
         (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), DataError, "at least 1"),
         (lambda m: m(torch.zeros(1, 9000, dtype=torch.long)), DataError, "do not fit in the context"),
         (lambda m: m(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 1, 3, 3)), DataError, "has shape"),
+        (lambda m: m(ROW, torch.ones(1, 5)), DataError, r"want \[1, 3\]: 0 tokens seen and 3 new"),
+        (lambda m: m(ROW, torch.ones(1, 5), use_cache=True), DataError, r"want \[1, 3\]"),
+        (lambda m: m(ROW, logits_to_keep=-1), DataError, "is -1; there are 3 new tokens"),
+        (lambda m: m(ROW, logits_to_keep=torch.tensor([3])), DataError, r"names the tokens 3\.\.3"),
+        (lambda m: m(ROW, logits_to_keep=torch.tensor([0.5])), DataError, r"is torch\.float32 \[1\]"),
+        (lambda m: m(ROW, labels=ROW, logits_to_keep=1), DataError, "labels: are given with logits_to_keep"),
+        (lambda m: m(ROW, labels=ROW[:, :2]), DataError, r"labels: are torch\.int64 \[1, 2\]; want int64 \[1, 3\]"),
+        (lambda m: m(ROW, labels=ROW + 256), DataError, r"labels: 256\.\.256 are outside the vocabulary of 256"),
         (lambda m: m(torch.zeros(1, 3, dtype=torch.long), output_attentions=True), ConfigError, "output_attentions"),
         (
             lambda m: m.generate(torch.zeros(1, 3, dtype=torch.long), cache_implementation="offloaded"),

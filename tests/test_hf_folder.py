@@ -62,6 +62,18 @@ def test_a_saved_folder_holds_the_weights_once(model, saved, shared_run):
     assert (saved / "graph.pt2").stat().st_size < 0.7 * (shared_run / "student.pt2").stat().st_size
 
 
+def test_what_cannot_be_written_leaves_the_folder_as_it_was(model, saved, tmp_path):
+    broken = copy.copy(model)
+    broken.generation_config = copy.deepcopy(model.generation_config)
+    broken.generation_config.temperature = -3.0
+    there = shutil.copytree(saved, tmp_path / "there")
+    before = {p.name: p.read_bytes() for p in there.iterdir()}
+    for folder in (there, tmp_path / "new" / "folder"):
+        with pytest.raises(ConfigError, match="a configuration cannot be written: .*temperature"):
+            broken.save_pretrained(folder)
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == before and not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_tied_weights_are_written_once_and_tied_again(tmp_path):
     from safetensors import safe_open

@@ -15,7 +15,7 @@ from tcal_compiler.kernels.registration import register
 from tcal_compiler.kernels.shapes import Shapes
 
 from . import dispatch
-from .packed import read_bounds
+from .packed import NOT_WHOLE, read_bounds
 
 FORWARD, BACKWARD = "tcal::gated_delta_rule", "tcal::gated_delta_rule_backward"
 _TOKENS = "q [B,T,H,Dk], k [B,T,K,Dk], v [B,T,K,Dv], g [B,T,H], beta [B,T,H]"
@@ -137,8 +137,10 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Ten
         return (out.unflatten(0, (size, -1)), state.unflatten(0, (size, -1))), (0, 0)
     # packed: the mapped dimension becomes part of the tokens, and its sequences follow one another
     tokens = folded[0].shape[1]
-    ends = _fold(size, in_dims[7], cu_seqlens).view(size, -1)[:, 1:]
-    ends = ends + tokens * torch.arange(size, device=ends.device, dtype=ends.dtype)[:, None]
+    own = _fold(size, in_dims[7], cu_seqlens).view(size, -1)
+    whole = (own[:, :1] == 0) & (own[:, -1:] == tokens)
+    ends = own[:, 1:] + tokens * torch.arange(size, device=own.device, dtype=own.dtype)[:, None]
+    ends = torch.where(whole, ends, NOT_WHOLE)
     joined = torch.cat([ends.new_zeros(1), ends.flatten()])
     row = [x.flatten(0, 1).unsqueeze(0) for x in folded[:5]]
     out, state = torch.ops.tcal.gated_delta_rule(*row, folded[5], scale, joined)

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+NOT_WHOLE = -1  # in joined numbers of several rows: those of a row that does not reach from 0 to its tokens
+
 
 def read_bounds(cu_seqlens: Tensor, batch: int, tokens: int, states: int) -> tuple[int, ...]:
     """The numbers of cu_seqlens [N + 1]; waits for the device if they are not on the CPU. Raises ValueError."""
@@ -23,6 +25,8 @@ def read_bounds(cu_seqlens: Tensor, batch: int, tokens: int, states: int) -> tup
             f"got a batch of {batch}, {len(cu_seqlens)} numbers and {states} states"
         )
     bounds = tuple(cu_seqlens.tolist())
+    if NOT_WHOLE in bounds:
+        raise ValueError(f"{where}: below 0, or, under vmap, not from 0 to the number of tokens in each row; {bounds}")
     fall = next((i for i, (start, end) in enumerate(pairwise(bounds)) if end < start), None)
     if fall is not None:
         raise ValueError(f"{where}: may not fall, but goes from {bounds[fall]} to {bounds[fall + 1]} at {fall}")

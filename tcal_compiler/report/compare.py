@@ -8,7 +8,7 @@ from . import markdown, page
 from .blocks import Block, Table
 from .facts import Facts
 from .plots import Scales, shared_scales
-from .sections import SECTIONS, fixed, layers, number, size
+from .sections import SECTIONS, fixed, layers, number, size, with_error
 
 TITLE = "Comparison"
 AT_A_GLANCE = "At a glance"
@@ -38,7 +38,7 @@ def _figures(run: Facts) -> dict[str, str]:
     for name, s in run.scores.items():
         found[f"perplexity, {name}"] = fixed(s["perplexity"], 2)
         if name != "teacher":
-            found[f"KL, {name}"] = f"{fixed(s['kl'], 4)} ± {fixed(s['kl_stderr'], 4)}"
+            found[f"KL, {name}"] = with_error(s["kl"], s["kl_stderr"], 4)
     last = run.contexts[-1]
     found["state and caches"] = f"{size(run.memory(last)[1])} at {last} tokens"
     for name, stage in run.manifest.stages.items():

@@ -32,6 +32,11 @@ def fixed(x: Any, digits: int) -> str:
     return f"{x:.{digits}f}" if finite(x) else "-"
 
 
+def with_error(x: Any, error: Any, digits: int) -> str:
+    """A value and its standard error, which a single sequence or example does not have."""
+    return f"{fixed(x, digits)} ± {fixed(error, digits)}" if finite(error) else fixed(x, digits)
+
+
 def spread(values: list[float] | None, digits: int) -> str:
     """Smallest to largest over the heads of a layer."""
     return f"{fixed(min(values), digits)} to {fixed(max(values), digits)}" if values else ""
@@ -165,7 +170,7 @@ def _text_scores(run: Facts, scales: Scales) -> list[Block]:
             name,
             fixed(r["perplexity"], 2),
             fixed(r["perplexity"] / base, 3),
-            f"{fixed(r['kl'], 4)} ± {fixed(r['kl_stderr'], 4)}",
+            with_error(r["kl"], r["kl_stderr"], 4),
         ]
         for name, r in run.scores.items()
     ]
@@ -186,8 +191,8 @@ def _task_scores(run: Facts) -> list[Block]:
             s["metric"],
             name,
             str(s["examples"]),
-            f"{fixed(s['value'], 4)} ± {fixed(s['stderr'], 4)}",
-            f"{fixed(s['change'], 4)} ± {fixed(s['change_stderr'], 4)}",
+            with_error(s["value"], s["stderr"], 4),
+            with_error(s["change"], s["change_stderr"], 4),
             "" if s["chance"] is None else number(s["chance"], 3),
         ]
         for name, scores in run.task_scores.items()

@@ -150,6 +150,15 @@ def test_vmap_is_the_loop():
     assert all(torch.equal(mapped[i], packed(own[i])(layer)[0]) for i, layer in enumerate(layers))
 
 
+@pytest.mark.parametrize("row", [[0, 3, 8], [1, 3, 9], [0, 3, 10]], ids=str)
+def test_vmap_refuses_a_row_whose_numbers_would_reach_into_the_next(row):
+    layer = make_packed((3, 6), (2, 1, 4, 4))
+    stacked, own = [torch.stack([x, x]) for x in layer], torch.stack([torch.tensor(row), ends((3, 6))])
+    for lengths in (own, own.flip(0)):
+        with pytest.raises(ValueError, match="under vmap, not from 0 to the number of tokens in each row"):
+            torch.vmap(lambda cu, *x: packed(cu)(list(x)))(lengths, *stacked)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 400), min_size=1, max_size=6).filter(any), length=st.integers(1, 8))
 def test_chunks_and_segments_tile_every_sequence(lengths, length):
