@@ -124,16 +124,17 @@ def new_files_of(folder: Path) -> Iterator[Path]:
     remove_tree(new)
 
 
-def save_student(student: OpenStudent, folder: Path) -> None:
-    """Writes graph and weights into an empty folder. Raises OSError."""
+def save_student(student: OpenStudent, folder: Path, *, context: int) -> None:
+    """Writes graph and weights into an empty folder. context: tokens of the longest sequence. Raises OSError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # all are views
         save_program(student.program, folder / GRAPH_FILE)
-    save_hashed(folder / WEIGHTS_FILE, student.weights(), json.dumps({"graph": hash_file(folder / GRAPH_FILE)}))
+    note = {"graph": hash_file(folder / GRAPH_FILE), "context": context}
+    save_hashed(folder / WEIGHTS_FILE, student.weights(), json.dumps(note))
 
 
-def load_student(folder: Path) -> OpenStudent:
-    """What save_student wrote; nothing in it is unpickled or run as code.
+def load_student(folder: Path, *, context: int) -> OpenStudent:
+    """What save_student wrote with this context; nothing in it is unpickled or run as code.
 
     Raises RunFolderError when a file is missing, damaged or of another student than the other file, and TeacherError
     when torch cannot load the graph.
@@ -144,11 +145,15 @@ def load_student(folder: Path) -> OpenStudent:
             raise RunFolderError(str(file), "is missing", AGAIN)
     tensors, note = load_hashed(weights, hint=AGAIN)
     try:
-        known = json.loads(note)["graph"]
+        noted = json.loads(note)
+        known, longest = noted["graph"], noted["context"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise RunFolderError(str(weights), f"was not written with a graph: {type(e).__name__}", AGAIN) from e
     if hash_file(graph) != known:
         raise RunFolderError(str(graph), f"is damaged, or of another student than {WEIGHTS_FILE}", AGAIN)
+    if longest != context:
+        what = f"max_position_embeddings is {context} in its config.json, and was {longest} when it was saved"
+        raise RunFolderError(str(folder), what, AGAIN)
     program, _ = load_program(graph, allow_pickle=False)
     _fill(program, tensors, weights)
     return open_program(program)

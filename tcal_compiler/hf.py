@@ -11,6 +11,7 @@ B rows of a batch, T new tokens, P tokens in the cache, padding included in both
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import ConfigError, DataError, RunFolderError
+from .passes.files import read_small
 from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
 from .runtime.hf_cache import StudentCache, full_mask
@@ -35,6 +37,7 @@ from .runtime.hf_files import (
     open_program,
     save_student,
 )
+from .runtime.hf_inputs import check_kept, check_labels
 from .runtime.manifest import MANIFEST_NAME
 from .runtime.onnx_export import CONFIG_FILE
 from .runtime.program_file import load_program
@@ -120,7 +123,7 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
             student, config = _of_run(folder)
         elif (folder / WEIGHTS_FILE).is_file() or (folder / GRAPH_FILE).is_file():
             config = _read_config(folder)
-            student = load_student(folder)
+            student = load_student(folder, context=config.max_position_embeddings)
         else:
             what = "is no run folder and holds no saved student" if folder.is_dir() else "no such folder"
             raise RunFolderError(str(folder), what, "a run folder, or one that save_pretrained wrote; no download")
@@ -130,7 +133,7 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         config.name_or_path = str(folder)
         model = cls(config, student)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = _read(GenerationConfig, folder)
+            model.generation_config = _read_generation_config(folder)
         return model if device is None else model.to(device)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
@@ -159,7 +162,7 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
                 except (ValueError, TypeError) as e:  # transformers checks a generation configuration as it writes it
                     what = f"a configuration cannot be written: {' '.join(str(e).split())[:200]}"
                     raise ConfigError(f"{WHERE}.save_pretrained", what, "see model.generation_config") from e
-                save_student(self._files, new)
+                save_student(self._files, new, context=config.max_position_embeddings)
         except OSError as e:
             raise os_error(e, folder) from e
 
@@ -209,9 +212,9 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
             state = self.new_cache()
         past = 0 if state is None else state.get_seq_length()
         ids, mask = self._inputs(input_ids, attention_mask, past)
-        _check_kept(logits_to_keep, ids.shape[1])
+        check_kept(logits_to_keep, ids.shape[1])
         if labels is not None:
-            _check_labels(labels, ids, logits_to_keep, self.config.vocab_size)
+            check_labels(labels, ids, logits_to_keep, self.config.vocab_size)
         if state is None:
             logits = _keep(self._whole(ids, mask), logits_to_keep)
         else:
@@ -307,34 +310,6 @@ def _keep(logits: Tensor, keep: int | Tensor) -> Tensor:
     return logits[:, keep] if isinstance(keep, Tensor) else logits[:, -keep:]
 
 
-def _check_kept(keep: int | Tensor, tokens: int) -> None:
-    """Raises DataError for a number below 0, and for places that new tokens [B, T] do not have."""
-    if not isinstance(keep, Tensor):
-        wrong = "" if type(keep) is int and keep >= 0 else f"is {keep!r}"
-    elif keep.dtype == torch.bool:
-        wrong = "" if list(keep.shape) == [tokens] else f"is a choice of shape {list(keep.shape)}"
-    elif keep.is_floating_point() or keep.is_complex() or keep.dim() > 1:
-        wrong = f"is {keep.dtype} {list(keep.shape)}"
-    else:
-        low, high = (int(x) for x in keep.aminmax()) if keep.numel() else (0, 0)
-        wrong = "" if -tokens <= low and high < tokens else f"names the tokens {low}..{high}"
-    if wrong:
-        hint = "a number of last tokens, 0 for all, or their places in one dimension"
-        raise DataError("logits_to_keep", f"{wrong}; there are {tokens} new tokens", hint)
-
-
-def _check_labels(labels: Tensor, ids: Tensor, keep: int | Tensor, vocab: int) -> None:
-    if isinstance(keep, Tensor) or keep:
-        raise DataError("labels", "are given with logits_to_keep; a loss needs the logits of all tokens", "one of them")
-    if labels.shape != ids.shape or labels.dtype not in (torch.int32, torch.int64):
-        what = f"are {labels.dtype} {list(labels.shape)}; want int64 {list(ids.shape)}, as the ids"
-        raise DataError("labels", what, "the ids themselves, -100 where no loss counts")
-    counted = labels[labels != -100]
-    low, high = (int(x) for x in counted.aminmax()) if counted.numel() else (0, 0)
-    if low < 0 or high >= vocab:
-        raise DataError("labels", f"{low}..{high} are outside the vocabulary of {vocab}", "-100 where no loss counts")
-
-
 def _device_of(device_map: Any) -> torch.device | None:
     """The one device of transformers' device_map. Raises ConfigError for a map to several."""
     if device_map is None:
@@ -368,20 +343,34 @@ def _of_run(path: Path) -> tuple[OpenStudent, StudentConfig]:
     return student, config
 
 
-def _read(kind: Any, folder: Path) -> Any:
+def _read_generation_config(folder: Path) -> GenerationConfig:
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as e:  # strict dataclasses, JSON and files: each with a type of its own
-        what = f"its configuration is damaged or missing: {' '.join(str(e).split())[:200]}"
+        what = f"its generation configuration is damaged: {' '.join(str(e).split())[:200]}"
         raise RunFolderError(str(folder), what, "save_pretrained writes it") from e
 
 
 def _read_config(folder: Path) -> StudentConfig:
-    config = _read(StudentConfig, folder)
-    for name in ("vocab_size", "max_position_embeddings"):
-        if type(size := getattr(config, name)) is not int or size < 1:
-            raise RunFolderError(str(folder), f"{name} is {size!r} in its config.json", "a whole number of tokens")
-    return config
+    """Of config.json only what says something of a student: transformers takes any other value for its own."""
+    try:
+        known = json.loads(read_small(folder / "config.json"))
+        kind, sizes = known["model_type"], {n: known[n] for n in ("vocab_size", "max_position_embeddings")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        what = f"its configuration is damaged or missing: {type(e).__name__}: {str(e)[:200]}"
+        raise RunFolderError(str(folder), what, "save_pretrained writes it") from e
+    words = {n: known.get(n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    wrong = {n: v for n, v in sizes.items() if type(v) is not int or v < 1}
+    for name, value in () if wrong else words.items():
+        ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        if value is not None and not all(type(i) is int and 0 <= i < sizes["vocab_size"] for i in ids):
+            wrong[name] = value
+    if kind != StudentConfig.model_type:
+        wrong = {"model_type": kind}
+    for name, value in wrong.items():
+        what = f"{name} is {str(value)[:100]!r} in its config.json"
+        raise RunFolderError(str(folder), what, "the file that save_pretrained wrote")
+    return StudentConfig(**sizes, **words)
 
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)

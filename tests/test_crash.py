@@ -16,6 +16,7 @@ from functools import partial
 from random import Random
 
 import crash
+import crash_shared
 import limits
 import pytest
 import small_run
@@ -58,6 +59,12 @@ def test_no_memory_changes_nothing(undisturbed, size):
 def test_kills_in_every_command_change_nothing(tmp_path):
     story = crash.crash(tmp_path, rounds=1, seed=1)
     assert story.faults == [] and len(story.kills) >= 7
+
+
+@pytest.mark.slow
+def test_kills_of_one_of_two_processes_and_of_all_change_nothing(tmp_path):
+    hits, _, faults = crash_shared.crash_shared(tmp_path, kills=3, seed=1)
+    assert faults == [] and sum(hits.values()) == 3
 
 
 FAULTS = {"another byte": "not as without kills", "orphan": "not as without kills", "made again": "was made again"}

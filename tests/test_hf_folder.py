@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_what_cannot_be_written_leaves_the_folder_as_it_was(model, saved, tmp_pa
     there = shutil.copytree(saved, tmp_path / "there")
     before = {p.name: p.read_bytes() for p in there.iterdir()}
     for folder in (there, tmp_path / "new" / "folder"):
-        with pytest.raises(ConfigError, match="a configuration cannot be written: .*temperature"):
+        with pytest.raises(ConfigError, match=r"a configuration cannot be written: .*temperature"):
             broken.save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in there.iterdir()} == before and not (tmp_path / "new").exists()
 
@@ -80,10 +81,10 @@ def test_tied_weights_are_written_once_and_tied_again(tmp_path):
 
     opened = open_program(program_of(TinyModel(tied=True)))
     (names,) = [names for names in opened.ties if len(names) > 1]
-    save_student(opened, tmp_path)
+    save_student(opened, tmp_path, context=64)
     with safe_open(tmp_path / "model.safetensors", "pt") as f:
         assert set(names) & set(f.keys()) == {names[0]}
-    again = load_student(tmp_path)
+    again = load_student(tmp_path, context=64)
     assert again.ties == opened.ties
     one, other = (dict(o.capture.gm.named_parameters()) for o in (opened, again))
     assert list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
@@ -120,6 +121,15 @@ def _damaged_config(folder: Path, saved: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def _config(**values: object) -> Callable[[Path, Path], None]:
+    def make(folder: Path, saved: Path) -> None:
+        shutil.copytree(saved, folder)
+        known = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(known | values))
+
+    return make
+
+
 def _other_vocabulary(folder: Path, saved: Path) -> None:
     shutil.copytree(saved, folder)
     text = (folder / "config.json").read_text()
@@ -135,7 +145,13 @@ def _other_vocabulary(folder: Path, saved: Path) -> None:
         (_damaged_weights, "another sha256"),
         (_without("graph.pt2"), "graph.pt2: is missing"),
         (_without("model.safetensors"), "model.safetensors: is missing"),
-        (_without("config.json"), r"vocab_size is 0 in its config\.json"),
+        (_without("config.json"), "configuration is damaged or missing"),
+        (_config(vocab_size=-1), r"vocab_size is '-1' in its config\.json"),
+        (_config(vocab_size=True), "vocab_size is 'True'"),
+        (_config(model_type="llama"), "model_type is 'llama'"),
+        (_config(eos_token_id=[3, 256]), "eos_token_id is"),
+        (_config(pad_token_id="x"), "pad_token_id is 'x'"),
+        (_config(max_position_embeddings=1 << 70), r"max_position_embeddings is \d+ in its config.json, and was"),
         (_damaged_config, "configuration is damaged"),
         pytest.param(_other_vocabulary, "vocab_size is 300", marks=pytest.mark.slow),
     ],
@@ -144,6 +160,12 @@ def test_folders_that_hold_no_student_are_refused(saved, tmp_path, make, reason)
     make(tmp_path / "folder", saved)
     with pytest.raises(RunFolderError, match=reason):
         StudentForCausalLM.from_pretrained(tmp_path / "folder")
+
+
+def test_what_config_json_says_beside_is_not_read(saved, tmp_path, model):
+    _config(num_labels=10**30, cache_implementation="x", num_hidden_layers=10**30)(tmp_path / "folder", saved)
+    again = StudentForCausalLM.from_pretrained(tmp_path / "folder")
+    assert again.config.num_hidden_layers == model.config.num_hidden_layers < 10
 
 
 def test_a_run_folder_that_was_changed_or_not_exported_is_refused_and_none_is_written_into(finished, model):

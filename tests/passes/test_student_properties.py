@@ -22,10 +22,12 @@ from tcal_compiler.passes.graph import widen_to_float64
 from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful, run_chunks
 from tcal_compiler.passes.types import Capture
 from tcal_compiler.runtime.initialize import naive_
+from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.student import make_student
 
 quick = settings(max_examples=8, deadline=None, derandomize=True)
 HYBRID = "keep=0"
+EXTREME = "keep=1"  # see extreme_
 
 
 @cache
@@ -36,10 +38,26 @@ def student(policy: str) -> tuple[Capture, StatefulGraph]:
     made = make_student(teacher, scan, choose(scan, policy))
     gen = torch.Generator().manual_seed(1)
     for site in made.converted:
-        naive_(made.gm.get_submodule(f"tcal_mixers.{site.index}"), gen)
+        mixer = made.gm.get_submodule(f"tcal_mixers.{site.index}")
+        naive_(mixer, gen)
+        if policy == EXTREME:
+            extreme_(mixer)
     capture = capture_program(made.export(), teacher=made.gm, implementation="student", shapes=((2, 9),))
     capture = replace(capture, gm=widen_to_float64(capture.gm))
+    if policy == EXTREME:
+        with torch.no_grad():  # the first layer's queries, keys and values of token 0 are then 0
+            next(p for n, p in capture.gm.named_parameters() if n.endswith("embed.weight"))[0] = 0
     return capture, make_stateful(capture, verify=False, max_length=1 << 14)
+
+
+@torch.no_grad()
+def extreme_(mixer: GdnMixer) -> None:
+    """The four heads: every pair of g = 0 or -50 and beta = 1 or 0, at every token."""
+    for proj in (mixer.a_proj, mixer.b_proj):
+        proj.weight.zero_()
+    mixer.A_log.zero_()
+    mixer.dt_bias.copy_(torch.tensor([-1e3, 50.0, -1e3, 50.0]))
+    mixer.b_proj.bias.copy_(torch.tensor([1e3, 1e3, -1e3, -1e3]))
 
 
 def whole(ids: Tensor, policy: str = HYBRID) -> Tensor:
@@ -69,6 +87,25 @@ def test_any_cut_with_carried_state_is_one_pass(batch, chunks):
     ids = example_ids(batch, sum(chunks), VOCAB, seed=len(chunks))
     logits, _ = run_chunks(student(HYBRID)[1], ids, tuple(chunks), dtype=torch.float64)
     close(logits, whole(ids))
+
+
+@quick
+@given(tokens=st.integers(1, 90), data=st.data())
+def test_extreme_gates_and_zero_keys_stay_finite_causal_and_whole_at_any_cut(tokens, data):
+    ids = example_ids(2, tokens, VOCAB, seed=tokens)
+    ids[:, data.draw(st.integers(0, tokens - 1)) :: 3] = 0
+    logits, cut = whole(ids, EXTREME), data.draw(st.integers(1, tokens))
+    assert logits.isfinite().all()
+    close(whole(ids[:, :cut], EXTREME), logits[:, :cut])
+    chunks = (cut, tokens - cut) if cut < tokens else (tokens,)
+    close(run_chunks(student(EXTREME)[1], ids, chunks, dtype=torch.float64)[0], logits)
+
+
+def test_views_of_ids_are_invisible_and_runs_repeat():
+    ids = example_ids(3, 70, VOCAB, seed=1)
+    views = (ids.T.contiguous().T, torch.stack([ids, -ids], 2)[..., 0])
+    assert not any(view.is_contiguous() for view in views)
+    assert all(torch.equal(whole(x), whole(ids)) for x in (ids, *views))
 
 
 @quick
