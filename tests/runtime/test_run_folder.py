@@ -127,6 +127,7 @@ def test_checkpoints_survive_until_the_stage_completes(tmp_path):
             raise ZeroDivisionError
         with run.stage("b", config=1, inputs=0) as stage:  # of another config: not to be resumed from
             assert not any(stage.scratch.iterdir())
+    assert not (run.path / ".scratch").exists()
 
 
 def test_one_writer_many_readers(tmp_path):
