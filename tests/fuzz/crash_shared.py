@@ -43,6 +43,11 @@ def workers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
+def in_stage_now(out: Path, ranks: list[psutil.Process]) -> bool:
+    """Folders of stages name the process that writes; killed ones leave theirs."""
+    return any((out / f".tmp-distill-{p.pid}").exists() for p in ranks)
+
+
 def kill_once(out: Path, log: Path, victim: str, delay: float, *, in_stage: bool) -> str:
     """Where the kill hit: "start", "distill" or, when the command ended before, "late". Raises TimeoutError."""
     launcher = launch(out, log)
@@ -50,11 +55,11 @@ def kill_once(out: Path, log: Path, victim: str, delay: float, *, in_stage: bool
     while since is None or time.monotonic() - since < delay or len(workers(launcher)) < 2:
         if launcher.poll() is not None:
             return "late"
-        if since is None and list(out.glob(".tmp-distill-*")):
+        if since is None and in_stage_now(out, workers(launcher)):
             since = time.monotonic()
-        time.sleep(0.002)
-    where = "distill" if list(out.glob(".tmp-distill-*")) else "start"
+        time.sleep(0.02)
     ranks = workers(launcher)
+    where = "distill" if in_stage_now(out, ranks) else "start"
     chosen = [psutil.Process(launcher.pid), *ranks] if victim == "all" else [ranks[VICTIMS.index(victim)]]
     for process in chosen:
         process.send_signal(signal.SIGKILL)
