@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from command_line import BYTES, HELD_OUT, SMALL, TINY, call, done, refused
 from safetensors.numpy import load_file
 
 from tcal_compiler.config import load_config
+from tcal_compiler.errors import RunFolderError
+from tcal_compiler.recorded import reading
 from tcal_compiler.report import page, plots, render_report
 from tcal_compiler.report.compare import compare_markdown
 from tcal_compiler.report.facts import Facts
@@ -141,6 +144,9 @@ def test_speed_is_shown_where_the_context_has_room(shared_run):
         body["stages"]["export"]["evidence"]["speed"] = {"cpus": 2, "rows": rows}
 
     assert "| 128 | 2048 | 4.00 | 250.0 |" in render_report(edited(facts(shared_run), edit).manifest)
+    rows[0]["decode_seconds"] = 0.0  # found by fuzzing
+    with pytest.raises(RunFolderError, match="ZeroDivisionError: float division by zero"), reading(shared_run):
+        render_report(edited(facts(shared_run), edit).manifest)
 
 
 def test_memory_of_a_window_is_what_is_kept(shared_run):
