@@ -50,7 +50,7 @@ def _lowered(graph: Graph, n: Node, mapped: dict[Node, Node], pairs: set[Node]) 
     def pair(real: Node, imaginary: Node) -> Node:
         return call(aten.stack.default, [real, imaginary], -1)
 
-    args = [mapped[a] if isinstance(a, Node) else a for a in n.args]
+    args: list[Any] = [mapped[a] if isinstance(a, Node) else a for a in n.args]
     if n.target in (aten.view_as_complex.default, aten.view_as_real.default) or n.target in _SAME:
         return args[0]
     if n.target is aten.polar.default:

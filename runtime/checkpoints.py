@@ -15,11 +15,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tcal_compiler.errors import TeacherError
 
-from .declared_size import check_folder, check_shell, gguf_shell
+from .declared_size import check_folder, gguf_shell
 from .tokenizer import quiet_transformers
 
 _GGUF_HINT = "pip install 'tcal-compile[gguf]'"
 _CAUSAL_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+MOST_LAYERS = 1024  # of a model; the deepest that are published have some 130
 
 
 def say(e: BaseException) -> str:
@@ -45,6 +46,7 @@ def folder_config(folder: Path) -> Any:
     except Exception as e:  # ValueError, OSError, KeyError, JSON errors: whatever the file makes transformers do
         raise TeacherError(str(folder / "config.json"), f"cannot be read: {say(e)}", "no remote code is run") from e
     _check_causal(config, folder)
+    _check_sizes(config, folder / "config.json")
     return config
 
 
@@ -120,6 +122,7 @@ def _gguf_config(path: Path) -> tuple[Any, Any]:
 
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     _check_causal(config, path)
+    _check_sizes(config, path)
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
@@ -138,11 +141,8 @@ def shell_of(path: Path, *, layers: int | None = None) -> nn.Module:
 
     try:
         with quiet_transformers():
-            if path.is_dir():
-                config: Any = folder_config(path)
-                check_shell(config, path)
-            else:
-                config, model_class = _gguf_config(path)
+            config, model_class = _config_of(path)
+            if model_class is not None:
                 gguf_shell(config, model_class, path)
             _keep_layers(config, layers)
             with _on_meta():
@@ -159,6 +159,19 @@ def shell_of(path: Path, *, layers: int | None = None) -> nn.Module:
     return model
 
 
+def _config_of(path: Path) -> tuple[Any, Any]:
+    """The configuration of a folder or a GGUF file, and of a GGUF file the class of its model. Raises TeacherError."""
+    if path.is_dir():
+        return folder_config(path), None
+    try:
+        with quiet_transformers():
+            return _gguf_config(path)
+    except TeacherError:
+        raise
+    except Exception as e:
+        raise _bad_gguf(path, e) from e
+
+
 def _per_layer(config: Any) -> list[str]:
     """Names of the lists in a configuration that have an entry for every layer."""
     return [n for n, v in vars(config).items() if isinstance(v, list) and len(v) == config.num_hidden_layers]
@@ -172,9 +185,12 @@ def _keep_layers(config: Any, layers: int | None) -> None:
         text.num_hidden_layers = layers
 
 
-def repeated_layers(model: Any) -> tuple[int, int]:
-    """How many layers a model has, and after how many their kinds repeat, by its configuration; 0, 1: unknown."""
-    text = model.config.get_text_config()
+def repeated_layers(path: Path) -> tuple[int, int]:
+    """How many layers a model has, and after how many their kinds repeat, by its configuration; 0, 1: unknown.
+
+    path: as for `shell_of`. Raises TeacherError.
+    """
+    text = _config_of(path)[0].get_text_config()
     count = getattr(text, "num_hidden_layers", 0)
     if not isinstance(count, int):
         return 0, 1
@@ -223,6 +239,16 @@ def _check_causal(config: Any, where: Path) -> None:
         f"is not a causal language model: model_type {config.model_type!r}, architectures {names}",
         "a decoder-only model, saved with its language-model head",
     )
+
+
+def _check_sizes(config: Any, where: Path) -> None:
+    """Sizes that a model would be built from for hours, or not at all."""
+    text = config.get_text_config()
+    layers, context = getattr(text, "num_hidden_layers", None), getattr(text, "max_position_embeddings", None)
+    if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:
+        raise TeacherError(str(where), f"num_hidden_layers is {layers}", f"a model of 1 to {MOST_LAYERS} layers")
+    if isinstance(context, int) and context < 1:
+        raise TeacherError(str(where), f"max_position_embeddings is {context}", "the tokens of its context, 1 or more")
 
 
 def _check_complete(report: Mapping[str, Any], where: Path) -> None:

@@ -16,7 +16,6 @@ from torch import nn
 from tcal_compiler.errors import TeacherError
 
 _SLACK = 1 << 20  # parameters
-_MOST_LAYERS = 4096
 _PER_VALUE, _PER_PACKED = 2, 16  # parameters for a stored value, and for one that may hold several
 _PER_BYTE = 8  # parameters for a byte of GGUF; its smallest types have 1.5 bits for one
 
@@ -42,13 +41,6 @@ def check_folder(config: Any, folder: Path) -> None:
         shell = AutoModelForCausalLM.from_config(config)
     packed = getattr(config, "quantization_config", None) is not None
     _check_parameters(shell, (_PER_PACKED if packed else _PER_VALUE) * values, folder)
-
-
-def check_shell(config: Any, where: Path) -> None:
-    """Of a configuration without files of weights. Raises TeacherError."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and not 0 <= layers <= _MOST_LAYERS:
-        _refuse(where, f"the configuration says {layers} layers; a model without weights has at most {_MOST_LAYERS}")
 
 
 def gguf_shell(config: Any, model_class: Any, path: Path) -> nn.Module:

@@ -113,6 +113,15 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
     )
 
 
+def configured_path(spec: str) -> Path:
+    """The folder or file of a teacher that a shell can be made of. Raises TeacherError for any other form."""
+    path = (EMBEDDED_FOLDER if spec == EMBEDDED else Path(os.path.expanduser(spec))).resolve()
+    if not path.is_dir() and not (path.is_file() and sniff(path) == "gguf"):
+        what = "has no configuration that a model can be made of without its weights"
+        raise TeacherError(spec, what, "a transformers folder with config.json, or a .gguf file")
+    return path
+
+
 def shell_teacher(spec: str, *, layers: int | None = None) -> Teacher:
     """The teacher of a transformers folder or a .gguf file as a shell without weights, from its configuration alone.
 
@@ -120,10 +129,7 @@ def shell_teacher(spec: str, *, layers: int | None = None) -> Teacher:
 
     Raises TeacherError, also for any other form of teacher.
     """
-    path = (EMBEDDED_FOLDER if spec == EMBEDDED else Path(os.path.expanduser(spec))).resolve()
-    if not path.is_dir() and not (path.is_file() and sniff(path) == "gguf"):
-        what = "has no configuration that a model can be made of without its weights"
-        raise TeacherError(spec, what, "a transformers folder with config.json, or a .gguf file")
+    path = configured_path(spec)
     kind: TeacherKind = "transformers" if path.is_dir() else "gguf"
     model = shell_of(path, layers=layers)
     return Teacher(str(path), kind, model.eval(), None, None, _info() | _config_info(model) | {"tokenizer": None})

@@ -111,6 +111,10 @@ class Prepared:
         nothing = (None, -1)
         return all(self.versions.get(w.data_ptr(), nothing)[1] == _version(w) for w in weights if w.numel())
 
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are weights of the module, written to since or not."""
+        return all(w.data_ptr() in self.versions for w in weights if w.numel())
+
     def arguments(self, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, ...]:
         """The graphs' arguments for a call."""
         return (ids, positions) if positions is not None and self.capture.has_positions else self.capture.inputs(ids)
@@ -183,12 +187,14 @@ class StudentCall:
             _check_eval(module)
         if found is not None and fits:
             return found
-        if found is not None and self.options.policy is not None:
+        if found is not None and self.options.policy is not None and found.holds(weights):
             hint = "torch._dynamo.reset(), and the next call converts it anew"
             raise UnsupportedModelError(MODEL, "its weights were changed after it was converted", hint)
-        known.pop(self.key, None)
-        known[self.key] = prepare(module, self.options)
-        return known[self.key]
+        made = known[self.key] = prepare(module, self.options)
+        if not made.holds(weights):  # Dynamo's guards see no difference between two models of one class
+            what = "is another one of the same class than that for which Dynamo traced this graph with these options"
+            raise UnsupportedModelError(MODEL, what, "torch._dynamo.reset() before another model is called")
+        return made
 
 
 def _check_eval(module: nn.Module) -> None:

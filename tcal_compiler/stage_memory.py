@@ -26,7 +26,7 @@ from .passes.types import Plan, SiteScan
 from .runtime.capture_teacher import capture_shell
 from .runtime.checkpoints import repeated_layers
 from .runtime.meter import Meter, Time
-from .runtime.teacher import Teacher, shell_teacher
+from .runtime.teacher import Teacher, configured_path, shell_teacher
 from .source import Source, check_length
 from .trial import Trial
 
@@ -118,9 +118,10 @@ def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
     config = config or Config()
     distill = config.distill if config.distill.active else config.distill.model_copy(update={"steps": 2})
     config = config.model_copy(update={"distill": distill})
-    layers, period = repeated_layers(shell_teacher(spec).module)
-    start = psutil.Process().memory_info().rss
+    layers, period = repeated_layers(configured_path(spec))
     few = period * -(-LEAST_LAYERS // period)
+    shell_teacher(spec, layers=few if 3 * few <= layers else None)  # so that the libraries are loaded
+    start = psutil.Process().memory_info().rss
     if 3 * few <= layers:
         shell = _Shell(spec, config, start, few)
         if len(shell.source.scan.sites) == few and not shell.source.scan.rejected:

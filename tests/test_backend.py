@@ -141,6 +141,14 @@ def test_transformers(llama_run):
 # What is refused
 
 
+def test_a_second_model_of_the_same_class_is_not_answered_with_the_first_ones_student(tiny, shared_run):
+    other = copy.deepcopy(tiny)
+    other.head.weight.mul_(1.5)
+    compiled(tiny, shared_run)(ids_of(2, 9))
+    with refused(UnsupportedModelError, "another one of the same class", r"_dynamo\.reset"):
+        compiled(other, shared_run)(ids_of(2, 9))
+
+
 def refused(kind: type[Exception], *words: str):
     return pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{w})" for w in words))
 

@@ -17,9 +17,7 @@ import zstandard
 from fuzz_targets import Target, make_targets
 
 from tcal_compiler.config import load_config
-from tcal_compiler.errors import TeacherError
 from tcal_compiler.runtime.session_state import SessionState
-from tcal_compiler.runtime.teacher import shell_teacher
 
 HUGE = 1 << 40
 Edit = Callable[[dict[str, bytes]], dict[str, bytes]]
@@ -224,10 +222,3 @@ def test_saved_states_that_say_more_than_they_hold(tmp_path):
     for name in ("bomb", "wide"):
         with pytest.raises(ExportError, match="no saved state"):
             SessionState.load(tmp_path / f"{name}.npz")
-
-
-def test_a_configuration_alone_with_more_layers_than_any_model(tmp_path):
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**6}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TeacherError, match="says 1000000 layers; a model without weights has at most 4096"):
-        shell_teacher(str(tmp_path))

@@ -115,6 +115,19 @@ def test_what_has_no_configuration_is_refused(tmp_path):
     refused(call("tcal", "inspect", TINY, "--calib-length", "32"), "ConfigError", "--memory")
 
 
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 1_000_000}, {"max_position_embeddings": -5}], ids=str)
+def test_sizes_that_no_model_has_are_refused_before_one_is_built(tmp_path, sizes, monkeypatch):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", None)
+    LlamaConfig(**(SIZES | LAYERS | sizes)).save_pretrained(tmp_path)
+    folder = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(folder | {"architectures": ["LlamaForCausalLM"]}))
+    ((name, value),) = sizes.items()
+    refused(call("tcal", "inspect", tmp_path, "--memory"), "TeacherError", f"{name} is {value}")
+    refused(call("tcal", "inspect", tmp_path), "TeacherError", f"{name} is {value}")
+
+
 def test_a_shell_takes_no_memory_for_its_weights(config_only):
     before = psutil.Process().memory_info().rss
     model = shell_of(config_only)

@@ -36,6 +36,19 @@ class Specialised(nn.Module):
         return self.inner(input_ids)
 
 
+class Otherwise(TinyModel):
+    """Rounds otherwise while it is exported, as the chunked delta rule of transformers does."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = super().forward(input_ids)
+        return logits / 3 if torch.compiler.is_exporting() else logits * (1 / 3)
+
+
+def test_a_model_that_computes_otherwise_while_it_is_exported_is_refused_for_that():
+    with pytest.raises(UnsupportedModelError, match=r"asks torch\.compiler\.is_exporting\(\)"):
+        capture_of(Otherwise(layers=1))
+
+
 def test_a_graph_that_differs_is_refused_with_the_measured_error():
     with pytest.raises(UnsupportedModelError, match=r"differs from the model: .*T=9 by \d.*allowed 0") as e:
         capture_of(Specialised())
