@@ -35,6 +35,7 @@ from tcal_compiler.runtime.score_sites import Trials, initial_student, planned_s
 from tcal_compiler.runtime.select_sites import SetScores, aligned_student
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import collect_taps
+from tcal_compiler.runtime.tokenizer import prompt_start
 from tcal_compiler.source import Source, open_source
 
 
@@ -79,7 +80,13 @@ class Comparison:
             )
         self.ids, self.counts = rows[:count], counts[:count]
         tokens = data.encode_documents(data.read_text(args.eval), tokenizer, eos)
-        self.text = data.pack(tokens, sequences=args.eval_sequences, length=args.eval_length, what=str(args.eval))
+        self.text = data.pack(
+            tokens,
+            sequences=args.eval_sequences,
+            length=args.eval_length,
+            what=str(args.eval),
+            start=prompt_start(tokenizer),
+        )
         args.out.mkdir(parents=True, exist_ok=True)
         self.initial = self.timed("init of every site", self._initial)
 

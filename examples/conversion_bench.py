@@ -26,6 +26,7 @@ from tcal_compiler.runtime.capture_teacher import capture_teacher
 from tcal_compiler.runtime.config import AlignConfig, DistillConfig, InitName
 from tcal_compiler.runtime.data import (
     check_not_calibrated,
+    count_rows,
     encode_documents,
     pack,
     paragraph_hashes,
@@ -41,7 +42,7 @@ from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.taps import LivePairs, SiteGroup, collect_taps
 from tcal_compiler.runtime.tasks import BATCH_TOKENS, Task, score_tasks
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
-from tcal_compiler.runtime.tokenizer import TokenizerLike
+from tcal_compiler.runtime.tokenizer import TokenizerLike, prompt_start
 from tcal_compiler.runtime.zero_shot import with_average, zero_shot_tasks
 
 RECIPES = ("published", "mended")  # of published_recipe.py
@@ -92,7 +93,8 @@ class Bench:
         eos = tokenizer.eos_token_id
         rows = args.sequences + args.holdout
         tokens = encode_documents(read_text(args.calib), tokenizer, eos, most=rows * args.length)
-        self.ids = pack(tokens, sequences=rows, length=args.length, what=args.calib)
+        start = prompt_start(tokenizer)
+        self.ids = pack(tokens, sequences=rows, length=args.length, what=args.calib, start=start)
         self.kept = args.init_sequences or args.sequences
         self.seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
         self.texts = dict(self._text(item, tokenizer) for item in args.eval)
@@ -119,8 +121,11 @@ class Bench:
         check_not_calibrated(path, *self.seen)
         ids = encode_documents(read_text(path), tokenizer, tokenizer.eos_token_id)
         length = int(own) if own else self.args.eval_length
-        count = min(len(ids), (self.args.eval_sequences or len(ids)) * self.args.eval_length) // length
-        return f"{name} ({length})", pack(ids, sequences=count, length=length, what=path)
+        start = prompt_start(tokenizer)
+        count = count_rows(ids, length=length, start=start)
+        if self.args.eval_sequences:
+            count = min(count, self.args.eval_sequences * self.args.eval_length // length)
+        return f"{name} ({length})", pack(ids, sequences=count, length=length, what=path, start=start)
 
     def _tasks(self, tokenizer: TokenizerLike) -> list[Task]:
         a, tasks = self.args, []

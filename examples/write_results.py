@@ -266,6 +266,23 @@ def memory(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def on_device(name: str, body: dict[str, Any]) -> str:
+    """examples/check_cuda.py."""
+    nodes = {p.removesuffix("ExecutionProvider"): sum(ops.values()) for p, ops in body["nodes"].items()}
+    lines = [
+        f"## {name}\n",
+        _machine(body["environment"]),
+        f"Profile cuda in ONNX Runtime {body['onnxruntime']} by `examples/check_cuda.py`, nodes of a step: "
+        + ", ".join(f"{n} on {p}" for p, n in nodes.items())
+        + f". KL to the float32 student on the CPU {body['kl']:.1e} nats per token.\n",
+        "| tokens before | prefill, tokens per second | one more token, ms |",
+        "|---|---|---|",
+    ]
+    for context, row in body["contexts"].items():
+        lines.append(f"| {context} | {row['prefill_tokens_per_s']:.0f} | {row['decode_ms']:.2f} |")
+    return "\n".join([*lines, ""])
+
+
 def estimate(name: str, body: dict[str, Any]) -> str:
     """examples/estimate_conversion.py: what was not measured, from what was."""
     calib, align, distill = body["calib"], body["align"], body["distill"]
@@ -359,6 +376,7 @@ def main() -> None:
             "runtime_parity": runtimes,
             "serving": serving,
             "memory": memory,
+            "provider": on_device,
         }
         kind = next((kinds[k] for k in kinds if k in body), conversion)
         parts.append(kind(path.stem.replace("-", " "), body))

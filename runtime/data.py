@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tcal_compiler.errors import DataError
 
-from .tokenizer import TokenizerLike, encode_each
+from .tokenizer import TokenizerLike, encode_each, prompt_start
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 _WINDOW = 200  # characters of a hashed window, white space normalised
@@ -231,32 +231,56 @@ def encode_rows(
 ) -> tuple[Tensor, Tensor]:
     """All documents as rows, and which predictions a loss may count.
 
-    Returns ids int64 [N, length], consecutive as `pack` cuts them, the last row filled up with token 0; and counts
-    bool [N, length - 1]: the prediction at t, of token t + 1, counts when both tokens are of one document, not padding.
+    Returns ids int64 [N, length], consecutive as `pack` cuts them behind prompt_start, the last row filled up with
+    token 0; and counts bool [N, length - 1]: the prediction at t, of token t + 1, counts when both tokens are of one
+    document, not padding. What a row starts with is of its first token's document.
 
     Raises:
         DataError: the documents hold no token.
     """
     ids, document = _encode(docs, tokenizer, eos)
-    missing = -len(ids) % length
-    ids = torch.nn.functional.pad(ids, (0, missing)).view(-1, length)
-    document = torch.nn.functional.pad(document, (0, missing), value=-1).view(-1, length)
+    start = prompt_start(tokenizer)
+    own = _own(length, start)
+    missing = -len(ids) % own
+    ids = _behind(start, torch.nn.functional.pad(ids, (0, missing)).view(-1, own))
+    document = torch.nn.functional.pad(document, (0, missing), value=-1).view(-1, own)
+    document = torch.cat([document[:, :1].expand(-1, len(start)), document], 1)
     return ids, (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
 
 
-def pack(tokens: Tensor, *, sequences: int, length: int, what: str) -> Tensor:
-    """The first sequences * length tokens as [sequences, length], consecutive and without overlap.
+def _own(length: int, start: Sequence[int]) -> int:
+    """Tokens of the text in a row of so many."""
+    if length <= len(start):
+        raise DataError(
+            "length", f"{length} tokens, of which the prompt's start takes {len(start)}", "longer sequences"
+        )
+    return length - len(start)
+
+
+def _behind(start: Sequence[int], rows: Tensor) -> Tensor:
+    return torch.cat([torch.tensor([start] * len(rows), dtype=rows.dtype).view(len(rows), -1), rows], 1)
+
+
+def count_rows(tokens: Tensor, *, length: int, start: Sequence[int] = ()) -> int:
+    """How many sequences `pack` can make of the tokens."""
+    return tokens.numel() // _own(length, start)
+
+
+def pack(tokens: Tensor, *, sequences: int, length: int, what: str, start: Sequence[int] = ()) -> Tensor:
+    """Sequences [sequences, length] of the first tokens, consecutive and without overlap, each behind `start`.
 
     Args:
         tokens: int64 [N].
         what: what the text is for, such as "calibration text"; used in the error.
+        start: tokenizer.prompt_start, which is in every prompt too.
 
     Raises:
-        DataError: N < sequences * length.
+        DataError: N < sequences * (length - len(start)).
     """
-    have, need = tokens.numel(), sequences * length
+    own = _own(length, start)
+    have, need = tokens.numel(), sequences * own
     if have < need:
-        fit = have // length
+        fit = have // own
         hint = (
             f"at most {fit} sequences, those that only score (calib.holdout) among them, or a longer text"
             if fit
@@ -267,7 +291,7 @@ def pack(tokens: Tensor, *, sequences: int, length: int, what: str) -> Tensor:
             f"has {have} tokens, but {sequences} sequences of {length} tokens need {need}; {fit} such sequences fit",
             hint,
         )
-    return tokens[:need].reshape(sequences, length)
+    return _behind(start, tokens[:need].reshape(sequences, own))
 
 
 def text_sha256(path: str | Path) -> str:

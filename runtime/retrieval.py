@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from tcal_compiler.errors import ConfigError, DataError
 
 from .tasks import Answer, Request, Task, encode_request
-from .tokenizer import TokenizerLike, encode_each
+from .tokenizer import TokenizerLike, encode_each, prompt_start
 
 NUM_FACTS = {"needle": 1, "recall": 8}
 NUM_EXAMPLES = 100  # when nothing else is asked for
@@ -115,7 +115,7 @@ def _example(filler: Filler, kind: str, length: int, number: int, seed: int) -> 
     """A request of exactly `length` tokens: what filler is too much is dropped at the start, where no fact is."""
     rng = random.Random(f"{seed} {kind} {length} {number}")
     tokenizer, count = filler.tokenizer, NUM_FACTS[kind]
-    start = _prompt_start(tokenizer)
+    start = prompt_start(tokenizer)
     for _ in range(_TRIALS):
         keys = rng.sample(list(itertools.product(_COLOURS, _THINGS)), count)
         codes = [f"{c:0{_DIGITS}}" for c in rng.sample(range(10**_DIGITS), count)]
@@ -144,9 +144,3 @@ def _insert(pieces: list[str], facts: list[str], depths: list[float]) -> str:
     for fact, depth in zip(facts, depths, strict=True):
         behind[round(depth * (len(pieces) - 1))].append(fact)
     return " ".join(itertools.chain.from_iterable(behind))
-
-
-def _prompt_start(tokenizer: TokenizerLike) -> tuple[int, ...]:
-    """The token that the tokenizer puts before every prompt, if it does."""
-    first = tokenizer.encode("x", special=True)[:1]
-    return tuple(first) if first and first[0] == tokenizer.bos_token_id else ()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tcal_compiler.errors import ConfigError
 
 from . import data
-from .tokenizer import TokenizerLike
+from .tokenizer import TokenizerLike, prompt_start
 
 WHERE = "calib.text"
 LEAST = 1e-6  # weight
@@ -106,11 +106,12 @@ class CalibrationText:
         """The first `count` rows [count, length]. Raises DataError when a file is too short for its share of them."""
         order = self._order(count)
         parts: list[Tensor] = []
+        start = prompt_start(tokenizer)
         for i, source in enumerate(self.sources):
             docs, share = data.read_text(source.path), int((order == i).sum())
             if share:
                 tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=share * length)
-                parts.append(data.pack(tokens, sequences=share, length=length, what=str(source.path)))
+                parts.append(data.pack(tokens, sequences=share, length=length, what=str(source.path), start=start))
         return torch.cat(parts)[order.argsort(stable=True).argsort()]
 
     def rows(self, tokenizer: TokenizerLike, *, length: int) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,12 @@ class HfTokenizer:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def prompt_start(tokenizer: TokenizerLike) -> tuple[int, ...]:
+    """The token that the tokenizer puts before every prompt, if it does: a model of such a one needs it."""
+    first = tokenizer.encode("x", special=True)[:1]
+    return tuple(first) if first and first[0] == tokenizer.bos_token_id else ()
+
+
 def encode_each(tokenizer: TokenizerLike, texts: Sequence[str]) -> Iterator[list[int]]:
     """encode of one text after the other; a transformers tokenizer takes _BLOCK of them at a time, on all cores."""
     if not isinstance(tokenizer, HfTokenizer):

@@ -25,7 +25,7 @@ from .runtime.retrieval import NUM_EXAMPLES, check_sizes, retrieval_tasks
 from .runtime.run_folder import RunFolder
 from .runtime.student import without_linear
 from .runtime.tasks import BATCH_TOKENS, Task, TaskScore, score_tasks
-from .runtime.tokenizer import TokenizerLike
+from .runtime.tokenizer import TokenizerLike, prompt_start
 from .runtime.zero_shot import check_tasks, task_file, with_average, zero_shot_tasks
 from .source import Source, check_device, check_length
 from .variants import run_tokenizer
@@ -136,8 +136,9 @@ def _sequences(run: RunFolder, source: Source, words: TokenizerLike, measures: M
     text = str(measures.text)
     check_length(length := measures.length or calibration_length(run), source, "--length")
     tokens = data.encode_documents(data.read_text(text), words, words.eos_token_id)
-    count = max(1, min(measures.sequences, len(tokens) // length))
-    return data.pack(tokens, sequences=count, length=length, what=text)
+    start = prompt_start(words)
+    count = max(1, min(measures.sequences, data.count_rows(tokens, length=length, start=start)))
+    return data.pack(tokens, sequences=count, length=length, what=text, start=start)
 
 
 def _tasks(run: RunFolder, words: TokenizerLike, measures: Measures) -> list[Task]:

@@ -15,13 +15,15 @@ from tcal_compiler import cli
 from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.data import (
     check_not_calibrated,
+    count_rows,
     encode_documents,
+    encode_rows,
     pack,
     paragraph_hashes,
     read_text,
     text_sha256,
 )
-from tcal_compiler.runtime.tokenizer import ByteTokenizer, read_tokenizer
+from tcal_compiler.runtime.tokenizer import ByteTokenizer, prompt_start, read_tokenizer
 
 DOCS = ["One text.\nTwo lines.", "Zwölf Boxkämpfer", 'a "quoted" one']
 
@@ -173,3 +175,28 @@ def test_texts_encoded_together_are_texts_encoded_alone():
     docs = [f"Document {n}, \u00e9\u4e2d. " * (n % 7) + "end" for n in range(150)]
     expected = [i for doc in docs for i in [*tokenizer.encode(doc), 0]][:-1]
     assert encode_documents(docs, tokenizer, 0).tolist() == expected
+
+
+class Begins(ByteTokenizer):
+    """Bytes, and token 7 before every prompt."""
+
+    bos_token_id = 7
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return [7] * special + super().encode(text)
+
+
+def test_every_row_begins_as_prompts_do():
+    words = Begins()
+    assert prompt_start(words) == (7,) and prompt_start(ByteTokenizer()) == ()
+    docs = ["abcde", "fgh"]
+    tokens = encode_documents(docs, words, 0)
+    assert tokens.tolist() == [*b"abcde", 0, *b"fgh"]  # none inside
+    rows = pack(tokens, sequences=3, length=4, what="text", start=(7,))
+    assert rows.tolist() == [[7, *b"abc"], [7, *b"de", 0], [7, *b"fgh"]]
+    assert count_rows(tokens, length=4, start=(7,)) == 3 and count_rows(tokens, length=4) == 2
+    ids, counts = encode_rows(docs, words, 0, length=5)
+    assert ids.tolist() == [[7, *b"abcd"], [7, *b"e", 0, *b"fg"], [7, *b"h", 0, 0, 0]]
+    assert counts.tolist() == [[True] * 4, [True, True, False, True], [True, False, False, False]]
+    with pytest.raises(DataError, match="1 tokens, of which the prompt's start takes 1"):
+        pack(tokens, sequences=1, length=1, what="text", start=(7,))
