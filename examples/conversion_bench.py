@@ -90,11 +90,9 @@ class Bench:
         self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))
         self.scan: SiteScan = self.timed("match", lambda: find_attention(self.capture))
         move_to(self.capture.gm, self.device)
-        eos = tokenizer.eos_token_id
         rows = args.sequences + args.holdout
-        tokens = encode_documents(read_text(args.calib), tokenizer, eos, most=rows * args.length)
-        start = prompt_start(tokenizer)
-        self.ids = pack(tokens, sequences=rows, length=args.length, what=args.calib, start=start)
+        tokens = encode_documents(read_text(args.calib), tokenizer, tokenizer.eos_token_id, most=rows * args.length)
+        self.ids = pack(tokens, sequences=rows, length=args.length, what=args.calib, start=prompt_start(tokenizer))
         self.kept = args.init_sequences or args.sequences
         self.seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
         self.texts = dict(self._text(item, tokenizer) for item in args.eval)
@@ -121,10 +119,8 @@ class Bench:
         check_not_calibrated(path, *self.seen)
         ids = encode_documents(read_text(path), tokenizer, tokenizer.eos_token_id)
         length = int(own) if own else self.args.eval_length
-        start = prompt_start(tokenizer)
-        count = count_rows(ids, length=length, start=start)
-        if self.args.eval_sequences:
-            count = min(count, self.args.eval_sequences * self.args.eval_length // length)
+        start, most = prompt_start(tokenizer), self.args.eval_sequences or len(ids)
+        count = min(count_rows(ids, length=length, start=start), most * self.args.eval_length // length)
         return f"{name} ({length})", pack(ids, sequences=count, length=length, what=path, start=start)
 
     def _tasks(self, tokenizer: TokenizerLike) -> list[Task]:

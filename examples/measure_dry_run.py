@@ -7,7 +7,7 @@ With --memory, what tcal inspect --memory says of the configuration alone, again
 and of tcal generate; the words then need --distill-steps for distillation to be measured.
 
 Each model's dry run and conversion run one after the other, each in a process of its own. Other work on the machine
-between the two shows in the times, less in CPU times.
+between the two shows in the times, less in CPU times; --repeat 3 does both three times in turn and gives medians.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 COLUMNS = ("seconds", "cpu_seconds", "peak_bytes")
@@ -131,6 +132,17 @@ def compared_memory(words: list[str], place: Path) -> dict[str, Any]:
     return {"command": command(words), "parameters": said["parameters"], "stages": stages}
 
 
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each figure over the runs of `compared`."""
+
+    def middle(stage: str, column: str) -> list[float]:
+        pairs = [r["stages"][stage][column] for r in runs]
+        return [median(p[side] for p in pairs) for side in (0, 1)]
+
+    stages = {stage: {column: middle(stage, column) for column in row} for stage, row in runs[0]["stages"].items()}
+    return runs[0] | {"stages": stages, "dry_run_seconds": median(r["dry_run_seconds"] for r in runs)}
+
+
 def command(words: list[str]) -> str:
     return shlex.join(["tcal-compile", *(Path(w).name for w in words)])
 
@@ -139,6 +151,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", action="append", default=[], metavar="NAME: WORDS", help="of tcal-compile, without -o")
     p.add_argument("--memory", action="store_true", help="tcal inspect --memory in place of the dry run")
+    p.add_argument("--repeat", type=int, default=1, help="dry run and conversion in turn; medians are given")
     p.add_argument("--keep", type=Path, help="folder in which the runs stay; one that is there is not made again")
     p.add_argument("--json", type=Path)
     p.add_argument("--convert", type=Path, help=argparse.SUPPRESS)
@@ -151,10 +164,14 @@ def main() -> None:
     body: dict[str, Any] = {"environment": environment(), kind: {}}
     for model in args.model:
         name, words = model.split(":", 1)
-        with tempfile.TemporaryDirectory(prefix="tcal-dry-run-") as place:
-            folder = args.keep / name if args.keep else Path(place)
-            folder.mkdir(parents=True, exist_ok=True)
-            body[kind][name] = compare(shlex.split(words), folder)
+        runs = []
+        for number in range(args.repeat):
+            with tempfile.TemporaryDirectory(prefix="tcal-dry-run-") as place:
+                folder = (args.keep or Path(place)) / (f"{name}-{number}" if number else name)
+                folder.mkdir(parents=True, exist_ok=True)
+                runs.append(compare(shlex.split(words), folder))
+        body[kind][name] = medians(runs) if args.repeat > 1 else runs[0]
+        body["repeat"] = args.repeat
         for stage, row in body[kind][name]["stages"].items():
             print(name, stage, {c: f"{a:.4g} said, {b:.4g} seen" for c, (a, b) in row.items()}, flush=True)
     if args.json:

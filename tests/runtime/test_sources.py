@@ -113,7 +113,7 @@ def test_a_file_without_a_share_is_read_all_the_same(files, tmp_path):
 
 def test_no_more_documents_are_encoded_than_are_needed(files, monkeypatch):
     encoded, encode = [], ByteTokenizer.encode
-    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, t: (encoded.append(t), encode(self, t))[1])
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, t, **kw: (encoded.append(t), encode(self, t, **kw))[1])
     text(files[0]).sequences(ByteTokenizer(), count=4, length=256)
     assert 1 < len(encoded) < 8
 

@@ -19,7 +19,7 @@ from tcal_compiler.runtime.tokenizer import ByteTokenizer, HfTokenizer
 
 
 class Counting(ByteTokenizer):
-    """A tokenizer with a fingerprint that notes what it encodes."""
+    """A tokenizer with a fingerprint that counts the texts that it encodes."""
 
     eos_token_id = 0
 
@@ -27,7 +27,7 @@ class Counting(ByteTokenizer):
         self.mark, self.calls = mark, 0
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        self.calls += 1
+        self.calls += not special
         return super().encode(text)
 
     def fingerprint(self) -> str | None:
