@@ -195,7 +195,7 @@ def serving(name: str, body: dict[str, Any]) -> str:
         seen = [format(r[k], f) if k in r else "" for k, f in shapes.items()]
         cells = [r["name"], str(r["batch"]), str(r["context"]), *([r["error"]] if "error" in r else seen)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 
 def run_folder(name: str, body: dict[str, Any]) -> str:
