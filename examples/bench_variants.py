@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from tcal_compiler.runtime import data
 from tcal_compiler.runtime.quantize import WEIGHT_TYPES, divergence, quantize
 from tcal_compiler.runtime.session import OnnxSession
-from tcal_compiler.runtime.tokenizer import ByteTokenizer, prompt_start, read_tokenizer
+from tcal_compiler.runtime.tokenizer import ByteTokenizer, read_tokenizer
 
 TABLES = ("Gather", "GroupQueryAttention")  # read a row for each token of what else they could read
 
@@ -73,8 +73,7 @@ def text_ids(folder: Path, text: Path, sequences: int, length: int) -> NDArray[n
     named = (folder / "tokenizer.json").is_file()
     eos, bos = config.get("eos_token_id"), config.get("bos_token_id")
     tokenizer = read_tokenizer(folder, eos_token_id=eos, bos_token_id=bos) if named else ByteTokenizer()
-    tokens = data.encode_documents(data.read_text(text), tokenizer, tokenizer.eos_token_id)
-    return data.pack(tokens, sequences=sequences, length=length, what=str(text), start=prompt_start(tokenizer)).numpy()
+    return data.text_rows(text, tokenizer, sequences=sequences, length=length).numpy()
 
 
 def written(name: str, source: Path, work: Path, dtypes: Iterable[str]) -> dict[str, Path]:

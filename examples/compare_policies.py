@@ -35,7 +35,6 @@ from tcal_compiler.runtime.score_sites import Trials, initial_student, planned_s
 from tcal_compiler.runtime.select_sites import SetScores, aligned_student
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import collect_taps
-from tcal_compiler.runtime.tokenizer import prompt_start
 from tcal_compiler.source import Source, open_source
 
 
@@ -79,14 +78,7 @@ class Comparison:
                 f"{args.calib} holds {len(rows)} sequences of {args.length} tokens; {count} were asked for"
             )
         self.ids, self.counts = rows[:count], counts[:count]
-        tokens = data.encode_documents(data.read_text(args.eval), tokenizer, eos)
-        self.text = data.pack(
-            tokens,
-            sequences=args.eval_sequences,
-            length=args.eval_length,
-            what=str(args.eval),
-            start=prompt_start(tokenizer),
-        )
+        self.text = data.text_rows(args.eval, tokenizer, sequences=args.eval_sequences, length=args.eval_length)
         args.out.mkdir(parents=True, exist_ok=True)
         self.initial = self.timed("init of every site", self._initial)
 

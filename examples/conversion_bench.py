@@ -31,6 +31,7 @@ from tcal_compiler.runtime.data import (
     pack,
     paragraph_hashes,
     read_text,
+    text_rows,
     text_sha256,
 )
 from tcal_compiler.runtime.distill import distill
@@ -91,8 +92,7 @@ class Bench:
         self.scan: SiteScan = self.timed("match", lambda: find_attention(self.capture))
         move_to(self.capture.gm, self.device)
         rows = args.sequences + args.holdout
-        tokens = encode_documents(read_text(args.calib), tokenizer, tokenizer.eos_token_id, most=rows * args.length)
-        self.ids = pack(tokens, sequences=rows, length=args.length, what=args.calib, start=prompt_start(tokenizer))
+        self.ids = text_rows(args.calib, tokenizer, sequences=rows, length=args.length)
         self.kept = args.init_sequences or args.sequences
         self.seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
         self.texts = dict(self._text(item, tokenizer) for item in args.eval)

@@ -34,7 +34,6 @@ from tcal_compiler.runtime import data
 from tcal_compiler.runtime.onnx_parity import TorchLogits, session_logits, torch_logits
 from tcal_compiler.runtime.run_folder import RunFolder
 from tcal_compiler.runtime.session import OnnxSession
-from tcal_compiler.runtime.tokenizer import prompt_start
 from tcal_compiler.variants import TEXT, model_file, run_tokenizer
 
 
@@ -100,8 +99,7 @@ def verify(path: Path, runtimes: list[str], prompts: int, prompt_length: int, co
     with RunFolder.open_existing(path) as run, tempfile.TemporaryDirectory() as work:
         stateful = make_stateful(student_program(run), verify=False)  # the export verified it
         tokenizer = run_tokenizer(run)
-        text = data.encode_documents(data.read_text(TEXT), tokenizer, tokenizer.eos_token_id)
-        ids = data.pack(text, sequences=prompts, length=prompt_length, what=str(TEXT), start=prompt_start(tokenizer))
+        ids = data.text_rows(TEXT, tokenizer, sequences=prompts, length=prompt_length)
         logits = torch_logits(stateful)
         tokens, margins = torch_greedy(stateful, ids, count)
         request, answer = Path(work, "request.npz"), Path(work, "answer.npz")

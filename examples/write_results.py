@@ -272,7 +272,8 @@ def on_device(name: str, body: dict[str, Any]) -> str:
     lines = [
         f"## {name}\n",
         _machine(body["environment"]),
-        f"Profile cuda in ONNX Runtime {body['onnxruntime']} by `examples/check_cuda.py`, nodes of a step: "
+        f"Profile cuda in ONNX Runtime {body['onnxruntime']} by `examples/check_cuda.py`, one sequence; "
+        "nodes of a step: "
         + ", ".join(f"{n} on {p}" for p, n in nodes.items())
         + f". KL to the float32 student on the CPU {body['kl']:.1e} nats per token.\n",
         "| tokens before | prefill, tokens per second | one more token, ms |",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from tcal_compiler.errors import UnsupportedModelError
@@ -36,8 +35,7 @@ def without_complex(gm: GraphModule) -> GraphModule:
                 pairs.add(n)
         else:
             mapped[n] = graph.node_copy(n, mapped.__getitem__)
-    root: nn.Module = gm
-    return fresh(root, graph)
+    return fresh(gm, graph)
 
 
 def _lowered(graph: Graph, n: Node, mapped: dict[Node, Node], pairs: set[Node]) -> Node:

@@ -261,6 +261,15 @@ def _behind(start: Sequence[int], rows: Tensor) -> Tensor:
     return torch.cat([torch.tensor([start] * len(rows), dtype=rows.dtype).view(len(rows), -1), rows], 1)
 
 
+def text_rows(path: str | Path, tokenizer: TokenizerLike, *, sequences: int, length: int) -> Tensor:
+    """The first sequences of a text file, int64 [sequences, length], each behind the tokenizer's prompt_start.
+
+    Raises DataError as `read_text`, `encode_documents` and `pack` do.
+    """
+    tokens = encode_documents(read_text(path), tokenizer, tokenizer.eos_token_id, most=sequences * length)
+    return pack(tokens, sequences=sequences, length=length, what=str(path), start=prompt_start(tokenizer))
+
+
 def count_rows(tokens: Tensor, *, length: int, start: Sequence[int] = ()) -> int:
     """How many sequences `pack` can make of the tokens."""
     return tokens.numel() // _own(length, start)

@@ -48,21 +48,23 @@ class Meter:
 
     time: Time
     peak: int
+    _watcher: threading.Thread | None
     _open: ClassVar[list[Meter]] = []
 
     def __enter__(self) -> Meter:
-        self._stop, self._watcher = threading.Event(), threading.Thread(target=self._watch, daemon=True)
-        self._watched = not _look(self._open)
+        self._stop, self._watcher = threading.Event(), None
+        watched = not _look(self._open)
         self.peak = psutil.Process().memory_info().rss
         self._open.append(self)
-        if self._watched:
+        if watched:
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
             self._watcher.start()
         self._start = Time.now()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.time = Time.now() - self._start
-        if self._watched:
+        if self._watcher is not None:
             self._stop.set()
             self._watcher.join()
         _look(self._open)

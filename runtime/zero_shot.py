@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,13 @@ class Example:
         return cls(tuple((context, f" {c}") for c in choices), tuple(choices), gold)
 
 
-class _Row(BaseModel):
+class _Row(BaseModel, ABC):
     """A line of a task's file: only the fields that are read of it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    def example(self) -> Example:
-        raise NotImplementedError
+    @abstractmethod
+    def example(self) -> Example: ...
 
 
 class _Choices(BaseModel):

@@ -22,7 +22,7 @@ from .runtime.onnx_export import DATA_FILE, LOWERINGS, MODEL_FILE, check_runtime
 from .runtime.quantize import MOST_KL, WEIGHT_TYPES, Divergence, WeightType, divergence, quantize
 from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession
-from .runtime.tokenizer import ByteTokenizer, TokenizerLike, prompt_start, read_tokenizer
+from .runtime.tokenizer import ByteTokenizer, TokenizerLike, read_tokenizer
 
 TEXT = ASSETS / "text" / "heldout.txt"
 SEQUENCES, LENGTH = 8, 128
@@ -136,11 +136,9 @@ def _checked(dtype: str, max_kl: float | None) -> float:
 def measure(run: RunFolder, model: Path) -> Divergence:
     """A variant against the run's float32 student, on the first sequences of the held-out text."""
     tokenizer = run_tokenizer(run)
-    tokens = data.encode_documents(data.read_text(TEXT), tokenizer, tokenizer.eos_token_id)
     reference, other = OnnxSession(run.path / model_file()), OnnxSession(model)
     length = min(LENGTH, reference.context_length or LENGTH)
-    start = prompt_start(tokenizer)
-    ids: NDArray[np.int64] = data.pack(tokens, sequences=SEQUENCES, length=length, what=str(TEXT), start=start).numpy()
+    ids: NDArray[np.int64] = data.text_rows(TEXT, tokenizer, sequences=SEQUENCES, length=length).numpy()
     return divergence(reference, other, ids)
 
 

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def one(name: str, *values: int) -> tuple[Fields, ...]:
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(ABC):
     """What one entry of the table is for: an operator at one dtype and head dim, over shapes."""
 
     dtype: torch.dtype
@@ -68,16 +69,16 @@ class Target:
     def key(self) -> str:
         return tuning.key(self.op, self.dtype, self.dim, self.dim)
 
-    def trials(self) -> tuple[Trial, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def trials(self) -> tuple[Trial, ...]: ...
 
+    @abstractmethod
     def errors(self, device: torch.device) -> dict[str, float]:
         """Against float64, of a small case."""
-        raise NotImplementedError
 
+    @abstractmethod
     def runs(self, shape: Shape, kind: str) -> list[Run]:
         """What is timed: each gives its results."""
-        raise NotImplementedError
 
     @contextmanager
     def entry(self, fields: Fields) -> Iterator[None]:

@@ -16,7 +16,7 @@ from .plots import Scales
 REASONS = {
     "uniform": "Layers at even distances, the first one included, stay softmax.",
     "keep=": "The layers that the policy names stay softmax.",
-    "kl": "Of several sets of layers the one that leaves the least KL after a few steps of alignment stays softmax; a "
+    "kl": "Of several sets of layers the one that leaves the least KL after a short alignment stays softmax; a "
     "layer's score is the KL of the teacher with this layer alone converted.",
     "forward": "Layers stay softmax one by one, each the one that leaves the least KL; its score is the KL left then.",
     "none": "No layer stays softmax.",
