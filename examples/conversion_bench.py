@@ -31,7 +31,6 @@ from tcal_compiler.runtime.data import (
     pack,
     paragraph_hashes,
     read_text,
-    text_rows,
     text_sha256,
 )
 from tcal_compiler.runtime.distill import distill
@@ -39,6 +38,7 @@ from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.retrieval import NUM_EXAMPLES, retrieval_tasks
 from tcal_compiler.runtime.score_sites import Trials, initial_student, score_sites
 from tcal_compiler.runtime.select_sites import SetScores, aligned_student, forward_path
+from tcal_compiler.runtime.sources import CalibrationText, TextSource
 from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.taps import LivePairs, SiteGroup, collect_taps
 from tcal_compiler.runtime.tasks import BATCH_TOKENS, Task, score_tasks
@@ -91,8 +91,8 @@ class Bench:
         self.capture: Capture = self.timed("capture", lambda: capture_teacher(teacher))
         self.scan: SiteScan = self.timed("match", lambda: find_attention(self.capture))
         move_to(self.capture.gm, self.device)
-        rows = args.sequences + args.holdout
-        self.ids = text_rows(args.calib, tokenizer, sequences=rows, length=args.length)
+        calib = CalibrationText((TextSource(Path(args.calib)),), args.repeats)
+        self.ids = calib.sequences(tokenizer, count=args.sequences + args.holdout, length=args.length)
         self.kept = args.init_sequences or args.sequences
         self.seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
         self.texts = dict(self._text(item, tokenizer) for item in args.eval)

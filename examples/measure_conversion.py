@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
     p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
     p.add_argument("--length", type=int, default=512)
+    p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
     p.add_argument(
         "--score-align-steps", type=int, default=200, help="of every site, before kl and forward measure sets of sites"
     )

@@ -30,6 +30,14 @@ class CalibConfig(StrictModel):
         "alignment computes those of all sequences anew in each step, so that there can be any number; default: all",
     )
 
+    repeats: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="share of each sequence's tokens that are copies of stretches from earlier in it, so that training "
+        "rewards recall; texts that are scored by eval stay as they are",
+    )
+
     @model_validator(mode="after")
     def _at_most_all(self) -> CalibConfig:
         if self.init_sequences is not None and self.init_sequences > self.sequences:

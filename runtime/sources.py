@@ -17,6 +17,7 @@ from torch import Tensor
 from tcal_compiler.errors import ConfigError
 
 from . import data
+from .repeats import repeat_stretches
 from .tokenizer import TokenizerLike, prompt_start
 
 WHERE = "calib.text"
@@ -66,9 +67,10 @@ class CalibrationText:
     """The files that a student is calibrated and distilled on, and that nothing may be measured on."""
 
     sources: tuple[TextSource, ...]
+    repeats: float = 0.0  # share of repeat_stretches
 
     @classmethod
-    def of(cls, given: str | list[str] | None, *, default: Path) -> CalibrationText:
+    def of(cls, given: str | list[str] | None, *, default: Path, repeats: float = 0.0) -> CalibrationText:
         """From calib.text: PATH or PATH:WEIGHT, one or several; default when nothing is given.
 
         Raises ConfigError for an empty list, a weight that is no positive number, or a file that stands twice.
@@ -79,7 +81,7 @@ class CalibrationText:
         if not sources or len(set(paths)) < len(paths):
             what = f"{texts} names no file" if not sources else f"{texts} names a file twice"
             raise ConfigError(WHERE, what, '["a.jsonl:0.7", "b.txt:0.3"], every file once')
-        return cls(sources)
+        return cls(sources, repeats)
 
     @property
     def name(self) -> str:
@@ -99,8 +101,9 @@ class CalibrationText:
         return {name: data.paragraph_hashes(path) for name, path in self._named().items()}
 
     def identity(self) -> list[list[object]]:
-        """What the rows depend on besides the tokenizer: sha256 and weight of every file, in order."""
-        return [[data.text_sha256(s.path), s.weight] for s in self.sources]
+        """What the rows depend on besides the tokenizer: sha256 and weight of every file, in order, and repeats."""
+        files: list[list[object]] = [[data.text_sha256(s.path), s.weight] for s in self.sources]
+        return files + ([["repeats", self.repeats]] if self.repeats else [])
 
     def sequences(self, tokenizer: TokenizerLike, *, count: int, length: int) -> Tensor:
         """The first `count` rows [count, length]. Raises DataError when a file is too short for its share of them."""
@@ -112,7 +115,7 @@ class CalibrationText:
             if share:
                 tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=share * length)
                 parts.append(data.pack(tokens, sequences=share, length=length, what=str(source.path), start=start))
-        return torch.cat(parts)[order.argsort(stable=True).argsort()]
+        return self._repeated(torch.cat(parts)[order.argsort(stable=True).argsort()], tokenizer)
 
     def rows(self, tokenizer: TokenizerLike, *, length: int) -> tuple[Tensor, Tensor]:
         """All rows, as data.encode_rows gives them, up to where the file that is next has no more.
@@ -133,7 +136,11 @@ class CalibrationText:
             pick.append(starts[i] + taken[i])
             taken[i] += 1
         index = torch.tensor(pick)
-        return torch.cat([ids for ids, _ in parts])[index], torch.cat([counts for _, counts in parts])[index]
+        ids, counts = (torch.cat(part)[index] for part in zip(*parts, strict=True))
+        return self._repeated(ids, tokenizer), counts
+
+    def _repeated(self, rows: Tensor, tokenizer: TokenizerLike) -> Tensor:
+        return repeat_stretches(rows, self.repeats, behind=len(prompt_start(tokenizer)))
 
     def _order(self, count: int) -> Tensor:
         turns = mix([s.weight for s in self.sources])

@@ -82,7 +82,8 @@ def prepare(
     if until not in STAGES:
         raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
     check_names(config.calib.text, teacher=teacher, tokenizer=tokenizer, out=out)
-    place, text = check_device(device), CalibrationText.of(config.calib.text, default=CALIBRATION_TEXT)
+    place, calib = check_device(device), config.calib
+    text = CalibrationText.of(calib.text, default=CALIBRATION_TEXT, repeats=calib.repeats)
     if until == "export":
         check_supported(config.export)
     check_output(out)
@@ -91,8 +92,8 @@ def prepare(
     assert source.tokenizer is not None
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)
-    check_length(config.calib.length, source, "calib.length")
-    ids = text.sequences(source.tokenizer, count=config.calib.rows, length=config.calib.length)
+    check_length(calib.length, source, "calib.length")
+    ids = text.sequences(source.tokenizer, count=calib.rows, length=calib.length)
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
     return Job(source, record, text, ids, chosen, place)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tcal_compiler.errors import ConfigError, DataError
 from tcal_compiler.runtime.data import check_not_calibrated, encode_documents, encode_rows, pack, read_text
+from tcal_compiler.runtime.repeats import repeat_stretches
 from tcal_compiler.runtime.sources import CalibrationText, TextSource, mix, parse_source
 from tcal_compiler.runtime.tokenizer import ByteTokenizer
 
@@ -214,3 +215,28 @@ def test_a_parquet_file_that_is_damaged_anywhere_is_text_or_a_typed_error(tmp_pa
             except DataError:
                 refused += 1
     assert refused > len(whole) // 7
+
+
+@pytest.mark.parametrize(("length", "behind"), [(128, 0), (128, 3), (8, 0), (2, 1)])
+def test_repeated_stretches(length, behind):
+    plain = torch.arange(20 * length).view(20, length)
+    rows = repeat_stretches(plain, 0.25, behind=behind)
+    assert torch.equal(rows, repeat_stretches(plain, 0.25, behind=behind))
+    assert torch.equal(rows[:7], repeat_stretches(plain[:7], 0.25, behind=behind))
+    copied = rows != plain
+    for row, own, there in zip(rows, plain, copied, strict=True):
+        assert set(row.tolist()) <= set(own.tolist())
+        assert (row <= own).all() and not there[:behind].any()
+    if length == 128:
+        assert 0.15 < copied.float().mean() < 0.25  # overlaps take some
+        assert (rows.diff()[copied[:, 1:]] == 1).float().mean() > 0.9  # in stretches
+    assert torch.equal(repeat_stretches(plain, 0.0), plain)
+
+
+def test_repeats_are_in_all_rows_alike(files):
+    tokenizer, own = Eos(), text(*files)
+    again = CalibrationText.of([str(f) for f in files], default=DEFAULT, repeats=0.25)
+    assert own.identity() == again.identity()[:2] != again.identity()
+    first, (rows, counts) = again.sequences(tokenizer, count=40, length=64), again.rows(tokenizer, length=64)
+    assert torch.equal(first, rows[:40]) and not torch.equal(first, own.sequences(tokenizer, count=40, length=64))
+    assert torch.equal(counts, own.rows(tokenizer, length=64)[1])
