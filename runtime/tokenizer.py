@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from tcal_compiler.errors import DataError
 BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _BLOCK = 64  # texts
+_ADDS_BOS = b"\x1c\0\0\0\0\0\0\0tokenizer.ggml.add_bos_token\7\0\0\0"  # of a GGUF: length of a key, key, type
 _PROBE = "A word, \u00e9\u4e2d"
 _LEAST_COVERAGE = 0.9  # vocabularies are padded by a few per cent; a tokenizer that covers less is suspicious
 
@@ -76,6 +78,20 @@ class HfTokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         # verbose=False: transformers warns about texts longer than the context, which packing cuts anyway
         return list(self.hf(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def put_bos_first(self) -> None:
+        """Puts bos_token_id before every prompt, here and in the saved files, where that is not done yet."""
+        if self.bos_token_id is None or self.encode("x", special=True)[:1] == [self.bos_token_id]:
+            return
+        from tokenizers.processors import Sequence as Both
+        from tokenizers.processors import TemplateProcessing
+
+        bos = self.hf.convert_ids_to_tokens(self.bos_token_id)
+        first = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, self.bos_token_id)]
+        )
+        backend = self.hf.backend_tokenizer
+        backend.post_processor = Both([p for p in (backend.post_processor, first) if p is not None])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -174,12 +190,21 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
         with quiet_transformers():
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **extra)
         found = HfTokenizer(hf, **ids)
+        if gguf_file is not None and _adds_bos(where):
+            found.put_bos_first()
         found.decode(found.encode(_PROBE, special=True))
     except Exception as e:  # tokenizers raises bare Exception for damaged files
         raise DataError(
             str(where), f"cannot read the tokenizer: {type(e).__name__}: {_short(e)}", "copy it again"
         ) from e
     return found
+
+
+def _adds_bos(gguf: Path) -> bool:
+    """Whether the file says that a BOS token stands before every prompt."""
+    with gguf.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(_ADDS_BOS)
+        return at >= 0 and data[at + len(_ADDS_BOS) :][:1] == b"\1"
 
 
 def check_tokenizer(tokenizer: TokenizerLike, vocab_size: int) -> None:
