@@ -32,22 +32,24 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
 @contextmanager
 def _compiling(device: torch.device) -> Iterator[None]:
-    """Inside, kernels are compiled on several threads; none runs. At the end all are ready on the device."""
+    """Inside, kernels are compiled on several threads; none runs. At the end all are ready on the device, but for those
+    that do not compile, which says the run that follows.
+    """
     import triton  # late: what imports this file must not need it
 
     compiled: list[Any] = []
     token = _compiled.set(compiled)
     try:
         with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
-            with triton.AsyncCompileMode(pool):
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
 
             def load(kernel: Any) -> None:
                 with torch.cuda.device(device):
                     _ = kernel.run  # builds what starts it, and loads it
 
-            kernels = {id(k): k for k in (f.result() if hasattr(f, "result") else f for f in compiled)}
-            list(pool.map(load, kernels.values()))
+            kernels = (f.kernel if isinstance(f, triton.FutureKernel) else f for f in compiled)
+            list(pool.map(load, {id(k): k for k in kernels if k is not None}.values()))
     finally:
         _compiled.reset(token)
 

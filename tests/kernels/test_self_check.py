@@ -211,7 +211,7 @@ def test_each_launch_is_compiled_before_any_runs(monkeypatch):
             return SimpleNamespace(run=done.append("loaded") if warmup else None)
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(triton, "AsyncCompileMode", lambda pool: contextlib.nullcontext())
+    monkeypatch.setattr(triton, "AsyncCompileMode", lambda pool, ignore_errors: contextlib.nullcontext())
 
     def both() -> str:
         launch.launch(Kernel(), 3, "a", BK=1)
