@@ -41,7 +41,7 @@ def _vector(ptr, i, D):
     return tl.load(ptr + i, mask=i < D, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["H", "K"])
+@triton.jit(do_not_specialize=["H", "K"], do_not_specialize_on_alignment=["T"])
 def _step(
     q, k, v, g, beta, gate, weight, start, out, final, scale, eps, l2_eps, T, H, K,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, zb, zt, zh,
