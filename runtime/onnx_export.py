@@ -87,11 +87,16 @@ def check_runtime(profile: str) -> None:
         raise ExportError("ONNX export", what, f"onnxruntime {'.'.join(map(str, least))} or newer")
 
 
+def version_of(text: str) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(int(p) for p in text.split(".")[:2])
+
+
 def runtime_version() -> tuple[int, ...]:
-    """Major and minor version of the ONNX Runtime here."""
+    """Of the ONNX Runtime here."""
     import onnxruntime as ort
 
-    return tuple(int(p) for p in ort.__version__.split(".")[:2])
+    return version_of(ort.__version__)
 
 
 def export_onnx(
