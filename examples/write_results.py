@@ -173,10 +173,10 @@ def runtimes(name: str, body: dict[str, Any]) -> str:
             cells = [student, f"{r['layers_kept']}, {r['layers_converted']}", r["profile"], row["onnxruntime"]]
             seen = [row.get("error", ""), "", ""]
             if "logit_error" in row:
-                seen = [f"{row['logit_error']:.2g}", f"{r['allowed']:.2g}", f"{row['tokens_that_differ']}"]
-                seen[2] += (
-                    f" of {r['tokens']} ({r['distinct_tokens']} distinct, least margin {r['smallest_margin']:.2g})"
-                )
+                seen[:2] = f"{row['logit_error']:.2g}", f"{r['allowed']:.2g}"
+            if "tokens_that_differ" in row:
+                margin = f", least margin {r['smallest_margin']:.2g}" if "smallest_margin" in r else ""
+                seen[2] = f"{row['tokens_that_differ']} of {r['tokens']} ({r['distinct_tokens']} distinct{margin})"
             lines.append("| " + " | ".join([*cells, *seen]) + " |")
     return "\n".join([*lines, ""])
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench_serving
 import verify_runtimes
 
+from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.onnx_parity import TorchLogits
 from tcal_compiler.runtime.session import OnnxSession
 
@@ -41,6 +42,12 @@ def test_a_runtime_passes_only_within_the_bounds():
         "passed": False,
     }
     assert verify_runtimes.compare(broken, known, tokens, "standard")["passed"]  # which needs a newer one: 1.32
+
+
+def test_a_state_that_is_too_large_is_not_tried():
+    bench_serving.check_room({"most_state_gb": 1.0}, 10**9)
+    with pytest.raises(DataError, match=r"would take 1\.1 GB"):
+        bench_serving.check_room({"most_state_gb": 1.0}, 11 * 10**8)
 
 
 @pytest.mark.slow
@@ -77,5 +84,9 @@ def test_every_way_of_serving_is_measured(shared_run: Path, tmp_path: Path, monk
         session.reset(batch=row["batch"])
         session.forward(np.ones((row["batch"], 8), np.int64))
         assert row["state_mb"] == pytest.approx(session.state_bytes / 1e6)
+    assert all(r["share_of_bound"] > 0 and r["read_gb_s"] > 0 for r in rows if "moved_mb" in r)
+    monkeypatch.setattr(sys, "argv", [*words[:3], "--contexts", "8", "--batches", "1", "--json", str(out)])
+    bench_serving.main()  # adds its row to those
+    assert len(json.loads(out.read_text())["serving"]) == len(rows) + 1
     for row in (r for r in rows if r["name"].startswith("llama")):
         assert row["state_mb"] * 1e6 == 2 * 2 * row["batch"] * 2 * row["context"] * 8 * 4
