@@ -6,7 +6,7 @@ Each NAME=RUN is a run folder (or a folder with model.onnx). The state of a cont
 since decode time does not depend on their values. Every turn takes all models through all contexts, so that a machine
 whose speed drifts treats them alike. Medians of single-token steps are given, and the median over the turns of a turn's
 time behind a context against the same turn's behind the first. Beyond a student's own context its rotary tables are
-repeated.
+repeated. --operators adds where the time of a step behind the first context goes, by ONNX Runtime's profiler.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ def with_positions(folder: Path, positions: int) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
+def model_folder(path: Path) -> Path:
+    return path / "onnx" if (path / "onnx").is_dir() else path
+
+
 def opened(path: Path, positions: int, threads: int | None) -> OnnxSession:
     """A session with room for so many positions."""
-    folder = path / "onnx" if (path / "onnx").is_dir() else path
+    folder = model_folder(path)
     session = OnnxSession(folder, threads=threads)
     if session.context_length is None or session.context_length >= positions:
         return session
@@ -112,6 +116,23 @@ def measure(sessions: dict[str, OnnxSession], contexts: list[int], steps: int, t
     return table
 
 
+def operators(path: Path, context: int, steps: int, threads: int | None) -> dict[str, dict[str, float]]:
+    """Nodes and milliseconds of each operator in a step, the most expensive first: sums of the medians of nodes."""
+    with tempfile.TemporaryDirectory() as work:
+        session = OnnxSession(model_folder(path), threads=threads, profile_prefix=f"{work}/profile")
+        step_times(session, filled_state(session, context), steps)
+        del session  # which writes the file
+        events = json.loads(next(Path(work).iterdir()).read_text(encoding="utf-8"))
+    nodes: dict[tuple[str, str], list[float]] = {}
+    for e in (e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")):
+        nodes.setdefault((e["args"]["op_name"], e["name"]), []).append(e["dur"] / 1e3)
+    found: dict[str, dict[str, float]] = {}
+    for (kind, _), times in nodes.items():
+        row = found.setdefault(kind, {"nodes": 0, "ms": 0.0})
+        row["nodes"], row["ms"] = row["nodes"] + 1, row["ms"] + statistics.median(times)
+    return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", action="append", required=True, metavar="NAME=RUN")
@@ -119,15 +140,23 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=12, help="steps of a turn")
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--threads", type=int)
+    p.add_argument("--operators", action="store_true")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     room = max(args.contexts) + args.steps + 1
-    named = (item.split("=", 1) for item in args.model)
-    sessions = {name: opened(Path(path), room, args.threads) for name, path in named}
+    paths = {name: Path(path) for name, path in (item.split("=", 1) for item in args.model)}
+    sessions = {name: opened(path, room, args.threads) for name, path in paths.items()}
     table = measure(sessions, args.contexts, args.steps, args.turns)
     for name, rows in table.items():
         for context, row in rows.items():
             print(f"context {context:>6} {name:10}", "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    body: dict[str, Any] = {"steps": args.steps * args.turns, "decode": table}
+    if args.operators:
+        sessions.clear()
+        given = (args.contexts[0], args.steps * args.turns, args.threads)
+        body["operators"] = {name: operators(path, *given) for name, path in paths.items()}
+        for name, kinds in body["operators"].items():
+            print(name, *(f"{kind} {row['nodes']}: {row['ms']:.3f} ms" for kind, row in kinds.items()), sep="\n  ")
     if args.json:
         import onnxruntime
 
@@ -138,9 +167,7 @@ def main() -> None:
             "threads": args.threads,
             "commit": commit,
         }
-        args.json.write_text(
-            json.dumps({"environment": where, "steps": args.steps * args.turns, "decode": table}, indent=1) + "\n"
-        )
+        args.json.write_text(json.dumps({"environment": where} | body, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,9 @@ def decode(name: str, body: dict[str, Any]) -> str:
             flat = "{:.3f} ({:.3f} to {:.3f})".format(*turns) if turns else ""
             cells += [f"{r['speedup_over_first']:.2f}x", flat, f"{r['state_mb']:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
+    for model, kinds in body.get("operators", {}).items():
+        spent = ", ".join(f"{k} {r['ms']:.2f} ({r['nodes']})" for k, r in kinds.items() if r["ms"] >= 0.05)
+        lines.append(f"\nA step of {model} under the profiler, ms of each operator and its nodes: {spent}.")
     return "\n".join([*lines, ""])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -78,3 +79,11 @@ def test_turns_are_compared_with_themselves_and_contexts_may_be_longer_than_the_
     assert turn == [8, whole + 50] * 2
     assert rows[str(whole + 50)]["over_first_context"] == pytest.approx((whole + 50) / 8)
     assert rows["8"]["over_first_context"] == 1 and rows["8"]["state_mb"] < rows[str(whole + 50)]["state_mb"]
+
+
+def test_operators_of_a_step_are_those_of_the_graph_that_runs(shared_run: Path, tmp_path: Path):
+    OnnxSession(shared_run / "onnx", threads=1, optimized_path=tmp_path / "run.onnx")
+    runs = Counter(n.op_type for n in onnx.load(tmp_path / "run.onnx").graph.node)
+    found = bench_onnx.operators(shared_run, 8, 2, 1)
+    assert {kind: row["nodes"] for kind, row in found.items()} == runs
+    assert all(row["ms"] > 0 for row in found.values())
