@@ -12,7 +12,8 @@ an average over it; it has one row only, and is left out beyond --llama-longest.
 its rotary tables are repeated. A state of more than --most-state-gb is not tried. Beside a decode step of an ONNX
 student stands the least time in which one thread reads the bytes that it needs, at the speed that is measured behind
 it: all weights but embedding tables, caches of the context, recurrent states both ways. --pages huge lets glibc ask
-for memory in pages of 2 MB. Rows are added to those that --json holds already: a table can be measured in pieces.
+for memory in pages of 2 MB. Rows are added to those that --json holds already, or replace them: a table can be measured in
+pieces.
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for job in jobs(args, Path(work)):
             row = in_child(job)
-            rows.append({k: job[k] for k in ("name", "context", "batch")} | row)
+            key = {k: job[k] for k in ("name", "context", "batch")}
+            rows = [r for r in rows if any(r[k] != v for k, v in key.items())] + [key | row]
             shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             print(f"context {job['context']:6} batch {job['batch']:2} {job['name']:28} {shown}", flush=True)
     if args.json:

@@ -85,8 +85,9 @@ def test_every_way_of_serving_is_measured(shared_run: Path, tmp_path: Path, monk
         session.forward(np.ones((row["batch"], 8), np.int64))
         assert row["state_mb"] == pytest.approx(session.state_bytes / 1e6)
     assert all(r["share_of_bound"] > 0 and r["read_gb_s"] > 0 for r in rows if "moved_mb" in r)
-    monkeypatch.setattr(sys, "argv", [*words[:3], "--contexts", "8", "--batches", "1", "--json", str(out)])
-    bench_serving.main()  # adds its row to those
+    words = [*words[:3], "--contexts", "8", "9", "--batches", "1", "--steps", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    bench_serving.main()  # adds a row to those and measures one again
     assert len(json.loads(out.read_text())["serving"]) == len(rows) + 1
     for row in (r for r in rows if r["name"].startswith("llama")):
         assert row["state_mb"] * 1e6 == 2 * 2 * row["batch"] * 2 * row["context"] * 8 * 4
