@@ -12,8 +12,8 @@ an average over it; it has one row only, and is left out beyond --llama-longest.
 its rotary tables are repeated. A state of more than --most-state-gb is not tried. Beside a decode step of an ONNX
 student stands the least time in which one thread reads the bytes that it needs, at the speed that is measured behind
 it: all weights but embedding tables, caches of the context, recurrent states both ways. --pages huge lets glibc ask
-for memory in pages of 2 MB. Rows are added to those that --json holds already, or replace them: a table can be measured in
-pieces.
+for memory in pages of 2 MB. Rows are added to those that --json holds already, or replace them: a table can be measured
+in pieces.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,9 @@ def main() -> None:
     args, rows = options(), []
     if args.json and args.json.is_file():
         rows = json.loads(args.json.read_text(encoding="utf-8"))["serving"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    where = {"machine": platform.machine(), "onnxruntime": version("onnxruntime"), "threads": args.threads}
+    where |= {"commit": commit}
     with tempfile.TemporaryDirectory() as work:
         for job in jobs(args, Path(work)):
             row = in_child(job)
@@ -211,13 +215,9 @@ def main() -> None:
             rows = [r for r in rows if any(r[k] != v for k, v in key.items())] + [key | row]
             shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             print(f"context {job['context']:6} batch {job['batch']:2} {job['name']:28} {shown}", flush=True)
-    if args.json:
-        import onnxruntime
-
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        where = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": args.threads}
-        body = {"environment": where | {"commit": commit}, "steps": args.steps, "chunk": args.chunk, "serving": rows}
-        args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+            if args.json:
+                body = {"environment": where, "steps": args.steps, "chunk": args.chunk, "serving": rows}
+                args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
