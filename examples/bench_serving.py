@@ -30,10 +30,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 from bench_onnx import with_positions
 from bench_variants import read_bandwidth, weight_bytes
 
@@ -206,7 +206,7 @@ def main() -> None:
     if args.json and args.json.is_file():
         rows = json.loads(args.json.read_text(encoding="utf-8"))["serving"]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    where = {"machine": platform.machine(), "onnxruntime": version("onnxruntime"), "threads": args.threads}
+    where = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": args.threads}
     where |= {"commit": commit}
     with tempfile.TemporaryDirectory() as work:
         for job in jobs(args, Path(work)):
