@@ -9,14 +9,18 @@ in a process of its own, whose peak memory is given. The state behind a context 
 neither time depends on the values; decode is the median of single-token steps, prefill the time of one chunk whose last
 token is the context's last. llama.cpp cannot be given a state: it prefills the whole context, so its prefill figure is
 an average over it; it has one row only, and is left out beyond --llama-longest. Beyond an ONNX student's own context
-its rotary tables are repeated. Beside a decode step of an ONNX student stands the least time in which this machine can
-read the bytes that it needs: all weights but embedding tables, caches of the context, recurrent states both ways.
+its rotary tables are repeated. A state of more than --most-state-gb is not tried. Beside a decode step of an ONNX
+student stands the least time in which one thread reads the bytes that it needs, at the speed that is measured behind
+it: all weights but embedding tables, caches of the context, recurrent states both ways. --pages huge lets glibc ask
+for memory in pages of 2 MB. Rows are added to those that --json holds already, or replace them: a table can be measured
+in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -29,14 +33,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnxruntime
+from bench_onnx import with_positions
 from bench_variants import read_bandwidth, weight_bytes
 
+from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.quantize import WEIGHT_TYPES, quantize
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.speed import FILL, decode_seconds, go_behind, prefill_seconds
 
 ROOM = 8  # positions behind the context, at least, for warming up
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read when a process starts
 
 
 def timed(call: Any) -> float:
@@ -48,11 +55,20 @@ def timed(call: Any) -> float:
 def onnx_row(job: dict[str, Any]) -> dict[str, Any]:
     session = OnnxSession(job["path"], threads=job["threads"])
     batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
+    check_room(job, sum(math.prod(s) for s in session.state_shapes(context)) * batch * 4)
     prefill = prefill_seconds(session, context, chunk=chunk, batch=batch)
     go_behind(session, context, batch=batch)
     state, moved = session.state_bytes, weight_bytes(Path(job["path"]) / "model.onnx") + session.step_bytes
     step = decode_seconds(session, steps=job["steps"], batch=batch)
-    return measured(job, prefill, chunk, step) | {"state_mb": state / 1e6, "moved_mb": moved / 1e6}
+    row = measured(job, prefill, chunk, step) | {"state_mb": state / 1e6, "moved_mb": moved / 1e6}
+    speed = read_bandwidth()
+    return row | {"read_gb_s": speed / 1e9, "bound_ms": 1e3 * moved / speed, "share_of_bound": moved / speed / step}
+
+
+def check_room(job: dict[str, Any], state: int) -> None:
+    """Raises DataError for a state that is not to be tried."""
+    if state > job["most_state_gb"] * 1e9:
+        raise DataError("state", f"would take {state / 1e9:.1f} GB", "more --most-state-gb")
 
 
 def torch_row(job: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +80,8 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
+    state = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * context * width * 4
+    check_room(job, state)
 
     def cache(length: int) -> DynamicCache:
         made, shape = DynamicCache(), (batch, config.num_key_value_heads, length, width)
@@ -82,7 +100,6 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
             del past
         past = cache(context)
         steps = [timed(lambda: feed(past, 1)) for _ in range(job["steps"] + 1)][1:]
-    state = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * context * width * 4
     return measured(job, prefills[1], chunk, statistics.median(steps)) | {"state_mb": state / 1e6}
 
 
@@ -116,7 +133,7 @@ KINDS = {"onnx": onnx_row, "torch": torch_row, "llama": llama_row}
 
 def in_child(job: dict[str, Any]) -> dict[str, Any]:
     """A row from a process of its own; what stopped it, where there is none."""
-    env = dict(os.environ) | {"OMP_NUM_THREADS": str(job["threads"])}
+    env = dict(os.environ) | {"OMP_NUM_THREADS": str(job["threads"])} | (HUGE_PAGES if job["huge_pages"] else {})
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True, env=env
     )
@@ -129,25 +146,13 @@ def in_child(job: dict[str, Any]) -> dict[str, Any]:
 
 def for_contexts(source: Path, target: Path, dtype: str, positions: int) -> Path:
     """The ONNX student of another weight type and for at least so many positions, in a folder of its own."""
-    import onnx
-
     target.mkdir()
     if dtype == "fp32":
         shutil.copyfile(source / "model.onnx", target / "model.onnx")
     else:
         quantize(source / "model.onnx", target, dtype)  # type: ignore[arg-type]
-    config = json.loads((source / "genai_config.json").read_text(encoding="utf-8"))
-    if config["model"]["context_length"] < positions:
-        config["model"]["context_length"] = positions
-        model = onnx.load(target / "model.onnx")
-        for node in model.graph.node:
-            names = list(node.input[7:9]) if node.op_type == "GroupQueryAttention" else []
-            for t in (t for t in model.graph.initializer if t.name in names and t.dims[0] < positions):
-                array = onnx.numpy_helper.to_array(t)
-                rows = np.resize(array, (positions, array.shape[1]))
-                t.CopyFrom(onnx.numpy_helper.from_array(rows, t.name))
-        onnx.save(model, target / "model.onnx")
-    (target / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    shutil.copyfile(source / "genai_config.json", target / "genai_config.json")
+    with_positions(target, positions)
     return target
 
 
@@ -161,12 +166,16 @@ def jobs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             models.append((f"{name} {dtype}, ONNX Runtime", "onnx", str(folder)))
     for kind, title, items in (("torch", "PyTorch", args.torch), ("llama", "llama.cpp", args.llama)):
         models += [(f"{name}, {title}", kind, path) for name, path in (item.split("=", 1) for item in items)]
-    common = {"steps": args.steps, "chunk": args.chunk, "threads": args.threads}
+    common = {k: getattr(args, k) for k in ("steps", "chunk", "threads", "most_state_gb")}
+    pages = {"normal": (False,), "huge": (True,), "both": (False, True)}[args.pages]
     rows = [
-        common | {"name": name, "kind": kind, "path": path, "context": context, "batch": batch}
+        common
+        | {"name": name + ", huge pages" * huge, "kind": kind, "path": path, "context": context, "batch": batch}
+        | {"huge_pages": huge}
         for context in args.contexts
         for batch in args.batches
         for name, kind, path in models
+        for huge in pages
     ]
     return [r for r in rows if r["kind"] != "llama" or (r["batch"] == 1 and r["context"] <= args.llama_longest)]
 
@@ -181,6 +190,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=15)
     p.add_argument("--chunk", type=int, default=128, help="tokens of a row in the prefill that is timed")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--pages", choices=["normal", "huge", "both"], default="normal")
+    p.add_argument("--most-state-gb", type=float, default=4.0)
     p.add_argument("--llama-longest", type=int, default=8192)
     p.add_argument("--json", type=Path)
     return p.parse_args()
@@ -191,26 +202,22 @@ def main() -> None:
         job = json.loads(sys.argv[2])
         print(json.dumps(KINDS[job["kind"]](job)))
         return
-    args = options()
-    speed, rows = read_bandwidth(), []
-    print(f"one thread reads {speed / 1e9:.1f} GB/s", flush=True)
+    args, rows = options(), []
+    if args.json and args.json.is_file():
+        rows = json.loads(args.json.read_text(encoding="utf-8"))["serving"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    where = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": args.threads}
+    where |= {"commit": commit}
     with tempfile.TemporaryDirectory() as work:
         for job in jobs(args, Path(work)):
             row = in_child(job)
-            if "moved_mb" in row:
-                row["bound_ms"] = row["moved_mb"] * 1e9 / speed
-                row["share_of_bound"] = row["bound_ms"] / row["decode_ms"]
-            rows.append({k: job[k] for k in ("name", "context", "batch")} | row)
+            key = {k: job[k] for k in ("name", "context", "batch")}
+            rows = [r for r in rows if any(r[k] != v for k, v in key.items())] + [key | row]
             shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             print(f"context {job['context']:6} batch {job['batch']:2} {job['name']:28} {shown}", flush=True)
-    if args.json:
-        import onnxruntime
-
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        where = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": args.threads}
-        body = {"environment": where | {"commit": commit}, "steps": args.steps, "chunk": args.chunk}
-        body |= {"bandwidth_gb_s": [speed / 1e9, read_bandwidth() / 1e9], "serving": rows}
-        args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+            if args.json:
+                body = {"environment": where, "steps": args.steps, "chunk": args.chunk, "serving": rows}
+                args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,27 @@
 
     pip install -e ".[genai]"
     python examples/generate_genai.py run "The old man" "A" --max-new-tokens 20
+    python examples/generate_genai.py run "The old man" "A" --compare --json out.json
 
-onnxruntime-genai takes padding on the right of a batch for padding, and nothing else.
+onnxruntime-genai takes padding on the right of a batch for padding, and nothing else. --compare counts the tokens that
+differ from those of our own session, of each prompt alone and of all as one padded batch; exits with 1 when any does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tcal_compiler.runtime.run_folder import RunFolder
+from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.variants import model_file, require_variant, run_tokenizer
 
 
@@ -43,21 +50,60 @@ def continuations(folder: Path, prompts: Sequence[Sequence[int]], count: int) ->
     return tokens
 
 
+def compare(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> dict[str, Any]:
+    """Tokens that differ from our own session's, which continues each prompt alone."""
+    import onnxruntime
+    import onnxruntime_genai as genai
+
+    session = OnnxSession(folder, threads=1)
+    expected = []
+    for prompt in prompts:
+        session.reset()
+        expected.append(list(session.generate(prompt, count, eos=session.eos_token_id)))
+    alone = [continuations(folder, [p], count)[0] for p in prompts]
+    found = [*zip(alone, expected, strict=True), *zip(continuations(folder, prompts, count), expected, strict=True)]
+    wrong = sum(sum(a != b for a, b in zip(got, own, strict=False)) + abs(len(got) - len(own)) for got, own in found)
+    versions = f"{onnxruntime.__version__}, onnxruntime-genai {genai.__version__}"
+    row = {"onnxruntime": versions, "tokens_that_differ": wrong, "passed": wrong == 0}
+    return {
+        "prompt_lengths": [len(p) for p in prompts],
+        "tokens": 2 * sum(map(len, expected)),
+        "distinct_tokens": len({token for tokens in expected for token in tokens}),
+        "runtimes": [row],
+    }
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path)
     p.add_argument("prompt", nargs="+")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--dtype", choices=["fp16", "int8", "int4"], help="which export; default float32")
+    p.add_argument("--compare", action="store_true", help="with our own session's tokens")
+    p.add_argument("--json", type=Path, help="of --compare")
     args = p.parse_args()
     with RunFolder.open_existing(args.run) as run:
         run.require("export")
         if args.dtype is not None:
             require_variant(run, args.dtype)
         tokenizer, folder = run_tokenizer(run), run.path / model_file(args.dtype).parent
+        plan, profile = run.manifest.plan, run.record("export").evidence["profile"]
     prompts = [tokenizer.encode(text, special=True) for text in args.prompt]
-    for text, tokens in zip(args.prompt, continuations(folder, prompts, args.max_new_tokens), strict=True):
-        print(text + tokenizer.decode(tokens))
+    if not args.compare:
+        for text, tokens in zip(args.prompt, continuations(folder, prompts, args.max_new_tokens), strict=True):
+            print(text + tokenizer.decode(tokens))
+        return
+    found = compare(folder, prompts, args.max_new_tokens)
+    print(found)
+    if args.json:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        found |= {"layers_kept": len(plan.keep), "layers_converted": len(plan.convert), "profile": profile}
+        body = {
+            "environment": {"machine": platform.machine(), "commit": commit},
+            "runtime_parity": {run.path.name: found},
+        }
+        args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    sys.exit(not found["runtimes"][0]["passed"])
 
 
 if __name__ == "__main__":

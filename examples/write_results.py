@@ -122,13 +122,20 @@ def _tasks(tasks: dict[str, Any]) -> list[str]:
 def decode(name: str, body: dict[str, Any]) -> str:
     lines = [f"## {name}\n", _machine(body["environment"]), f"Medians of {body['steps']} single-token steps.", ""]
     lines += [
-        "| model | context | median ms | 10% to 90% | against the first | state, MB |",
-        "|---|---|---|---|---|---|",
+        "| model | context | median ms | 10% to 90% | against the first | against the first context (quartiles) "
+        "| state, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model, rows in body["decode"].items():
         for context, r in rows.items():
             cells = [model, context, f"{r['median_ms']:.2f}", f"{r['p10_ms']:.2f} to {r['p90_ms']:.2f}"]
-            lines.append("| " + " | ".join([*cells, f"{r['speedup_over_first']:.2f}x", f"{r['state_mb']:.2f}"]) + " |")
+            turns = [r[k] for k in (f"over_first_context{q}" for q in ("", "_p25", "_p75")) if k in r]
+            flat = "{:.3f} ({:.3f} to {:.3f})".format(*turns) if turns else ""
+            cells += [f"{r['speedup_over_first']:.2f}x", flat, f"{r['state_mb']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    for model, kinds in body.get("operators", {}).items():
+        spent = ", ".join(f"{k} {r['ms']:.2f} ({r['nodes']})" for k, r in kinds.items() if r["ms"] >= 0.05)
+        lines.append(f"\nA step of {model} under the profiler, ms of each operator and its nodes: {spent}.")
     return "\n".join([*lines, ""])
 
 
@@ -169,28 +176,30 @@ def runtimes(name: str, body: dict[str, Any]) -> str:
             cells = [student, f"{r['layers_kept']}, {r['layers_converted']}", r["profile"], row["onnxruntime"]]
             seen = [row.get("error", ""), "", ""]
             if "logit_error" in row:
-                seen = [f"{row['logit_error']:.2g}", f"{r['allowed']:.2g}", f"{row['tokens_that_differ']}"]
-                seen[2] += (
-                    f" of {r['tokens']} ({r['distinct_tokens']} distinct, least margin {r['smallest_margin']:.2g})"
-                )
+                seen[:2] = f"{row['logit_error']:.2g}", f"{r['allowed']:.2g}"
+            if "tokens_that_differ" in row:
+                margin = f", least margin {r['smallest_margin']:.2g}" if "smallest_margin" in r else ""
+                seen[2] = f"{row['tokens_that_differ']} of {r['tokens']} ({r['distinct_tokens']} distinct{margin})"
             lines.append("| " + " | ".join([*cells, *seen]) + " |")
     return "\n".join([*lines, ""])
 
 
 def serving(name: str, body: dict[str, Any]) -> str:
-    before, after = body["bandwidth_gb_s"]
+    speeds = [r["read_gb_s"] for r in body["serving"] if "read_gb_s" in r]
     lines = [f"## {name}\n", _machine(body["environment"])]
-    lines[-1] += f" One thread reads {before:.1f} GB/s (measured before) and {after:.1f} GB/s (after)."
+    lines[-1] += f" One thread reads {min(speeds):.1f} to {max(speeds):.1f} GB/s, measured behind each row, whose bound"
+    lines[-1] += " is the time for the bytes that a step reads."
     lines += [
         f"Medians of {body['steps']} single-token steps; prefill of {body['chunk']} tokens up to the context.",
         "",
     ]
     lines += [
-        "| model | batch | context | prefill, tokens/s | decode, tokens/s | ms a step | bound | peak, MB | state, MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | context | prefill, tokens/s | decode, tokens/s | ms a step | bound, ms | share of it "
+        "| peak, MB | state, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     shapes = {"prefill_tokens_per_s": ".1f", "decode_tokens_per_s": ".1f", "decode_ms": ".2f", "bound_ms": ".2f"}
-    shapes |= {"peak_mb": ".0f", "state_mb": ".2f"}
+    shapes |= {"share_of_bound": ".0%", "peak_mb": ".0f", "state_mb": ".2f"}
     for r in body["serving"]:
         seen = [format(r[k], f) if k in r else "" for k, f in shapes.items()]
         cells = [r["name"], str(r["batch"]), str(r["context"]), *([r["error"]] if "error" in r else seen)]

@@ -169,6 +169,18 @@ def _each_chunk(
         yield out, state
 
 
+def runs_behind(stateful: StatefulGraph, length: int) -> bool:
+    """Whether a token can be read behind so many others that only recurrent states remember: no table of positions ends
+    before it."""
+    one, mask = torch.ones(1, 1, dtype=torch.int64), torch.ones(1, length + 1, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            stateful.gm(one, mask, *stateful.empty_state(1))
+    except (IndexError, RuntimeError):  # what torch raises for a row that a table does not have
+        return False
+    return True
+
+
 def check_tokens(longest_window: int, least: int = 24) -> int:
     """Tokens of the comparison of chunks with one pass; longest_window: 0 where there is none."""
     return max(min(longest_window + 3, 600) if longest_window else 0, least)

@@ -24,7 +24,7 @@ from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, NEWER, t
 from tcal_compiler.kernels.gates import onnx_rule as gates_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.lower_complex import without_complex
-from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful
+from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful, runs_behind
 from tcal_compiler.passes.types import Check
 
 from . import onnx_experts
@@ -87,11 +87,16 @@ def check_runtime(profile: str) -> None:
         raise ExportError("ONNX export", what, f"onnxruntime {'.'.join(map(str, least))} or newer")
 
 
+def version_of(text: str) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(int(p) for p in text.split(".")[:2])
+
+
 def runtime_version() -> tuple[int, ...]:
-    """Major and minor version of the ONNX Runtime here."""
+    """Of the ONNX Runtime here."""
     import onnxruntime as ort
 
-    return tuple(int(p) for p in ort.__version__.split(".")[:2])
+    return version_of(ort.__version__)
 
 
 def export_onnx(
@@ -105,7 +110,8 @@ def export_onnx(
     """Writes the deployable folder.
 
     Args:
-        info: bos_token_id, eos_token_id and context_length where known; the context is at most config.max_length.
+        info: bos_token_id, eos_token_id and context_length where known. The context is at most config.max_length, and
+            at most the teacher's unless every layer is converted and positions have no table.
         tokenizer: its files are written beside the model.
 
     Raises:
@@ -117,6 +123,8 @@ def export_onnx(
     check_supported(config)
     model = build_model(stateful, profile=config.profile, opset=config.opset)
     context = context_length(config, info)
+    if context < config.max_length and not any(layer.kind == "softmax" for layer in stateful.layers):
+        context = config.max_length if runs_behind(stateful, config.max_length - 1) else context
     path = folder / MODEL_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +142,8 @@ def export_onnx(
 
 
 def context_length(config: ExportConfig, info: dict[str, Any]) -> int:
-    """The longest sequence of the deployed student: max_length, or the teacher's own context where that is shorter."""
+    """The longest sequence of a student with kept layers: max_length, or the teacher's own context where that is
+    shorter."""
     return min(config.max_length, info.get("context_length") or config.max_length)
 
 

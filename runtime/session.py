@@ -33,18 +33,26 @@ class OnnxSession:
         path: the exported folder, or its model.onnx.
         threads: of ONNX Runtime; None lets it choose.
         optimized_path: where ONNX Runtime writes the graph that it really runs; None nowhere.
+        profile_prefix: how the file is named that it writes the time of every node to when the session is dropped.
 
     Raises:
         ExportError: missing, damaged or foreign model, or an ONNX Runtime that cannot run it.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, optimized_path: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        optimized_path: Path | None = None,
+        profile_prefix: str | None = None,
+    ) -> None:
         given = Path(path)
         self.path = given / MODEL_FILE if given.is_dir() else given
         if not self.path.is_file():
             raise ExportError(str(self.path), "no such file", "tcal export writes it")
         self._config, shares_buffers = read_genai_config(self.path.with_name(CONFIG_FILE))
-        self._session = _load(self.path, threads, optimized_path)
+        self._session = _load(self.path, threads, optimized_path, profile_prefix)
         capacity = self._config["context_length"] if shares_buffers else None
         try:
             self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
@@ -298,7 +306,7 @@ def read_genai_config(path: Path) -> tuple[dict[str, Any], bool]:
         raise ExportError(str(path), f"is damaged: {type(e).__name__}: {e}", "export again") from e
 
 
-def _load(path: Path, threads: int | None, optimized_path: Path | None) -> Any:
+def _load(path: Path, threads: int | None, optimized_path: Path | None, profile_prefix: str | None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -306,6 +314,8 @@ def _load(path: Path, threads: int | None, optimized_path: Path | None) -> Any:
     options.intra_op_num_threads = threads or 0
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile_prefix
     try:
         # Its fallback would try the same provider again, and print that to stdout.
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import onnx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import bench_onnx
 import bench_variants
 
 from tcal_compiler.runtime.session import OnnxSession
@@ -58,3 +60,30 @@ def test_bytes_of_a_step(shared_run: Path):
     session.prefill([1] * 7)
     recurrent = sum(4 * math.prod(s) for s in session.state_shapes(0))
     assert session.step_bytes == session.state_bytes + recurrent
+
+
+def test_turns_are_compared_with_themselves_and_contexts_may_be_longer_than_the_student_s(
+    shared_run: Path, monkeypatch
+):
+    whole = OnnxSession(shared_run / "onnx", threads=1).context_length
+    session = bench_onnx.opened(shared_run, whole + 100, 1)
+    assert session.context_length == whole + 100
+
+    def times(_, state, count):  # a machine that is three times as slow in its second turn
+        turn.append(state.length)
+        return [state.length * (1 if len(turn) <= 2 else 3)] * count
+
+    turn: list[int] = []
+    monkeypatch.setattr(bench_onnx, "step_times", times)
+    rows = bench_onnx.measure({"tiny": session}, [8, whole + 50], 2, 2)["tiny"]
+    assert turn == [8, whole + 50] * 2
+    assert rows[str(whole + 50)]["over_first_context"] == pytest.approx((whole + 50) / 8)
+    assert rows["8"]["over_first_context"] == 1 and rows["8"]["state_mb"] < rows[str(whole + 50)]["state_mb"]
+
+
+def test_operators_of_a_step_are_those_of_the_graph_that_runs(shared_run: Path, tmp_path: Path):
+    OnnxSession(shared_run / "onnx", threads=1, optimized_path=tmp_path / "run.onnx")
+    runs = Counter(n.op_type for n in onnx.load(tmp_path / "run.onnx").graph.node)
+    found = bench_onnx.operators(shared_run, 8, 2, 1)
+    assert {kind: row["nodes"] for kind, row in found.items()} == runs
+    assert all(row["ms"] > 0 for row in found.values())

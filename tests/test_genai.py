@@ -30,6 +30,11 @@ def test_tokens_are_those_of_our_session(shared_run: Path, monkeypatch: pytest.M
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert generate_genai.continuations(shared_run / "onnx", [prompt], 30) == [tokens]
     assert generate_genai.continuations(shared_run / "onnx", prompts, 30) == expected
+    found = generate_genai.compare(shared_run / "onnx", prompts[:2], 8)
+    assert found["runtimes"][0]["passed"] and found["tokens"] == 32 and found["prompt_lengths"] == [11, 1]
+    monkeypatch.setattr(generate_genai, "continuations", lambda _, rows, count: [[-1] * (count - 1) for _ in rows])
+    assert generate_genai.compare(shared_run / "onnx", prompts[:2], 8)["runtimes"][0]["tokens_that_differ"] == 32
+    monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["generate_genai", str(shared_run), *PROMPTS[:2], "--max-new-tokens", "8"])
     generate_genai.main()
     assert capsys.readouterr().out.startswith("The old man" + bytes(expected[0][:8]).decode("utf-8", "replace"))

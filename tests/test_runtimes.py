@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench_serving
 import verify_runtimes
 
+from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.onnx_parity import TorchLogits
 from tcal_compiler.runtime.session import OnnxSession
 
@@ -30,16 +31,23 @@ def test_a_runtime_passes_only_within_the_bounds():
     logits, tokens = torch.randn(2, 4, 9), torch.tensor([[3, 1, 4], [1, 5, 9]])
     ids, rounded = torch.zeros(2, 4, dtype=torch.long), logits + 1e-3  # so 2e-3 is allowed
     known = TorchLogits(ids, logits, {(4,): rounded})
-    assert verify_runtimes.compare(answer(logits + 1.9e-3, tokens), known, tokens)["passed"]
-    assert not verify_runtimes.compare(answer(logits + 2.1e-3, tokens), known, tokens)["passed"]
-    other = verify_runtimes.compare(answer(logits, tokens + torch.tensor([0, 0, 1])), known, tokens)
+    assert verify_runtimes.compare(answer(logits + 1.9e-3, tokens), known, tokens, "ort")["passed"]
+    assert not verify_runtimes.compare(answer(logits + 2.1e-3, tokens), known, tokens, "ort")["passed"]
+    other = verify_runtimes.compare(answer(logits, tokens + torch.tensor([0, 0, 1])), known, tokens, "ort")
     assert other["tokens_that_differ"] == 3 and not other["passed"]
     broken = answer(logits, tokens) | {"error": np.asarray("cannot load it")}
-    assert verify_runtimes.compare(broken, known, tokens) == {
+    assert verify_runtimes.compare(broken, known, tokens, "ort") == {
         "onnxruntime": "1.25.1",
         "error": "cannot load it",
         "passed": False,
     }
+    assert verify_runtimes.compare(broken, known, tokens, "standard")["passed"]  # which needs a newer one: 1.32
+
+
+def test_a_state_that_is_too_large_is_not_tried():
+    bench_serving.check_room({"most_state_gb": 1.0}, 10**9)
+    with pytest.raises(DataError, match=r"would take 1\.1 GB"):
+        bench_serving.check_room({"most_state_gb": 1.0}, 11 * 10**8)
 
 
 @pytest.mark.slow
@@ -67,7 +75,6 @@ def test_every_way_of_serving_is_measured(shared_run: Path, tmp_path: Path, monk
     words = ["bench", "--onnx", f"tiny={shared_run}", "--torch", f"llama={tmp_path / 'llama'}", "--dtypes", "fp32"]
     words += ["int8", "--contexts", "8", "600", "--batches", "1", "2", "--steps", "2", "--json", str(out)]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(bench_serving, "read_bandwidth", lambda: 1e9)  # the real one takes seconds
     bench_serving.main()
     rows = json.loads(out.read_text())["serving"]
     assert len(rows) == 3 * 2 * 2 and not [r for r in rows if "error" in r]
@@ -77,5 +84,10 @@ def test_every_way_of_serving_is_measured(shared_run: Path, tmp_path: Path, monk
         session.reset(batch=row["batch"])
         session.forward(np.ones((row["batch"], 8), np.int64))
         assert row["state_mb"] == pytest.approx(session.state_bytes / 1e6)
+    assert all(r["share_of_bound"] > 0 and r["read_gb_s"] > 0 for r in rows if "moved_mb" in r)
+    words = [*words[:3], "--contexts", "8", "9", "--batches", "1", "--steps", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    bench_serving.main()  # adds a row to those and measures one again
+    assert len(json.loads(out.read_text())["serving"]) == len(rows) + 1
     for row in (r for r in rows if r["name"].startswith("llama")):
         assert row["state_mb"] * 1e6 == 2 * 2 * row["batch"] * 2 * row["context"] * 8 * 4

@@ -18,7 +18,7 @@ from tcal_compiler.passes.capture import capture_program, example_ids, export_mo
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import from_program, widen_to_float64
-from tcal_compiler.passes.make_stateful import StatefulGraph, export_stateful, make_stateful, run_chunks
+from tcal_compiler.passes.make_stateful import StatefulGraph, export_stateful, make_stateful, run_chunks, runs_behind
 from tcal_compiler.passes.types import Capture
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.student import make_student
@@ -235,6 +235,12 @@ def test_positions_that_a_model_makes_itself_follow_the_mask(spelling: str):
     graph = wide(capture)
     with torch.no_grad():
         assert_batch_equals_single_runs(graph, lambda ids: whole(ids))
+
+
+def test_tables_of_positions_end_and_computed_positions_do_not():
+    computed, tabled = (student(spelling, "none")[1] for spelling in ("rope(arange)", "tables[:T]"))
+    assert runs_behind(computed, 100 * TABLE)
+    assert runs_behind(tabled, TABLE - 1) and not runs_behind(tabled, TABLE)
 
 
 def test_a_padded_chunk_leaves_recurrent_states_bit_equal():

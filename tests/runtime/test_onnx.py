@@ -196,6 +196,16 @@ def test_all_converted_equals_torch(all_converted: Deployed):
     assert not any(n.endswith((".key", ".value")) for n in names)
 
 
+def test_a_student_without_caches_goes_on_behind_the_teacher_s_context(all_converted: Deployed):
+    """The context of the teacher is 300 tokens; those behind are the torch graph's own."""
+    session = OnnxSession(all_converted.artifact.folder, threads=1)
+    ids = torch.randint(0, VOCAB, (1, 320), generator=torch.Generator().manual_seed(3))
+    assert session.context_length == ExportConfig().max_length
+    session.prefill(ids[0, :-1].tolist())
+    expected = all_converted.whole(ids)[0, -1].detach().numpy()
+    np.testing.assert_allclose(session.step(int(ids[0, -1])), expected, atol=1e-4)
+
+
 def test_parity_sees_a_model_that_differs(hybrid: Deployed):
     wrong = replace(hybrid.stateful, gm=copy_module(hybrid.stateful.gm))
     with torch.no_grad():

@@ -316,6 +316,16 @@ def test_a_batch_keeps_its_state_too(session: OnnxSession):
     np.testing.assert_allclose(session.forward(np.array([[1, 2, 3, 6, 7]]))[0, -2:], expected[1], atol=1e-5)
 
 
+def test_one_session_serves_one_row_and_sixty_four(session: OnnxSession):
+    rows = [[1 + i % 9, *range(1, 2 + i % 5)] for i in range(64)]
+    alone = {}
+    for row in rows:
+        session.reset()
+        alone[tuple(row)] = list(session.generate(row, 4))
+    for count in (1, 64, 5):
+        assert session.generate_batch(rows[:count], 4) == [alone[tuple(r)] for r in rows[:count]]
+
+
 def test_rows_of_a_batch_end_alone(session: OnnxSession):
     prompts = [PROMPT, [8], [9, 1]]
     whole = session.generate_batch(prompts, 12)
