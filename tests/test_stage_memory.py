@@ -149,6 +149,13 @@ def _rule(layer: nn.Linear, x: torch.Tensor) -> None:
     gated_delta_rule(q, q, q, g=g, beta=beta)[0].sum().backward()
 
 
+def _rule_on_short_rows(layer: nn.Linear, x: torch.Tensor) -> None:
+    """Many rows fit into what the rule handles at once."""
+    q = layer(x).view(128, 64, 8, 16)
+    g, beta = q[..., 0].abs().neg(), q[..., 1].sigmoid()
+    gated_delta_rule(q, q, q, g=g, beta=beta)[0].sum().backward()
+
+
 def _attend(layer: nn.Linear, x: torch.Tensor) -> None:
     q = layer(x).view(4, 512, 8, 64).transpose(1, 2)
     mask = torch.ones(512, 512, dtype=torch.bool).tril()
@@ -163,7 +170,7 @@ def allocated(run: Callable[[], None]) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-@pytest.mark.parametrize("work, batch", [(_train, 16), (_rule, 4), (_attend, 4)])
+@pytest.mark.parametrize("work, batch", [(_train, 16), (_rule, 4), (_rule_on_short_rows, 4), (_attend, 4)])
 def test_counted_bytes_are_those_that_are_taken(work, batch):
     def run() -> None:
         work(nn.Linear(512, 512), torch.zeros(batch, 512, 512))
