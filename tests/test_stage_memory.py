@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 
 import psutil
@@ -18,7 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.runtime.allocations import without_values
 from tcal_compiler.runtime.checkpoints import shell_of
-from tcal_compiler.stage_memory import memory_needs
+from tcal_compiler.runtime.teacher import shell_teacher
+from tcal_compiler.stage_memory import HEADER, loading_bytes, memory_needs
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50_000}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -105,6 +107,18 @@ def test_many_layers_are_read_off_a_line(config_only, tmp_path, monkeypatch):
     for a, b in zip(found.stages, exact.stages, strict=True):
         assert (a.file_bytes, a.scratch_bytes) == (b.file_bytes, b.scratch_bytes)
         assert a.peak_bytes == pytest.approx(b.peak_bytes, rel=0.05)
+
+
+def test_loading_takes_what_the_files_hold_beside_the_weights(config_only, tmp_path):
+    shell, config = shell_teacher(str(config_only)), json.loads((config_only / "config.json").read_text())
+    for dtype, factor in (("float32", 0), (None, 0), ("bfloat16", 1.5), ("float16", 1.5)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+        assert loading_bytes(replace(shell, source=str(tmp_path)), 1000) == 1000 * factor
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(500))
+    table, matrix = 4 * 64 * 50_000, 4 * 64 * 96
+    for weights, most in ((table, 3 * table), (9 * table, 9 * table + 2 * matrix)):
+        assert loading_bytes(replace(shell, source=str(file), kind="gguf"), weights) == HEADER * 50_000 + 500 + most
 
 
 def test_what_has_no_configuration_is_refused(tmp_path):
