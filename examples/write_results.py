@@ -17,10 +17,10 @@ HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/verify_runtimes.py`,
-`examples/measure_dry_run.py`, `examples/estimate_conversion.py`, `examples/rank_sets.py` and, from run folders, this
-script itself wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to the teacher
-in the same run. Calibration texts and scored texts are different files, and a scored text that was calibrated on is
-refused.
+`examples/measure_dry_run.py`, `examples/time_planning.py`, `examples/estimate_conversion.py`, `examples/rank_sets.py`
+and, from run folders, this script itself wrote. Each section names its command's arguments, machine, versions and
+commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are different files, and a scored
+text that was calibrated on is refused.
 """
 
 
@@ -275,6 +275,17 @@ def memory(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def planning(name: str, body: dict[str, Any]) -> str:
+    """examples/time_planning.py."""
+    lines = [f"## {name}\n", _machine(body["environment"]), "Seconds from a teacher's file to its plan:\n"]
+    lines += ["| teacher | load | capture | match | plan | in all |", "|---|---|---|---|---|---|"]
+    for teacher, row in body["planning"].items():
+        cells = [f"{row[part]:.2f}" for part in ("load", "capture", "match", "plan")]
+        lines.append("| " + " | ".join([teacher, *cells, f"{sum(row.values()):.1f}"]) + " |")
+    seen = (f"{row['billions']} billion weights in {row['seconds']:.0f} s" for row in body["inspect_memory"].values())
+    return "\n".join([*lines, f"\n`tcal inspect --memory` of a configuration alone: {', '.join(seen)}.", ""])
+
+
 def on_device(name: str, body: dict[str, Any]) -> str:
     """examples/check_cuda.py."""
     nodes = {p.removesuffix("ExecutionProvider"): sum(ops.values()) for p, ops in body["nodes"].items()}
@@ -386,6 +397,7 @@ def main() -> None:
             "runtime_parity": runtimes,
             "serving": serving,
             "memory": memory,
+            "planning": planning,
             "provider": on_device,
         }
         kind = next((kinds[k] for k in kinds if k in body), conversion)

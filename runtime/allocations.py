@@ -22,7 +22,7 @@ from tcal_compiler.kernels.attention_stats.streaming import (
     attention_statistics_streaming,
 )
 from tcal_compiler.kernels.gated_delta_rule.chunked import FORWARD_MATRICES, gated_delta_rule_chunked
-from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
+from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward, rows_at_once
 from tcal_compiler.kernels.scores import Scores
 
 aten = torch.ops.aten
@@ -60,11 +60,13 @@ class Allocations(TorchDispatchMode):
 
     def _workspace_of(self, func: Any, args: Any) -> int:
         """Bytes that the op holds beside its results while it runs; found once for the same shapes."""
+        narrow, run = self._inside[func]
+        args = narrow(args)
         key = (func, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in args))
         if key not in self._workspace:
             before, peak, self.peak = self.live, self.peak, self.live
             with self:
-                results = self._inside[func](*args)
+                results = run(*args)
             self._workspace[key] = self.peak - before - sum(r.numel() * r.element_size() for r in results)
             self.peak = peak
         return self._workspace[key]
@@ -87,28 +89,44 @@ class Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _inside() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
-    """What our own ops, which a dispatch mode sees as one, run on a CPU.
+def _inside() -> dict[Any, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]]:
+    """What our own ops, which a dispatch mode sees as one, run on a CPU; before it, what cuts their arguments.
 
-    The delta rule goes through its rows in parts of a bounded size: a part of the batch has the same workspace.
+    The delta rule goes through its rows in parts of a bounded size, and holds one while it makes the next: as much of
+    the batch as makes two has the same workspace.
     """
     ops = torch.ops.tcal
 
-    def part(args: tuple[Any, ...], rows: int) -> list[Tensor]:
+    def two_parts(args: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
         heads = args[-2].shape[1]  # of the initial state
-        return [a[: max(1, rows // heads)] for a in args[:-1]]
+        return *(a[: 2 * max(1, rows // heads)] for a in args[:-1]), args[-1]
+
+    def forward_parts(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return two_parts(args, FORWARD_MATRICES["cpu"])
+
+    def backward_parts(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return two_parts(args, rows_at_once(args[2], args[4]))  # q, v
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return gated_delta_rule_chunked(*part(args, FORWARD_MATRICES["cpu"]), scale=args[-1])  # type: ignore[arg-type]
+        return gated_delta_rule_chunked(*args[:-1], scale=args[-1])
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
-        return gated_delta_rule_chunked_backward(*part(args, 2 * FORWARD_MATRICES["cpu"]), scale=args[-1])
+        return gated_delta_rule_chunked_backward(*args[:-1], scale=args[-1])
+
+    def statistics(*args: Any) -> tuple[Tensor, ...]:
+        return attention_statistics_streaming(*args[:3], scores=Scores(*args[3:]))
+
+    def output_sums(*args: Any) -> tuple[Tensor, ...]:
+        return attention_output_sums_streaming(*args[:4], scores=Scores(*args[4:]))
+
+    def whole(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args
 
     return {
-        ops.gated_delta_rule.default: forward,
-        ops.gated_delta_rule_backward.default: backward,
-        ops.attention_statistics.default: lambda *a: attention_statistics_streaming(*a[:3], scores=Scores(*a[3:])),
-        ops.attention_output_sums.default: lambda *a: attention_output_sums_streaming(*a[:4], scores=Scores(*a[4:])),
+        ops.gated_delta_rule.default: (forward_parts, forward),
+        ops.gated_delta_rule_backward.default: (backward_parts, backward),
+        ops.attention_statistics.default: (whole, statistics),
+        ops.attention_output_sums.default: (whole, output_sums),
     }
 
 

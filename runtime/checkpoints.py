@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from tcal_compiler.errors import TeacherError
 
 from .declared_size import check_folder, gguf_shell
+from .gguf_reader import plain_gguf_reader
 from .tokenizer import quiet_transformers
 
 _GGUF_HINT = "pip install 'tcal-compile[gguf]'"
@@ -94,7 +97,8 @@ def load_gguf(path: Path) -> nn.Module:
         with quiet_transformers():
             config, model_class = _gguf_config(path)
             shell = gguf_shell(config, model_class, path)
-            tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=shell)["tensors"]
+            with plain_gguf_reader():
+                tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=shell)["tensors"]
             model, report = model_class.from_pretrained(
                 None,
                 config=config,
@@ -117,13 +121,22 @@ def _gguf_config(path: Path) -> tuple[Any, Any]:
     """Configuration and class of the model in a GGUF file."""
     if importlib.util.find_spec("gguf") is None:
         raise TeacherError(str(path), "reading GGUF needs the gguf package", _GGUF_HINT)
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    state = path.stat()
+    config = copy.deepcopy(_read_gguf_config(path, state.st_mtime_ns, state.st_size))
     _check_causal(config, path)
     _check_sizes(config, path)
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+@lru_cache(maxsize=1)
+def _read_gguf_config(path: Path, changed: int, size: int) -> Any:
+    """The header names every token: of a large vocabulary it takes seconds, and it is asked for several times."""
+    from transformers import AutoConfig
+
+    with plain_gguf_reader():
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
 
 
 def _bad_gguf(path: Path, e: Exception) -> TeacherError:

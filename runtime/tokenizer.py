@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from tcal_compiler.errors import DataError
 
+from .gguf_reader import plain_gguf_reader
+
 BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _BLOCK = 64  # texts
@@ -187,7 +189,7 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     where = folder if gguf_file is None else folder / gguf_file
     try:
-        with quiet_transformers():
+        with quiet_transformers(), plain_gguf_reader() if gguf_file else contextlib.nullcontext():
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **extra)
         found = HfTokenizer(hf, **ids)
         if gguf_file is not None and _adds_bos(where):

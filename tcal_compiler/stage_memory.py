@@ -33,9 +33,10 @@ from .trial import Trial
 if TYPE_CHECKING:  # loaded late: loading a teacher has not needed it yet, and its memory is counted before
     from .runtime.allocations import Allocations
 
-# How often a step holds the weights, which only the libraries that it calls can say; seen on SmolLM2-135M and Gemma-3.
-LOAD = {"transformers": 1.0, "gguf": 2.0}  # weights in float32 files are mapped, and read when capture looks at them
-EXPORT = 5.0
+# What only the libraries that a step calls can say; seen on SmolLM2-135M and Gemma-3.
+HEADER = 1500  # bytes that reading a GGUF header takes for every token of the vocabulary
+DEQUANTIZED = 3  # how often a tensor of a GGUF file is held while it is turned into float32
+EXPORT = 5.0  # how often a step holds the weights
 GENERATE = 1.2
 PER_TOKEN = 6000  # bytes of a process that generates, for every token of the vocabulary: the tokenizer's most of all
 HEAP = 1.6  # what a process holds of blocks that it makes and frees, over what they have at most at once; seen too
@@ -119,27 +120,34 @@ def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
     distill = config.distill if config.distill.active else config.distill.model_copy(update={"steps": 2})
     config = config.model_copy(update={"distill": distill})
     layers, period = repeated_layers(configured_path(spec))
-    few = period * -(-LEAST_LAYERS // period)
-    shell_teacher(spec, layers=few if 3 * few <= layers else None)  # so that the libraries are loaded
+    first = shell_teacher(spec, layers=min(layers, LEAST_LAYERS) or None)  # so that the libraries are loaded
     start = psutil.Process().memory_info().rss
+    found = _measured(spec, config, layers, period)
+    load = Need("load", start + loading_bytes(first, found.weight_bytes))
+    return replace(found, stages=[load, *found.stages])
+
+
+def _measured(spec: str, config: Config, layers: int, period: int) -> Needs:
+    """Of every stage but load. layers: how many the teacher has; period: after how many their kinds repeat."""
+    few = period * -(-LEAST_LAYERS // period)
     if 3 * few <= layers:
-        shell = _Shell(spec, config, start, few)
+        shell = _Shell(spec, config, few)
         if len(shell.source.scan.sites) == few and not shell.source.scan.rejected:
             plan = _plan(_repeated(shell.source.scan, layers), config)
             unit = math.lcm(period, layers // math.gcd(layers, len(plan.keep)) if plan.keep else 1)
             few = unit * -(-LEAST_LAYERS // unit)
             if 3 * few <= layers:
-                less, more = (_Shell(spec, config, start, n).needs(_share(plan, n, layers)) for n in (few, 2 * few))
+                less, more = (_Shell(spec, config, n).needs(_share(plan, n, layers)) for n in (few, 2 * few))
                 return _extended(less, more, plan, layers / few - 1)
-    shell = _Shell(spec, config, start)
+    shell = _Shell(spec, config)
     return shell.needs(_plan(shell.source.scan, config))
 
 
 class _Shell:
-    """A captured teacher without weights, of so many layers. start: bytes of the process when a teacher is loaded."""
+    """A captured teacher without weights, of so many layers."""
 
-    def __init__(self, spec: str, config: Config, start: int, layers: int | None = None) -> None:
-        self.config, self.start, self.teacher = config, start, shell_teacher(spec, layers=layers)
+    def __init__(self, spec: str, config: Config, layers: int | None = None) -> None:
+        self.config, self.teacher = config, shell_teacher(spec, layers=layers)
         capture = capture_shell(self.teacher)
         self.source = Source(self.teacher, None, capture, find_attention(capture))
         check_length(config.calib.length, self.source, "calib.length")
@@ -155,8 +163,7 @@ class _Shell:
             parameters = sum(p.numel() for p in capture.gm.parameters())
             ids = torch.zeros(calib.rows, calib.length, dtype=torch.long)
             trial = Trial(self.source, plan, ids, self.config, meter=lambda: _Counted(memory, base), timed=False)
-            load = Need("load", self.start + (0 if _is_mapped(teacher) else round(LOAD[teacher.kind] * weights)))
-            stages = [load, Need("capture", base + _capturing(self.source, memory))]
+            stages = [Need("capture", base + _capturing(self.source, memory))]
             for name in ("calibrate", "align", "distill"):
                 cost = trial.stage(name)
                 stages.append(Need(name, cost.peak, cost.files, cost.scratch))
@@ -202,12 +209,27 @@ def _extended(less: Needs, more: Needs, plan: Plan, times: float) -> Needs:
     return Needs(less.teacher, **sizes, policy=plan.policy, converted=converted, kept=kept, stages=stages)
 
 
-def _is_mapped(teacher: Teacher) -> bool:
-    """Whether loading leaves the weights in their files: those of a folder that are in float32 already."""
-    if teacher.kind != "transformers":
-        return False
+def loading_bytes(teacher: Teacher, weights: int) -> int:
+    """Bytes that loading takes at most at once. teacher: with any number of layers; weights: bytes in float32 of all.
+
+    Weights in float32 files are mapped, and read when capture looks at them. The tensors of a GGUF file become float32
+    one after the other, the table of tokens first; of the file what was read stays in memory meanwhile.
+    """
+    assert teacher.module is not None
+    if teacher.kind == "gguf":
+        *_, second, largest = sorted(4 * p.numel() for p in teacher.module.parameters())
+        file, header = Path(teacher.source).stat().st_size, HEADER * teacher.info["vocab_size"]
+        return header + file + max(DEQUANTIZED * largest, weights + (DEQUANTIZED - 1) * second)
+    stored = _stored(teacher)
+    return 0 if stored == torch.float32 else weights + weights * stored.itemsize // 4
+
+
+def _stored(teacher: Teacher) -> torch.dtype:
+    """Of the weights in a transformers folder, as its configuration has it."""
     config = json.loads((Path(teacher.source) / "config.json").read_text(encoding="utf-8"))
-    return config.get("dtype", config.get("torch_dtype")) in (None, "float32")
+    name = config.get("dtype", config.get("torch_dtype")) or "float32"
+    found = getattr(torch, str(name), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _plan(scan: SiteScan, config: Config) -> Plan:

@@ -36,6 +36,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "measure_dry_run": "docs/results.md",
     "estimate_conversion": "test_estimate",
     "rank_sets": "docs/results.md",
+    "time_planning": "docs/results.md",
     "published_recipe": "test_measure_conversion",
 }
 HERE = {"convert_and_generate", "compile_in_place", "onnx_by_hand", "own_model", "stop_and_share", "walk_the_passes"}

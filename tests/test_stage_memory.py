@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 
 import psutil
@@ -18,7 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.runtime.allocations import without_values
 from tcal_compiler.runtime.checkpoints import shell_of
-from tcal_compiler.stage_memory import memory_needs
+from tcal_compiler.runtime.teacher import shell_teacher
+from tcal_compiler.stage_memory import HEADER, loading_bytes, memory_needs
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50_000}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -107,6 +109,18 @@ def test_many_layers_are_read_off_a_line(config_only, tmp_path, monkeypatch):
         assert a.peak_bytes == pytest.approx(b.peak_bytes, rel=0.05)
 
 
+def test_loading_takes_what_the_files_hold_beside_the_weights(config_only, tmp_path):
+    shell, config = shell_teacher(str(config_only)), json.loads((config_only / "config.json").read_text())
+    for dtype, factor in (("float32", 0), (None, 0), ("bfloat16", 1.5), ("float16", 1.5)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+        assert loading_bytes(replace(shell, source=str(tmp_path)), 1000) == 1000 * factor
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(500))
+    table, matrix = 4 * 64 * 50_000, 4 * 64 * 96
+    for weights, most in ((table, 3 * table), (9 * table, 9 * table + 2 * matrix)):
+        assert loading_bytes(replace(shell, source=str(file), kind="gguf"), weights) == HEADER * 50_000 + 500 + most
+
+
 def test_what_has_no_configuration_is_refused(tmp_path):
     refused(call("tcal", "inspect", TINY, "--memory"), "TeacherError", "config.json")
     refused(call("tcal", "inspect", tmp_path, "--memory"), "TeacherError", "config.json")
@@ -149,6 +163,13 @@ def _rule(layer: nn.Linear, x: torch.Tensor) -> None:
     gated_delta_rule(q, q, q, g=g, beta=beta)[0].sum().backward()
 
 
+def _rule_on_short_rows(layer: nn.Linear, x: torch.Tensor) -> None:
+    """Many rows fit into what the rule handles at once."""
+    q = layer(x).view(128, 64, 8, 16)
+    g, beta = q[..., 0].abs().neg(), q[..., 1].sigmoid()
+    gated_delta_rule(q, q, q, g=g, beta=beta)[0].sum().backward()
+
+
 def _attend(layer: nn.Linear, x: torch.Tensor) -> None:
     q = layer(x).view(4, 512, 8, 64).transpose(1, 2)
     mask = torch.ones(512, 512, dtype=torch.bool).tril()
@@ -163,7 +184,7 @@ def allocated(run: Callable[[], None]) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-@pytest.mark.parametrize("work, batch", [(_train, 16), (_rule, 4), (_attend, 4)])
+@pytest.mark.parametrize("work, batch", [(_train, 16), (_rule, 4), (_rule_on_short_rows, 4), (_attend, 4)])
 def test_counted_bytes_are_those_that_are_taken(work, batch):
     def run() -> None:
         work(nn.Linear(512, 512), torch.zeros(batch, 512, 512))

@@ -92,6 +92,15 @@ def _group_sum(x: Tensor, kv_heads: int, batch: int) -> Tensor:
     return x if group == 1 else x.unflatten(1, (batch * kv_heads, group)).sum(2)
 
 
+def rows_at_once(q: Tensor, v: Tensor, chunk: int = CHUNK) -> int:
+    """Rows (batch times heads) of q [B, T, H, Dk], v [B, T, K, Dv] whose matrices for all chunks fit BACKWARD_BYTES."""
+    tokens, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    chunk = _chunk_for(tokens, chunk)
+    a_row = 8 * chunk * chunk + 11 * chunk * key_dim + 6 * chunk * value_dim + 2 * key_dim * value_dim
+    itemsize = torch.promote_types(q.dtype, torch.float32).itemsize
+    return BACKWARD_BYTES.get(q.device.type, BACKWARD_BYTES["cuda"]) // (-(-tokens // chunk) * a_row * itemsize)
+
+
 def gated_delta_rule_chunked_backward(
     d_out: Tensor,
     d_state: Tensor,
@@ -110,15 +119,13 @@ def gated_delta_rule_chunked_backward(
     Sums as `gated_delta_rule_chunked` does, in float32, or float64 if q is float64; contiguous results.
     """
     acc = torch.promote_types(q.dtype, torch.float32)
-    batch, tokens, heads, key_dim = q.shape
-    kv_heads, value_dim = v.shape[2:]
+    batch, tokens, heads = q.shape[:3]
+    kv_heads = v.shape[2]
     group = heads // kv_heads
     chunk = _chunk_for(tokens, chunk)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta, initial_state))
     dq, dk, dv, dg, dbeta, dstate = grads
-    chunks = -(-tokens // chunk)
-    a_row = chunks * (8 * chunk * chunk + 11 * chunk * key_dim + 6 * chunk * value_dim + 2 * key_dim * value_dim)
-    most = BACKWARD_BYTES.get(q.device.type, BACKWARD_BYTES["cuda"]) // (a_row * acc.itemsize)
+    most = rows_at_once(q, v, chunk)
     for b, hk, hq in _slices(batch, kv_heads, group, most):
         rate = _gather(beta[b, :, hq], chunk, acc).unsqueeze(-1)
         w = _within(q[b, :, hq], k[b, :, hk], g[b, :, hq], rate, scale=scale, chunk=chunk, acc=acc)

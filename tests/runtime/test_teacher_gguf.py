@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from contextlib import nullcontext
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tcal_compiler.errors import DataError, TeacherError
+from tcal_compiler.runtime import checkpoints
+from tcal_compiler.runtime.checkpoints import shell_of
+from tcal_compiler.runtime.gguf_reader import plain_gguf_reader
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -67,3 +74,21 @@ def test_gguf_with_another_tokenizer_or_without_the_package(tmp_path, monkeypatc
     with pytest.raises(TeacherError) as e:
         load_teacher(str(file))
     assert "pip install 'tcal-compile[gguf]'" in e.value.hint
+
+
+def test_a_header_is_read_through_plain_arrays_and_once(tmp_path, monkeypatch):
+    file, usual = write_llama(tmp_path / "tiny.gguf"), gguf.GGUFReader
+    with plain_gguf_reader():
+        reader = gguf.GGUFReader(str(file))
+    assert gguf.GGUFReader is usual
+    for name, field in usual(str(file)).fields.items():
+        assert all(type(part) is np.ndarray for part in reader.fields[name].parts)
+        assert reader.fields[name].contents() == field.contents()
+    monkeypatch.setattr(gguf, "GGUFReader", Mock(wraps=usual))
+    monkeypatch.setattr(checkpoints, "plain_gguf_reader", nullcontext)
+    for layers, seen in ((1, 1), (2, 1)):
+        assert shell_of(file, layers=layers).config.num_hidden_layers == layers
+        assert gguf.GGUFReader.call_count == seen
+    os.utime(file, (1, 1))
+    shell_of(file)
+    assert gguf.GGUFReader.call_count == 2
