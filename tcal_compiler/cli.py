@@ -46,7 +46,7 @@ def _run(target: typer.Typer) -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
-    _prepare_process()
+    prepare_process()
     try:
         target()
     except TcalError as e:
@@ -72,7 +72,7 @@ def _fail(e: TcalError) -> NoReturn:
     sys.exit(1)
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     """Settings that torch and transformers read when they are imported, which happens later.
 
     No network in any default path. Threads that wait sleep instead of spinning: beside other work on the same cores,
