@@ -84,7 +84,10 @@ def _print_sites(sites: list[dict[str, Any]], refused: list[dict[str, Any]]) -> 
 
 
 def doctor(as_json: Json = False) -> None:
-    """Versions, and every kernel against float64 on this machine."""
+    """What this machine has: memory, disk, versions, and what to install for what is missing.
+
+    ONNX Runtime's operators and every kernel, gradients included, are compared with float64.
+    """
     from .doctor import examine
 
     findings = examine()
