@@ -86,7 +86,7 @@ def prepare(
     if until == "export":
         check_supported(config.export)
     check_output(out)
-    progress.say(f"loading {teacher}")
+    progress.begin(f"loading {teacher}")
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
     assert source.tokenizer is not None
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)

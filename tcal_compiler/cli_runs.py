@@ -70,17 +70,18 @@ def evaluate(
 
     words = [w.strip() for w in tasks.split(",")] if tasks else []
     needles, recalls = _lengths("--needle", needle), _lengths("--recall", recall)
-    found = evaluate_run(
-        run,
-        Measures(text, length, sequences, needles, recalls, words, task_files, limit, seed),
-        teacher=teacher,
-        tokenizer=tokenizer,
-        baselines=not student_only,
-        ablation=without_linear,
-        allow_pickle=allow_pickle,
-        device=device,
-        progress=Progress(quiet=quiet),
-    )
+    with Progress(quiet=quiet) as progress:
+        found = evaluate_run(
+            run,
+            Measures(text, length, sequences, needles, recalls, words, task_files, limit, seed),
+            teacher=teacher,
+            tokenizer=tokenizer,
+            baselines=not student_only,
+            ablation=without_linear,
+            allow_pickle=allow_pickle,
+            device=device,
+            progress=progress,
+        )
     _print_scores(found, as_json=as_json)
 
 
@@ -126,9 +127,8 @@ def verify(
     from .conversion import require
     from .runs import verify_run
 
-    checks = verify_run(
-        run, teacher=teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=Progress(quiet=quiet)
-    )
+    with Progress(quiet=quiet) as progress:
+        checks = verify_run(run, teacher=teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
     if as_json:
         print(json.dumps([asdict(c) | {"passed": c.passed} for c in checks], indent=1))
     else:

@@ -4,30 +4,74 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
+
+TICK, FIRST, PLAIN = 1.0, 2.0, 30.0  # seconds: between looks, before the first time on a terminal, between plain lines
 
 
 class Progress:
     """Shows what a stage does, how far it is and the time left. quiet: shows nothing.
 
-    Plain output prints a line at most every ten seconds, so that logs stay short.
+    Plain output prints a line at most every ten seconds, so that logs stay short. In a `with` block, work whose length
+    is not known (`begin`) shows how long it has taken: every second on a terminal, every half minute elsewhere.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet, self._tty = quiet, sys.stderr.isatty()
         self._open = False
+        self._work, self._began, self._next = "", 0.0, math.inf  # what has begun, and when it is to be shown again
+        self._lock, self._ended = threading.RLock(), threading.Event()
+        self._clock: threading.Thread | None = None
+
+    def __enter__(self) -> Progress:
+        if not self._quiet:
+            self._clock = threading.Thread(target=self._renew, daemon=True)
+            self._clock.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        if self._clock is not None:
+            self._clock.join()
+        self._newline()
 
     def say(self, text: str) -> None:
         """One line of information."""
+        self._begin("")
         if not self._quiet:
             self._newline()
             print(text, file=sys.stderr, flush=True)
 
+    def begin(self, text: str) -> None:
+        """One line that says which work begins."""
+        self.say(text)
+        self._begin(text)
+
+    def _begin(self, work: str) -> None:
+        with self._lock:
+            self._work, self._began = work, time.monotonic()
+            self._next = self._began + (FIRST if self._tty else PLAIN)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(TICK):
+            with self._lock:
+                now = time.monotonic()
+                if not self._work or now < self._next:
+                    continue
+                text = f"{self._work}: {clock(now - self._began)} so far"
+                self._next = now + (TICK if self._tty else PLAIN)
+                print(
+                    f"\r\x1b[K{text}" if self._tty else text, end="" if self._tty else "\n", file=sys.stderr, flush=True
+                )
+                self._open = self._tty
+
     def _newline(self) -> None:
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
+        with self._lock:
+            if self._open:
+                print(file=sys.stderr)
+                self._open = False
 
     def bar(
         self, what: str, *, tokens: int = 0, utilisation: float | None = None, loss_name: str = "error"
@@ -36,6 +80,7 @@ class Progress:
 
         tokens: of one step; with it the rate is also shown in tokens per second. utilisation: MFU at one step a second.
         """
+        self._begin("")
         started = time.monotonic()
         state = {"shown": started, "first": -1, "loss": math.nan}
 
