@@ -232,6 +232,13 @@ def test_the_runtime_uses_its_kernel_and_not_the_function(hybrid: Deployed, tmp_
     assert ops["LinearAttention"] == 1 and ops["Scan"] == 0
 
 
+def test_nothing_in_the_model_is_unused(hybrid: Deployed):
+    graph = onnx.load(hybrid.artifact.path).graph
+    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+    assert [i.name for i in (*graph.initializer, *graph.input) if i.name not in used] == []
+    assert [n.name for n in graph.node if not used & set(n.output)] == []
+
+
 def without_kernel(source: Path, target: Path) -> None:
     """The same model, its op in a domain for which no runtime has a kernel: only the function can define it."""
     model = onnx.load(source)
