@@ -143,7 +143,9 @@ def convert(
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
-        run.on_again = lambda stage, why: progress.say(f"stage {stage} runs again: {why}")
+        run.on_again = lambda stage, why: (
+            None if stage == "report" else progress.say(f"stage {stage} runs again: {why}")
+        )
         score = lambda: scored_plan(run, source, job.ids, config, job.device, progress, reuse=resume)  # noqa: E731
         chosen = job.chosen or _guarded("score", score)
         progress.say(

@@ -20,6 +20,7 @@ from .cli_options import (
     TeacherArg,
 )
 from .errors import ConfigError
+from .progress import Progress
 
 
 def inspect(
@@ -61,7 +62,9 @@ def inspect(
         raise ConfigError("inspect", "settings of a conversion change nothing about its attention cores", "--memory")
     from .source import open_source
 
-    source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
+    with Progress() as progress:
+        progress.begin(f"loading {teacher}")
+        source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
     sites, refused = [s.summary() for s in source.scan.sites], [asdict(r) for r in source.scan.rejected]
     if as_json:
         print(json.dumps({"sites": sites, "refused": refused}, indent=1))

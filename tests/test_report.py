@@ -289,11 +289,17 @@ def test_without_matplotlib_there_is_markdown_and_a_hint(finished, tmp_path, mon
 def test_compare(finished, tmp_path):
     other = tmp_path / "other"
     done("tcal", "plan", TINY, "-o", other, *BYTES, "--policy", "keep=3", "--seed", "7", *SMALL)
+    done("tcal", "plan", TINY, "-o", other, "--quiet")  # goes on with the plan that is there
     done(
         "tcal", "eval", finished, "--text", HELD_OUT, "--length", "32", "--sequences", "2", "--student-only", "--quiet"
     )
     text = done("tcal", "compare", finished, other, "--html", tmp_path / "both.html")
-    assert "| seed | 0 | 7 |" in text and "| policy | keep=0 | keep=3 |" in text and "calib.length" not in text
+    assert (
+        "| seed | 0 | 7 |" in text
+        and "| policy | keep=0 | keep=3 |" in text
+        and "calib.length" not in text
+        and " None " not in text
+    )
     assert "| layers that stay softmax | [0] | [3] |" in text and "KL, student" in text
     assert "| 0 | run | " in text and "| 3 | other | " in text
     reader = Reader((tmp_path / "both.html").read_text())
