@@ -40,6 +40,7 @@ from .cli_options import (
     TeacherAgain,
     TeacherArg,
     Tokenizer,
+    Verbose,
 )
 from .config import load_config
 from .errors import ConfigError
@@ -56,7 +57,7 @@ def _convert(
     config_file, plan = options.pop("config"), options.pop("plan")
     run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device")}
     dry, resume = options.pop("dry_run"), options.pop("resume")
-    with Progress(quiet=options.pop("quiet")) as progress:
+    with Progress(quiet=options.pop("quiet"), verbose=options.pop("verbose")) as progress:
         settings, tokenizer = settings_before(out)
         if settings:
             progress.say(f"{out} goes on with its own settings where none is given")
@@ -101,6 +102,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
         restart: Again = False,
         dry_run: DryRun = False,
         quiet: Quiet = False,
+        verbose: Verbose = False,
         as_json: Json = False,
     ) -> None:
         options = {
@@ -123,6 +125,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
             "resume": not restart,
             "dry_run": dry_run,
             "quiet": quiet,
+            "verbose": verbose,
         }
         _convert(until, teacher, out, policy, options=options, json_out=as_json)
 
@@ -135,19 +138,26 @@ def _export_command() -> Callable[..., None]:
     stage = _stage_command("export", "")
 
     def export(
-        teacher: str, dtype: str | None, max_kl: float | None, force: bool, quiet: bool, as_json: bool, **options: Any
+        teacher: str,
+        dtype: str | None,
+        max_kl: float | None,
+        force: bool,
+        quiet: bool,
+        verbose: bool,
+        as_json: bool,
+        **options: Any,
     ) -> None:
         if dtype is None:
             if force or max_kl is not None:
                 raise ConfigError("export", "--force and --max-kl bound a variant", "--dtype fp16, int8 or int4")
-            stage(teacher=teacher, quiet=quiet, as_json=as_json, **options)
+            stage(teacher=teacher, quiet=quiet, verbose=verbose, as_json=as_json, **options)
             return
         if set_too := [n for n, value in options.items() if value != given.parameters[n].default]:
             names = ", ".join(f"--{n.replace('_', '-')}" for n in set_too)
             raise ConfigError("export", f"{names} change nothing about a variant", f"tcal export RUN --dtype {dtype}")
         from .variants import export_variant
 
-        with Progress(quiet=quiet) as progress:
+        with Progress(quiet=quiet, verbose=verbose) as progress:
             check = export_variant(teacher, dtype, max_kl=max_kl, force=force, progress=progress)  # type: ignore[arg-type]
         if as_json:
             print(json.dumps(asdict(check) | {"passed": check.passed}, indent=1))
@@ -178,6 +188,7 @@ def distill(
     device: Device = "cpu",
     no_export: Annotated[bool, typer.Option("--no-export", help="leave program and ONNX model as they are")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Distils the whole student of a run folder from its teacher, then renews its program and ONNX model.
@@ -188,7 +199,7 @@ def distill(
     from .api import report_file
     from .processes import distill_in_processes
 
-    with Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet, verbose=verbose) as progress:
         path = distill_in_processes(
             run,
             steps=steps,

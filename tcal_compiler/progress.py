@@ -12,14 +12,16 @@ TICK, FIRST, PLAIN = 1.0, 2.0, 30.0  # seconds: between looks, before the first 
 
 
 class Progress:
-    """Shows what a stage does, how far it is and the time left. quiet: shows nothing.
+    """Shows what a stage does, how far it is and the time left. quiet: shows nothing. verbose: a line for every step.
 
-    Plain output prints a line at most every ten seconds, so that logs stay short. In a `with` block, work whose length
-    is not known (`begin`) shows how long it has taken: every second on a terminal, every half minute elsewhere.
+    Verbose lines begin with the time since the first. Plain output prints a line at most every ten seconds, so that
+    logs stay short. In a `with` block, work whose length is not known (`begin`) shows how long it has taken: every
+    second on a terminal, every half minute elsewhere.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet, self._tty = quiet, sys.stderr.isatty()
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self._quiet, self._verbose, self._tty = quiet, verbose, sys.stderr.isatty() and not verbose
+        self._started = time.monotonic()
         self._open = False
         self._work, self._began, self._next = "", 0.0, math.inf  # what has begun, and when it is to be shown again
         self._lock, self._ended = threading.RLock(), threading.Event()
@@ -42,7 +44,19 @@ class Progress:
         self._begin("")
         if not self._quiet:
             self._newline()
-            print(text, file=sys.stderr, flush=True)
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        since = f"{time.monotonic() - self._started:9.1f} s  " if self._verbose else ""
+        print(since + text, file=sys.stderr, flush=True)
+
+    def _renew_line(self, text: str) -> None:
+        """On a terminal in place of the line that is open, elsewhere as a line of its own."""
+        if self._tty:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        else:
+            self._line(text)
 
     def begin(self, text: str) -> None:
         """One line that says which work begins."""
@@ -60,12 +74,8 @@ class Progress:
                 now = time.monotonic()
                 if not self._work or now < self._next:
                     continue
-                text = f"{self._work}: {clock(now - self._began)} so far"
                 self._next = now + (TICK if self._tty else PLAIN)
-                print(
-                    f"\r\x1b[K{text}" if self._tty else text, end="" if self._tty else "\n", file=sys.stderr, flush=True
-                )
-                self._open = self._tty
+                self._renew_line(f"{self._work}: {clock(now - self._began)} so far")
 
     def _newline(self) -> None:
         with self._lock:
@@ -90,10 +100,10 @@ class Progress:
             if state["first"] < 0:
                 state["first"] = done - 1
             now = time.monotonic()
-            wait = 0.2 if self._tty else 10.0
+            wait = 0.2 if self._tty else 0.0 if self._verbose else 10.0
             if self._quiet or (now - state["shown"] < wait and done < total):
                 return
-            if done == total and now - started < 2 and not self._tty:
+            if done == total and now - started < 2 and not (self._tty or self._verbose):
                 return
             state["shown"] = now
             rate = (done - state["first"]) / max(now - started, 1e-9)
@@ -105,13 +115,9 @@ class Progress:
                 text += f", MFU {rate * utilisation:.1%}"
             if not math.isnan(state["loss"]):
                 text += f", {loss_name} {state['loss']:.4f}"
-            if self._tty:
-                print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-                self._open = True
-                if done == total:
-                    self._newline()
-            else:
-                print(text, file=sys.stderr, flush=True)
+            self._renew_line(text)
+            if done == total:
+                self._newline()
 
         return update
 

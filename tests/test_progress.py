@@ -79,3 +79,18 @@ def test_quiet_shows_nothing(tty, monkeypatch):
         shown.begin("loading")
         time.sleep(0.1)
     assert screen.getvalue() == ""
+
+
+def test_verbose_has_a_line_with_the_time_for_every_step(monkeypatch):
+    screen = made(True, monkeypatch)
+    with Progress(verbose=True) as shown:
+        shown.begin("loading")
+        step = shown.bar("alignment")
+        for done in (1, 2, 3):
+            step(done, 3, 0.5)
+    lines = [line for line in screen.getvalue().splitlines() if "so far" not in line]
+    assert [line.split(" s  ")[1].split(",")[0] for line in lines] == [
+        "loading",
+        *(f"alignment: {n}/3" for n in (1, 2, 3)),
+    ]
+    assert all(float(line.split(" s ")[0]) < 60 for line in lines) and "\r" not in screen.getvalue()
