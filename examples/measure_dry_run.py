@@ -32,7 +32,10 @@ COLUMNS = ("seconds", "cpu_seconds", "peak_bytes")
 
 def convert_measured(words: list[str], out: Path, found: Path) -> None:
     """tcal-compile with every stage metered; writes {stage: {seconds, cpu_seconds, peak_bytes}}."""
-    from tcal_compiler import api, cli, source
+    from tcal_compiler import cli
+
+    cli.prepare_process()  # before torch is imported, as in the command: its threads wait otherwise than by default
+    from tcal_compiler import api, source
     from tcal_compiler.conversion import Conversion
     from tcal_compiler.runtime.meter import Meter
 

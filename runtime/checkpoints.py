@@ -21,7 +21,7 @@ from .declared_size import check_folder, gguf_shell
 from .gguf_reader import plain_gguf_reader
 from .tokenizer import quiet_transformers
 
-_GGUF_HINT = "pip install 'tcal-compile[gguf]'"
+_GGUF_HINT = "pip install gguf"
 _CAUSAL_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 MOST_LAYERS = 1024  # of a model; the deepest that are published have some 130
 

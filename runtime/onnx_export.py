@@ -150,6 +150,7 @@ def context_length(config: ExportConfig, info: dict[str, Any]) -> int:
 def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     """The stateful graph as an onnx_ir.Model, with the fallback function of the profile."""
     import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     lowering = LOWERINGS[profile]
     program = export_stateful(replace(stateful, gm=without_complex(stateful.gm)))
@@ -180,6 +181,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
         fuse_rotary(model)
     if lowering.half:
         halve(model)
+    RemoveUnusedNodesPass()(model)  # ONNX Runtime warns of constants that fused parts left behind
     _strip(model)
     _name_cache_axes(model, stateful)
     model.metadata_props[FINGERPRINT] = _weights_sha256(stateful)

@@ -18,6 +18,9 @@ from .onnx_export import LOWERINGS, OnnxArtifact
 from .session import OnnxSession
 
 LEAST_TOLERANCE = 1e-4  # absolute, in logits
+# A student after little training magnifies rounding at some tokens, so that the largest errors of two right programs in
+# float32 lie apart: 2.2 times was seen with SmolLM2 after 8 steps of alignment.
+MOST_TIMES_NOISE = 4
 MOST_HALF_KL = 1e-3  # nats per token
 
 
@@ -34,10 +37,10 @@ def check_parity(
     """Compares model.onnx in ONNX Runtime with the stateful torch graph.
 
     The graph in float64 is the referee (it needs a float64 copy of the weights): ONNX Runtime's logits may be 1e-4 from
-    it, or twice as far as the same graph in float32 is, where that is more. Both rounding errors may have opposite
-    signs, so that the difference of the two float32 results, in a check's detail, can be the sum of them. Greedy tokens
-    must be equal; a check's detail says how telling that is. Where products are float16, the predictions' mean
-    KL(torch || ONNX) may be up to MOST_HALF_KL instead, and that is all.
+    it, or MOST_TIMES_NOISE as far as the same graph in float32 is, where that is more. Both rounding errors may have
+    opposite signs, so that the difference of the two float32 results, in a check's detail, can be the sum of them.
+    Greedy tokens must be equal; a check's detail says how telling that is. Where products are float16, the predictions'
+    mean KL(torch || ONNX) may be up to MOST_HALF_KL instead, and that is all.
 
     Args:
         whole: ids [B, T] -> logits [B, T, V] of the student without state, held to the same bound.
@@ -67,7 +70,7 @@ class TorchLogits:
     @property
     def allowed(self) -> float:
         """How far a runtime's logits may be from float64."""
-        return max(LEAST_TOLERANCE, 2 * self.noise)
+        return max(LEAST_TOLERANCE, MOST_TIMES_NOISE * self.noise)
 
 
 def torch_logits(stateful: StatefulGraph, length: int = 40) -> TorchLogits:

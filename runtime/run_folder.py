@@ -77,6 +77,7 @@ class Stage:
             still there. Write to it with write_atomic.
         evidence: JSON data about what was measured; set it before the block ends.
         plan: when set, replaces the manifest's plan.
+        seconds: of work that the stage's record is to count besides the block itself.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Stage:
     scratch: Path
     evidence: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
+    seconds: float = 0.0
 
 
 class RunFolder:
@@ -280,7 +282,7 @@ class RunFolder:
             self._publish()  # a disk that was full may have cut off the stage before
             self._make_folders(folder, scratch, keep=not redo)
             yield stage
-            self._commit(stage, hashes, inputs, time.monotonic() - started)
+            self._commit(stage, hashes, inputs, stage.seconds + time.monotonic() - started)
         except BaseException as e:
             del reserve
             pending = self.manifest.pending

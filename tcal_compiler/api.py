@@ -87,7 +87,7 @@ def prepare(
     if until == "export":
         check_supported(config.export)
     check_output(out)
-    progress.say(f"loading {teacher}")
+    progress.begin(f"loading {teacher}")
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
     assert source.tokenizer is not None
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
@@ -144,7 +144,9 @@ def convert(
         config_json=config.model_dump(mode="json"),
         resume=resume,
     ) as run:
-        run.on_again = lambda stage, why: progress.say(f"stage {stage} runs again: {why}")
+        run.on_again = lambda stage, why: (
+            None if stage == "report" else progress.say(f"stage {stage} runs again: {why}")
+        )
         score = lambda: scored_plan(run, source, job.ids, config, job.device, progress, reuse=resume)  # noqa: E731
         chosen = job.chosen or _guarded("score", score)
         progress.say(

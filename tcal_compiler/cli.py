@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": cli_runs.compare,
     "doctor": cli_inspect.doctor,
 }
+STAGES = ("plan", "calibrate", "align", "export", "distill")  # each leaves checkpoints when it is stopped
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
@@ -46,7 +47,7 @@ def _run(target: typer.Typer) -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
-    _prepare_process()
+    prepare_process()
     try:
         target()
     except TcalError as e:
@@ -56,7 +57,8 @@ def _run(target: typer.Typer) -> None:
     except (KeyboardInterrupt, SystemExit) as e:
         if isinstance(e, SystemExit) and e.code != 130:  # what typer makes of Ctrl-C
             raise
-        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        again = " The same command goes on from the last checkpoint." if _keeps_checkpoints(sys.argv[1:]) else ""
+        print(f"\nStopped.{again}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,12 +69,18 @@ def _run(target: typer.Typer) -> None:
         _fail(out_of_memory_error(Path(sys.argv[0]).name, e))
 
 
+def _keeps_checkpoints(words: list[str]) -> bool:
+    """Whether this is tcal-compile or one of tcal's stages, and no dry run."""
+    runs_stages = Path(sys.argv[0]).stem == "tcal-compile" or (words and words[0] in STAGES)
+    return bool(runs_stages) and "--dry-run" not in words
+
+
 def _fail(e: TcalError) -> NoReturn:
     print(f"{type(e).__name__}: {e}", file=sys.stderr)
     sys.exit(1)
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     """Settings that torch and transformers read when they are imported, which happens later.
 
     No network in any default path. Threads that wait sleep instead of spinning: beside other work on the same cores,

@@ -20,6 +20,7 @@ from .cli_options import (
     TeacherArg,
 )
 from .errors import ConfigError
+from .progress import Progress
 
 
 def inspect(
@@ -61,7 +62,9 @@ def inspect(
         raise ConfigError("inspect", "settings of a conversion change nothing about its attention cores", "--memory")
     from .source import open_source
 
-    source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
+    with Progress() as progress:
+        progress.begin(f"loading {teacher}")
+        source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
     sites, refused = [s.summary() for s in source.scan.sites], [asdict(r) for r in source.scan.rejected]
     if as_json:
         print(json.dumps({"sites": sites, "refused": refused}, indent=1))
@@ -84,7 +87,10 @@ def _print_sites(sites: list[dict[str, Any]], refused: list[dict[str, Any]]) -> 
 
 
 def doctor(as_json: Json = False) -> None:
-    """Versions, and every kernel against float64 on this machine."""
+    """What this machine has: memory, disk, versions, and what to install for what is missing.
+
+    ONNX Runtime's operators and every kernel, gradients included, are compared with float64.
+    """
     from .doctor import examine
 
     findings = examine()

@@ -53,6 +53,7 @@ Pickle = Annotated[
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Again = Annotated[bool, typer.Option("--restart", help="run every stage anew")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress on stderr")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="progress as a line for every step, with the time")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say plan, time, memory and disk of every stage, and write nothing")
 ]

@@ -18,6 +18,7 @@ from .cli_options import (
     RunArg,
     TeacherAgain,
     Tokenizer,
+    Verbose,
 )
 from .errors import ConfigError
 from .progress import Progress
@@ -63,6 +64,7 @@ def evaluate(
     tokenizer: Tokenizer = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity and mean KL(teacher, student) per token on a text, retrieval from it, and zero-shot tasks."""
@@ -70,17 +72,18 @@ def evaluate(
 
     words = [w.strip() for w in tasks.split(",")] if tasks else []
     needles, recalls = _lengths("--needle", needle), _lengths("--recall", recall)
-    found = evaluate_run(
-        run,
-        Measures(text, length, sequences, needles, recalls, words, task_files, limit, seed),
-        teacher=teacher,
-        tokenizer=tokenizer,
-        baselines=not student_only,
-        ablation=without_linear,
-        allow_pickle=allow_pickle,
-        device=device,
-        progress=Progress(quiet=quiet),
-    )
+    with Progress(quiet=quiet, verbose=verbose) as progress:
+        found = evaluate_run(
+            run,
+            Measures(text, length, sequences, needles, recalls, words, task_files, limit, seed),
+            teacher=teacher,
+            tokenizer=tokenizer,
+            baselines=not student_only,
+            ablation=without_linear,
+            allow_pickle=allow_pickle,
+            device=device,
+            progress=progress,
+        )
     _print_scores(found, as_json=as_json)
 
 
@@ -120,15 +123,15 @@ def verify(
     tokenizer: Tokenizer = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Repeats every check on the run folder; prints measured against allowed. Exit 1 when one fails."""
     from .conversion import require
     from .runs import verify_run
 
-    checks = verify_run(
-        run, teacher=teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=Progress(quiet=quiet)
-    )
+    with Progress(quiet=quiet, verbose=verbose) as progress:
+        checks = verify_run(run, teacher=teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
     if as_json:
         print(json.dumps([asdict(c) | {"passed": c.passed} for c in checks], indent=1))
     else:

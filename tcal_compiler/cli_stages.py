@@ -40,6 +40,7 @@ from .cli_options import (
     TeacherAgain,
     TeacherArg,
     Tokenizer,
+    Verbose,
 )
 from .config import load_config
 from .errors import ConfigError
@@ -50,34 +51,31 @@ def _convert(
     until: str, teacher: str, out: Path, policy: str | None, *, options: dict[str, Any], json_out: bool
 ) -> None:
     from .api import convert, report_file
+    from .dry_run import dry_run
     from .recorded import settings_before
 
     config_file, plan = options.pop("config"), options.pop("plan")
     run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device")}
     dry, resume = options.pop("dry_run"), options.pop("resume")
-    progress = Progress(quiet=options.pop("quiet"))
-    settings, tokenizer = settings_before(out)
-    if settings:
-        progress.say(f"{out} goes on with its own settings where none is given")
-    run_options["tokenizer"] = run_options["tokenizer"] or tokenizer
-    config = load_config(config_file, {"policy": policy, **options}, settings)
-    what: dict[str, Any] = {"out": out, "config": config, "plan": plan, "until": until, "progress": progress}
+    with Progress(quiet=options.pop("quiet"), verbose=options.pop("verbose")) as progress:
+        settings, tokenizer = settings_before(out)
+        if settings:
+            progress.say(f"{out} goes on with its own settings where none is given")
+        run_options["tokenizer"] = run_options["tokenizer"] or tokenizer
+        config = load_config(config_file, {"policy": policy, **options}, settings)
+        what: dict[str, Any] = {"out": out, "config": config, "plan": plan, "until": until, "progress": progress}
+        if dry:
+            found = dry_run(teacher, **what, **run_options)
+        else:
+            path = convert(teacher, resume=resume, **what, **run_options)
     if dry:
-        _dry_run(teacher, what | run_options, json_out=json_out)
+        print(json.dumps(found.as_json(), indent=1) if json_out else found.text())
         return
-    path = convert(teacher, resume=resume, **what, **run_options)
     if json_out:
         print((path / "tcal.json").read_text(encoding="utf-8"))
         return
     print(f"{path}: {until} is complete. Report: {report_file(path)}")
     print(f'Try: tcal generate {path} "Once upon a time"' if until == "export" else f"Plan: {path / 'plan.toml'}")
-
-
-def _dry_run(teacher: str, options: dict[str, Any], *, json_out: bool) -> None:
-    from .dry_run import dry_run
-
-    found = dry_run(teacher, **options)
-    print(json.dumps(found.as_json(), indent=1) if json_out else found.text())
 
 
 def _stage_command(until: str, description: str) -> Callable[..., None]:
@@ -104,6 +102,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
         restart: Again = False,
         dry_run: DryRun = False,
         quiet: Quiet = False,
+        verbose: Verbose = False,
         as_json: Json = False,
     ) -> None:
         options = {
@@ -126,6 +125,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
             "resume": not restart,
             "dry_run": dry_run,
             "quiet": quiet,
+            "verbose": verbose,
         }
         _convert(until, teacher, out, policy, options=options, json_out=as_json)
 
@@ -138,19 +138,27 @@ def _export_command() -> Callable[..., None]:
     stage = _stage_command("export", "")
 
     def export(
-        teacher: str, dtype: str | None, max_kl: float | None, force: bool, quiet: bool, as_json: bool, **options: Any
+        teacher: str,
+        dtype: str | None,
+        max_kl: float | None,
+        force: bool,
+        quiet: bool,
+        verbose: bool,
+        as_json: bool,
+        **options: Any,
     ) -> None:
         if dtype is None:
             if force or max_kl is not None:
                 raise ConfigError("export", "--force and --max-kl bound a variant", "--dtype fp16, int8 or int4")
-            stage(teacher=teacher, quiet=quiet, as_json=as_json, **options)
+            stage(teacher=teacher, quiet=quiet, verbose=verbose, as_json=as_json, **options)
             return
         if set_too := [n for n, value in options.items() if value != given.parameters[n].default]:
             names = ", ".join(f"--{n.replace('_', '-')}" for n in set_too)
             raise ConfigError("export", f"{names} change nothing about a variant", f"tcal export RUN --dtype {dtype}")
         from .variants import export_variant
 
-        check = export_variant(teacher, dtype, max_kl=max_kl, force=force, progress=Progress(quiet=quiet))  # type: ignore[arg-type]
+        with Progress(quiet=quiet, verbose=verbose) as progress:
+            check = export_variant(teacher, dtype, max_kl=max_kl, force=force, progress=progress)  # type: ignore[arg-type]
         if as_json:
             print(json.dumps(asdict(check) | {"passed": check.passed}, indent=1))
         else:
@@ -180,6 +188,7 @@ def distill(
     device: Device = "cpu",
     no_export: Annotated[bool, typer.Option("--no-export", help="leave program and ONNX model as they are")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Distils the whole student of a run folder from its teacher, then renews its program and ONNX model.
@@ -190,18 +199,19 @@ def distill(
     from .api import report_file
     from .processes import distill_in_processes
 
-    path = distill_in_processes(
-        run,
-        steps=steps,
-        tokens=tokens,
-        config_file=config,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        allow_pickle=allow_pickle,
-        device=device,
-        until="distill" if no_export else "export",
-        progress=Progress(quiet=quiet),
-    )
+    with Progress(quiet=quiet, verbose=verbose) as progress:
+        path = distill_in_processes(
+            run,
+            steps=steps,
+            tokens=tokens,
+            config_file=config,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            allow_pickle=allow_pickle,
+            device=device,
+            until="distill" if no_export else "export",
+            progress=progress,
+        )
     if path is not None and as_json:
         print((path / "tcal.json").read_text(encoding="utf-8"))
     elif path is not None:

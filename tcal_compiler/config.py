@@ -87,6 +87,8 @@ def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, An
     """
     data: dict[str, Any] = {}
     if path is not None:
+        if not path.is_file():
+            raise ConfigError(str(path), "no such file", "a file whose keys docs/reference.md lists; none is needed")
         try:
             data = tomllib.loads(read_small(path).decode())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:

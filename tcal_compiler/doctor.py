@@ -1,83 +1,192 @@
-"""What is installed here, and whether the op computes right on this machine."""
+"""What is installed here, what the machine has left, and whether operators and kernels compute right on it."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import torch
+from torch import Tensor
 
+from .dry_run import size_text
+from .kernels.attention_stats import attention_statistics, attention_statistics_reference
+from .kernels.attention_stats import op as stats_op
+from .kernels.gated_delta_rule import dispatch as rule_op
 from .kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
+from .kernels.gated_delta_step import gated_delta_step, gated_delta_step_reference
+from .kernels.gated_delta_step import op as step_op
+from .kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
+from .kernels.gated_rms_norm import op as norm_op
+from .kernels.scores import Scores
+from .kernels.self_check import ALLOWED, Check, relative_errors
+from .runtime.onnx_probe import CASES, operator_errors
 
-_PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxscript",
-    "gguf",
-    "tokenizers",
-)
+ALWAYS = ("torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime")
+OPTIONAL = {  # what each is for
+    "gguf": "GGUF teachers",
+    "matplotlib": "report.html",
+    "pyarrow": "text from .parquet files",
+    "zstandard": "text from .jsonl.zst files",
+    "triton": "the kernels on a GPU",
+    "onnxruntime-gpu": "ONNX Runtime on a GPU",
+    "onnxruntime-genai": "examples/generate_genai.py",
+}
+HEAD_DIM = 64
+OP_TOL = 1e-3  # of an error in float32; what is computed right is below a hundredth of it
+TRITON: dict[str, tuple[Check, tuple[int, ...]]] = {
+    "gated_delta_rule": (rule_op.self_check, (HEAD_DIM, HEAD_DIM)),
+    "packed gated_delta_rule": (rule_op.packed_self_check, (HEAD_DIM, HEAD_DIM)),
+    "gated_delta_step": (step_op.self_check, (HEAD_DIM, HEAD_DIM, True, True)),
+    "gated_rms_norm": (norm_op.self_check, (HEAD_DIM,)),
+    "attention_statistics": (stats_op.self_check, (HEAD_DIM, HEAD_DIM)),
+}
+
+Run = Callable[..., tuple[Tensor, ...]]
+Case = tuple[dict[str, Tensor], Run, Run, tuple[str, ...]]  # float64 inputs, the op, its reference, names of results
 
 
-def _version(name: str) -> str:
+def package(name: str) -> str:
+    """Its version; where it is not installed, what would install it and what for."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return f"not installed: pip install {name}" + (f", for {OPTIONAL[name]}" if name in OPTIONAL else "")
 
 
-def _grad(x: torch.Tensor) -> torch.Tensor:
-    assert x.grad is not None
-    return x.grad
-
-
-def kernel_errors(device: torch.device) -> dict[str, float]:
-    """Relative errors (root mean square) of outputs and gradients of gated_delta_rule in float32 against float64."""
+def _inputs() -> dict[str, Tensor]:
+    """Of all operators in float64: B = 2, T = 100, H = 3; those of the step are the first tokens."""
     gen = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
+    def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen, dtype=torch.float64)
 
-    batch, tokens, heads, dim = 2, 100, 3, 64
-    q, k = (torch.nn.functional.normalize(draw(batch, tokens, heads, dim), dim=-1) for _ in range(2))
-    args = [
-        q,
-        k,
-        draw(batch, tokens, heads, dim),
-        -draw(batch, tokens, heads).abs(),
-        draw(batch, tokens, heads).sigmoid(),
-    ]
-    args.append(draw(batch, heads, dim, dim))
-    weight = draw(batch, tokens, heads, dim)
-    exact = [a.clone().requires_grad_() for a in args]
-    out, state = gated_delta_rule_reference(*exact, scale=dim**-0.5)
-    ((out * weight).sum() + state.sum()).backward()
-    mine = [a.float().to(device).requires_grad_() for a in args]
-    o2, s2 = gated_delta_rule(*mine[:3], g=mine[3], beta=mine[4], initial_state=mine[5])
-    ((o2 * weight.float().to(device)).sum() + s2.sum()).backward()
-    pairs = {"output": (o2, out), "state": (s2, state)}
-    pairs |= {
-        f"d{n}": (_grad(m), _grad(e))
-        for n, m, e in zip(("q", "k", "v", "g", "beta", "state"), mine, exact, strict=True)
+    shape = (2, 100, 3)
+    q, k = (torch.nn.functional.normalize(draw(*shape, HEAD_DIM), dim=-1) for _ in range(2))
+    found = {"q": q, "k": k, "v": draw(*shape, HEAD_DIM), "g": -draw(*shape).abs(), "beta": draw(*shape).sigmoid()}
+    return found | {"state": draw(2, 3, HEAD_DIM, HEAD_DIM), "gate": draw(*shape, HEAD_DIM), "w": draw(3, HEAD_DIM)}
+
+
+def _cases() -> dict[str, Case]:
+    x, scale = _inputs(), HEAD_DIM**-0.5
+    rule = {n: x[n] for n in ("q", "k", "v", "g", "beta", "state")}
+    few = {n: t if n == "state" else t[:, :3] for n, t in rule.items()}
+    heads = {n: x[n].transpose(1, 2) for n in "qkv"}
+    norm = {"o": x["v"], "gate": x["gate"], "w": x["w"]}
+    scores = Scores(scale)
+    return {
+        "gated_delta_rule": (
+            rule,
+            lambda q, k, v, g, beta, state: gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state),
+            lambda *args: gated_delta_rule_reference(*args, scale=scale),
+            ("output", "state"),
+        ),
+        "gated_delta_step": (
+            few,
+            lambda q, k, v, g, beta, state: gated_delta_step(q, k, v, g=g, beta=beta, state=state),
+            lambda *args: gated_delta_step_reference(*args, scale=scale),
+            ("output", "state"),
+        ),
+        "gated_rms_norm": (
+            norm,
+            lambda o, gate, w: (gated_rms_norm(o, gate, w),),
+            lambda o, gate, w: (gated_rms_norm_reference(o, gate, w),),
+            ("output",),
+        ),
+        "attention_statistics": (
+            heads,
+            lambda q, k, v: attention_statistics(q, k, v, scores=scores),
+            lambda q, k, v: attention_statistics_reference(q, k, v, scale=scale, window=None),
+            ("context", "distance", "entropy", "mass"),
+        ),
     }
-    return {n: ((a.double().cpu() - b).norm() / b.norm()).item() for n, (a, b) in pairs.items()}
 
 
-def examine() -> dict[str, Any]:
-    """Versions, devices and kernel errors, as plain JSON values."""
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    found |= {name: _version(name) for name in _PACKAGES}
-    found["cuda device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for name in devices:
-        errors = kernel_errors(torch.device(name))
-        verdict = "right" if max(errors.values()) < 1e-3 else "WRONG"
-        worst = max(errors, key=lambda n: errors[n])
-        found[f"gated_delta_rule on {name}"] = (
-            f"{verdict}: largest relative error {errors[worst]:.1e} ({worst}) against float64"
-        )
+TRAINED = ("gated_delta_rule", "gated_rms_norm")  # those with a gradient
+
+
+def op_errors(op: str, device: torch.device) -> dict[str, float]:
+    """rms error over rms of what an operator gives in float32 there, gradients included, against float64."""
+    inputs, run, reference, names = _cases()[op]
+    grad = op in TRAINED
+    exact = {n: t.clone().requires_grad_(grad) for n, t in inputs.items()}
+    mine = {n: t.float().to(device).requires_grad_(grad) for n, t in inputs.items()}
+    wanted, found = list(reference(*exact.values())), list(run(*mine.values()))
+    if grad:
+        gen = torch.Generator().manual_seed(1)
+        weights = [torch.randn(t.shape, generator=gen, dtype=torch.float64) for t in wanted]
+        torch.autograd.backward(wanted, weights)
+        torch.autograd.backward(found, [w.to(device, t.dtype) for w, t in zip(weights, found, strict=True)])
+        wanted += [t.grad for t in exact.values() if t.grad is not None]
+        found += [t.grad for t in mine.values() if t.grad is not None]
+        names = (*names, *(f"gradient of {n}" for n in inputs))
+    return relative_errors(names, [t.detach().cpu() for t in found], [t.detach() for t in wanted])
+
+
+def verdict(errors: dict[str, float], allowed: float) -> str:
+    """Whether all errors are allowed, and the largest of them; NaN is not allowed."""
+    worst = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
+    right = "right" if errors[worst] <= allowed else "WRONG"
+    return f"{right}: largest relative error {errors[worst]:.1e} ({worst}) against float64"
+
+
+def triton_verdict(check: Check, device: torch.device, dims: tuple[int, ...]) -> str:
+    """Of a kernel's own proof, in every dtype that it takes; where it fails, the operator runs in plain PyTorch."""
+    said = []
+    for dtype, allowed in ALLOWED.items():
+        try:
+            found = verdict(check(device, dtype, *dims), allowed)
+        except Exception as e:  # whatever a compiler can raise
+            found = f"FAILS with {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        if not found.startswith("right"):
+            found += "; it runs in plain PyTorch, try another version of triton"
+        said.append(f"{str(dtype).removeprefix('torch.')} {found}")
+    return "; ".join(said)
+
+
+def onnx_verdict(op: str) -> str:
+    try:
+        return verdict(operator_errors(op), OP_TOL)
+    except Exception as e:  # ONNX Runtime's own types share no base
+        said = " ".join(str(e).split())[:120]
+        return f"MISSING ({said}): onnxruntime 1.25 or newer has it"
+
+
+def _machine() -> dict[str, str]:
+    memory, place = psutil.virtual_memory(), Path.cwd()
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}",
+        "memory": f"{size_text(memory.available)} free of {size_text(memory.total)}",
+        "disk": f"{size_text(psutil.disk_usage(str(place)).free)} free at {place}",
+    }
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        sizes = f"{size_text(free)} free of {size_text(total)}"
+        found[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, {sizes}"
+    if not torch.cuda.device_count():
+        found["GPU"] = "none that torch sees; a conversion takes the CPU then"
+    return found
+
+
+def examine() -> dict[str, str]:
+    """Machine, versions, ONNX Runtime's operators, and every operator of ours against float64."""
+    import onnxruntime
+
+    found = _machine() | {name: package(name) for name in (*ALWAYS, *OPTIONAL)}
+    found["onnxruntime runs on"] = ", ".join(
+        p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()
+    )
+    found |= {f"{op} in onnxruntime": onnx_verdict(op) for op in CASES}
+    for name in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        device = torch.device(name)
+        for op in _cases():
+            found[f"{op} on {name}"] = verdict(op_errors(op, device), OP_TOL)
+    if torch.cuda.is_available():
+        for op, (check, dims) in TRITON.items():
+            found[f"{op} in Triton"] = triton_verdict(check, torch.device("cuda"), dims)
     return found

@@ -150,12 +150,12 @@ def dry_run(
         stages = [StageCost("load", load.time, load.peak)]
         trial = Trial(job.source, chosen, job.ids, config)
         for name in STAGES[: STAGES.index(until) + 1]:
-            progress.say(f"dry run: a piece of {name}")
+            progress.begin(f"dry run: a piece of {name}")
             stages.append(trial.stage(name))
             if name == "calibrate" and models:
                 sets = scored_by(policy) in (JOINT, FORWARD)
                 stages.insert(1, trial.score(models, config.score.align_steps if sets else 0))
-        progress.say("dry run: a piece of the report")
+        progress.begin("dry run: a piece of the report")
         stages.append(trial.report())
     sites = [s.summary() | {"becomes": "softmax" if s.index in chosen.keep else "gated delta net"} for s in scan.sites]
     refused = [asdict(r) for r in scan.rejected]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,10 +75,12 @@ class Measures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """text: results by model, of Measures.text. tasks: scores of every task and metric, by model."""
+    """text: results by model, of Measures.text. tasks: scores of every task and metric, by model. What both took."""
 
     text: dict[str, EvalResult] = field(default_factory=dict)
     tasks: dict[str, list[TaskScore]] = field(default_factory=dict)
+    text_seconds: float = 0.0
+    task_seconds: float = 0.0
 
 
 def evaluate_run(
@@ -108,6 +111,7 @@ def evaluate_run(
     with RunFolder.open_existing(path, write=True) as run:
         if measures.text is not None:
             data.check_not_calibrated(measures.text, *calibrated_texts(run))
+        progress.begin("evaluation: teacher and student")
         last = last_weights(run)
         named = tokenizer is not None or last != "export"
         source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named)
@@ -124,9 +128,9 @@ def evaluate_run(
             what = f"a model fails on sequences of {longest} tokens: {str(e).splitlines()[0]}"
             raise StageError("eval", what, "a smaller --length") from e
         if ids is not None:
-            _record_text(run, last, Path(str(measures.text)), ids, found.text)
+            _record_text(run, last, Path(str(measures.text)), ids, found)
         if tasks:
-            _record_tasks(run, last, measures, found.tasks)
+            _record_tasks(run, last, measures, found)
         write_report(run, progress)
     return found
 
@@ -197,29 +201,34 @@ def _scores(
     progress: Progress,
 ) -> Evaluation:
     text: dict[str, EvalResult] = {}
+    began = time.monotonic()
     if ids is not None:
         others = {n: m for n, m in models.items() if n != "teacher"}
         batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS[device.type] // ids.shape[1])
         bar = progress.bar("evaluation")
         text = evaluate(ids.to(device), teacher=models["teacher"], students=others, batch=batch, progress=bar)
+    took = time.monotonic() - began
     if not tasks:
-        return Evaluation(text)
+        return Evaluation(text, text_seconds=took)
     context = source.teacher.info.get("context_length")
     scores = score_tasks(tasks, models, device=device, context_length=context, progress=progress.bar)
-    return Evaluation(text, {n: with_average(s) for n, s in scores.items()})
+    averaged = {n: with_average(s) for n, s in scores.items()}
+    return Evaluation(text, averaged, took, time.monotonic() - began - took)
 
 
-def _record_text(run: RunFolder, last: str, text: Path, ids: Tensor, results: dict[str, EvalResult]) -> None:
-    count, length = ids.shape
+def _record_text(run: RunFolder, last: str, text: Path, ids: Tensor, found: Evaluation) -> None:
+    (count, length), results = ids.shape, found.text
     settings = {"length": length, "sequences": count, "models": sorted(results)}
     inputs = {last: run.stage_hash(last), "text": data.text_sha256(text)}
     with run.stage("eval", config=settings, inputs=inputs) as stage:
         if not stage.done:
             stage.evidence = {"text": text.name, "path": str(text), "length": length, "sequences": count}
             stage.evidence["results"] = {n: asdict(r) for n, r in results.items()}
+            stage.seconds = found.text_seconds
 
 
-def _record_tasks(run: RunFolder, last: str, measures: Measures, results: dict[str, list[TaskScore]]) -> None:
+def _record_tasks(run: RunFolder, last: str, measures: Measures, found: Evaluation) -> None:
+    results = found.tasks
     settings: dict[str, Any] = {k: list(getattr(measures, k)) for k in ("needle", "recall", "tasks")}
     settings |= {"limit": measures.limit, "seed": measures.seed, "models": sorted(results)}
     paths = [] if not (measures.needle or measures.recall) else [Path(str(measures.text))]
@@ -229,3 +238,4 @@ def _record_tasks(run: RunFolder, last: str, measures: Measures, results: dict[s
         if not stage.done:
             rows = {n: [asdict(s) for s in scores] for n, scores in results.items()}
             stage.evidence = settings | {"files": files, "results": rows}
+            stage.seconds = found.task_seconds

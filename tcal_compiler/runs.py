@@ -52,9 +52,7 @@ def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = N
             both.append(Facts(path.name if paths[0].name != paths[1].name else str(path), run.manifest))
     if page is not None:
         if not can_plot():
-            raise ConfigError(
-                "--html", "needs matplotlib, which is not installed", "pip install 'tcal-compile[report]'"
-            )
+            raise ConfigError("--html", "needs matplotlib, which is not installed", "pip install matplotlib")
         try:
             page.write_text(compare_html(*both), encoding="utf-8")
         except OSError as e:
@@ -88,17 +86,17 @@ def verify_run(
             checks.append(Check(f"stage {name}: an earlier one was made anew since", float(old), 0.0))
         if any(not c.passed for c in checks):
             return checks
-        progress.say("verify: teacher")
+        progress.begin("verify: teacher")
         source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=tokenizer is not None)
         checks += source.capture.checks
         checks += _unconverted_checks(source)
         checks += _statistics_checks(source)
-        progress.say("verify: student")
+        progress.begin("verify: student")
         flat = student_program(run)
         checks += _weight_checks(run, source, flat)
         stateful = make_stateful(flat)
         checks += stateful.checks
-        progress.say("verify: ONNX Runtime against PyTorch")
+        progress.begin("verify: ONNX Runtime against PyTorch")
         artifact = OnnxArtifact(run.path / model_file(), profile_of(run), 0, stateful.layers, 0)
         prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
         checks += check_parity(

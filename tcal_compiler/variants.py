@@ -103,13 +103,13 @@ def export_variant(
         with run.stage(f"export-{dtype}", config=settings, inputs=_inputs(run)) as stage:
             if stage.done:
                 return recorded_checks(run, f"export-{dtype}")[0]
-            progress.say(f"{dtype}: weights")
+            progress.begin(f"{dtype}: weights")
             target = (stage.dir / model_file(dtype)).parent
             model = quantize(run.path / model_file(), target, dtype)
             for file in sorted((run.path / model_file()).parent.iterdir()):
                 if file.name not in (MODEL_FILE, DATA_FILE):
                     shutil.copyfile(file, target / file.name)
-            progress.say(f"{dtype}: divergence from the float32 student")
+            progress.begin(f"{dtype}: divergence from the float32 student")
             found = measure(run, model)
             check = _guard(run, dtype, found, model, bound)
             if not check.passed and not force:

@@ -148,7 +148,7 @@ OPTIONS = [
     (("--device", "quantum"), "unknown device 'quantum'"),
     (("--device", "meta"), "unknown device 'meta'"),
     (("--device", "cuda:77"), "cuda:77 is not here"),
-    (("--config", "missing.toml"), "cannot be read as TOML"),
+    (("--config", "missing.toml"), "no such file"),
     (("--plan", "missing.toml"), "cannot be read as a plan"),
 ]
 

@@ -1,4 +1,4 @@
-"""The report in a browser: the Chromium of QtWebEngine (pip install "tcal-compile[browser]"), or an installed one."""
+"""The report in a browser: the Chromium of QtWebEngine (pip install -e ".[browser]"), or an installed one."""
 
 from __future__ import annotations
 

@@ -40,8 +40,10 @@ def test_retrieval_and_tasks_beside_a_text(finished, tmp_path):
     assert found["no linear"]["kl"] > found["student"]["kl"] > 0
     nll, before = (found[name]["tasks"][1] for name in ("student", "teacher"))
     assert nll["change"] == pytest.approx(nll["value"] - before["value"]) and nll["change"] != 0
-    kept = json.loads((finished / "tcal.json").read_text())["stages"]["eval-tasks"]["evidence"]
+    record = json.loads((finished / "tcal.json").read_text())["stages"]["eval-tasks"]
+    kept = record["evidence"]
     assert kept["results"]["student"] == found["student"]["tasks"]
+    assert record["seconds"] > 0.2  # of the work, not of writing it down
     assert kept["files"].keys() == {"heldout.txt", "boolq.jsonl"}
     report = (finished / "report.md").read_text()
     assert "| boolq | acc | student | 3 |" in report and "| no linear | " in report

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command_line import TINY, call, contents, done, refused
+from test_json import Checked
 
 from tcal_compiler.errors import ExportError
 from tcal_compiler.runtime.quantize import divergence, quantize
@@ -21,7 +22,8 @@ TYPES = ("fp16", "int8", "int4")
 
 
 def export(run: Path, dtype: str, *options: str) -> dict:
-    return json.loads(done("tcal", "export", run, "--dtype", dtype, "--json", "--quiet", *options))
+    words = ("tcal", "export", run, "--dtype", dtype, "--json", "--quiet", *options)
+    return Checked.model_validate_json(done(*words)).model_dump()
 
 
 def test_every_variant_is_smaller_near_and_runs(finished):

@@ -15,7 +15,7 @@ from .plots import shared_scales
 from .sections import sections
 
 TITLE = "Conversion report"
-PLOTS_HINT = "report.html needs matplotlib: pip install 'tcal-compile[report]', then tcal report"
+PLOTS_HINT = "report.html needs matplotlib: pip install matplotlib, then tcal report"
 
 
 def can_plot() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from . import markdown, page
 from .blocks import Block, Table
@@ -16,10 +17,11 @@ Part = tuple[str, list[tuple[str, list[Block]]]]  # a title, and blocks by the n
 
 
 def _settings(run: Facts) -> dict[str, str]:
-    flat: dict[str, str] = {}
+    flat: dict[str, Any] = {}
     for name, value in run.manifest.config.items():
-        flat |= {f"{name}.{k}": str(v) for k, v in value.items()} if isinstance(value, dict) else {name: str(value)}
-    return flat
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    flat["policy"] = run.manifest.plan["policy"]  # also of a plan that was made before and followed
+    return {k: "default" if v is None else str(v) for k, v in flat.items()}
 
 
 def _figures(run: Facts) -> dict[str, str]:

@@ -66,6 +66,9 @@ def heat_map(axes: Any, run: Facts, key: str, limits: tuple[float, float], *, lo
     stride = max(1, width // 8)
     axes.set_xticks([i + 0.5 for i in range(0, width, stride)], [str(i) for i in range(0, width, stride)])
     axes.set(xlabel="head", ylabel="layer")
+    for place, row in enumerate(rows):
+        if not row and len(layers) <= 2 * 12:  # with more the rows are too low for words
+            axes.text(width / 2, place + 0.5, "stays softmax", ha="center", va="center", fontsize=8)
     _colour_bar(axes, mesh, label)
 
 
@@ -75,6 +78,15 @@ def _colour_bar(axes: Any, mapped: Any, label: str) -> None:
     bar.set_label(label)
     bar.ax.yaxis.set_major_formatter(PLAIN)
     bar.ax.yaxis.set_minor_formatter(PLAIN)
+
+
+def _log_ticks(axis: Any) -> None:
+    """1, 2, 5, 10 and so on: powers of ten alone may leave an axis with one number, or none."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(PLAIN)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _layer_colours(axes: Any, layers: list[int]) -> Any:
@@ -98,8 +110,8 @@ def half_lives(axes: Any, run: Facts, limits: tuple[float, float]) -> None:
     colour = _layer_colours(axes, layers)
     axes.scatter(x, y, c=[colour(i) for i in layers for _ in run.measured[i]["half_life"]], s=16, zorder=2)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.xaxis.set_major_formatter(PLAIN)
-    axes.yaxis.set_major_formatter(PLAIN)
+    _log_ticks(axes.xaxis)
+    _log_ticks(axes.yaxis)
     axes.set(xlabel="as set, tokens", ylabel="after alignment, tokens")
 
 
@@ -157,7 +169,7 @@ def divergence(axes: Any, run: Facts, most: float) -> None:
 
 
 def memory(axes: Any, run: Facts, limits: tuple[float, float]) -> None:
-    """State and caches of one sequence over the number of tokens behind it."""
+    """State and caches of one sequence over the number of tokens behind it, both on scales of ratios."""
     tokens = run.contexts
     for part, label, colour in ((0, "teacher", ORANGE), (1, "student", BLUE)):
         values = [run.memory(n)[part] / 2**20 for n in tokens]
@@ -165,6 +177,6 @@ def memory(axes: Any, run: Facts, limits: tuple[float, float]) -> None:
     low, high = (v / 2**20 for v in limits)
     axes.set(xlabel="tokens", ylabel="MiB", xscale="log", yscale="log", ylim=(low / 1.5, high * 1.5))
     axes.set_xticks(tokens, [str(n) for n in tokens])
-    axes.yaxis.set_major_formatter(PLAIN)
+    _log_ticks(axes.yaxis)
     axes.minorticks_off()
     axes.legend(frameon=False)

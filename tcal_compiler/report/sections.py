@@ -23,6 +23,14 @@ REASONS = {
     "all": "Every layer stays softmax: the student is the teacher.",
 }
 
+MODELS = {  # that are scored beside the teacher
+    "naive": "converted layers with fresh values",
+    "initialised": "after calibration, before any step of training",
+    "aligned": "after alignment, before distillation",
+    "student": "the result",
+    "no linear": "the student with its converted layers giving 0",
+}
+
 
 def number(x: Any, digits: int = 4) -> str:
     return f"{x:.{digits}g}" if finite(x) else "-"
@@ -61,7 +69,8 @@ def summary(run: Facts, _: Scales) -> list[Block]:
         rows.append(["mean held-out error of a layer", f"{number(before)} before alignment, {number(after)} after"])
     if "student" in run.scores:
         base, mine = run.scores["teacher"]["perplexity"], run.scores["student"]
-        text = f"{fixed(mine['perplexity'], 2)}, the teacher's is {fixed(base, 2)}; KL {fixed(mine['kl'], 4)} nats"
+        text = f"{fixed(mine['perplexity'], 2)}, the teacher's is {fixed(base, 2)}; "
+        text += f"KL {fixed(mine['kl'], 4)} nats per token"
         rows.append(["perplexity of the student", text])
     last = run.contexts[-1]
     teacher, student = run.memory(last)
@@ -85,9 +94,12 @@ def layers(run: Facts, _: Scales) -> list[Block]:
         row += [spread(run.aligned_half_life.get(s.index), 1), number(m["error"]) if m else ""]
         rows.append([*row, *(number(v) if v != "" else "" for v in e)])
     text = (
-        "A to B: smallest and largest over the heads of a layer. Errors are mean squared errors of the attention "
-        "output over its mean square: after init on the calibration text, held-out on text that was not trained on. "
-        "Half-lives are in tokens, at the mean decay over some sequences."
+        "A to B: smallest and largest over the heads of a layer. Look-back is how many tokens back a head's attention "
+        "lies on average, entropy how widely it is spread. Half-life: the tokens after which half of what the state "
+        "held is forgotten, at the mean decay over some sequences; closed-form and taylor set it to the look-back. "
+        "Errors are mean squared errors of the attention output over its mean square, so that 0 is the teacher's "
+        "and 1 that of zeros: after init on the calibration text, held-out on text that was "
+        "not trained on."
     )
     blocks: list[Block] = [Paragraph(text), Table(head, rows)]
     if run.policy_scores:
@@ -105,10 +117,12 @@ def attention(run: Facts, scales: Scales) -> list[Block]:
     def heat(title: str, key: str, limits: tuple[float, float], label: str, log: bool) -> Plot:
         return Plot(title, lambda axes: plots.heat_map(axes, run, key, limits, log=log, label=label))
 
+    dots = " In the plot of half-lives (report.html) each dot is a head; those on the line are as they were set."
     blocks: list[Block] = [
         Paragraph(
             "How far back each head of a converted layer looks and how widely it spreads: the decay and the write "
             "gate are set from these. Layers that stay softmax are not measured."
+            + (dots if run.aligned_half_life else "")
         ),
         heat("Mean look-back distance", "distance", scales.distance, "tokens", True),
         heat("Mean entropy of the attention rows", "entropy", scales.entropy, "nats", False),
@@ -174,7 +188,9 @@ def _text_scores(run: Facts, scales: Scales) -> list[Block]:
         ]
         for name, r in run.scores.items()
     ]
-    text = f"On {evidence['text']}: {evidence['sequences']} sequences of {evidence['length']} tokens."
+    text = f"On {evidence['text']}: {evidence['sequences']} sequences of {evidence['length']} tokens. "
+    text += " ".join(f"{name}: {what}." for name, what in MODELS.items() if name in run.scores)
+    text += " The KL is 0 where a model predicts as the teacher does; behind ±: its standard error."
     return [
         Paragraph(text),
         Table(["model", "perplexity", "ratio to teacher", "KL(teacher, model), nats per token"], rows),

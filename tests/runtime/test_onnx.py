@@ -214,7 +214,7 @@ def test_parity_sees_a_model_that_differs(hybrid: Deployed):
     assert not any(c.passed for c in checks)
 
 
-@pytest.mark.parametrize(("error", "passes"), [(-1e-3, True), (1.9e-3, True), (-2.1e-3, False)])
+@pytest.mark.parametrize(("error", "passes"), [(-1e-3, True), (3.9e-3, True), (-4.1e-3, False)])
 def test_rounding_errors_of_opposite_signs_do_not_add_up(monkeypatch, error: float, passes: bool):
     """Logits of torch in float32 are 0.001 from float64."""
     stateful = StatefulGraph(torch.fx.GraphModule({}, torch.fx.Graph()), (), VOCAB)
@@ -226,7 +226,7 @@ def test_rounding_errors_of_opposite_signs_do_not_add_up(monkeypatch, error: flo
     monkeypatch.setattr(onnx_parity, "session_logits", lambda *a: logits + 1 + error)
     artifact = OnnxArtifact(Path("model.onnx"), "ort", 21, (), 64)
     checks = check_parity(artifact, stateful, whole=lambda ids: logits + 1.0)
-    assert [c.passed for c in checks] == [passes] * 3 + [True] and checks[0].allowed == pytest.approx(2e-3)
+    assert [c.passed for c in checks] == [passes] * 3 + [True] and checks[0].allowed == pytest.approx(4e-3)
 
 
 def optimized_ops(path: Path, tmp_path: Path) -> Counter[str]:
@@ -240,6 +240,13 @@ def test_the_runtime_uses_its_kernel_and_not_the_function(hybrid: Deployed, tmp_
     assert len(onnx.load(hybrid.artifact.path).functions) == 1
     ops = optimized_ops(hybrid.artifact.path, tmp_path)
     assert ops["LinearAttention"] == 1 and ops["Scan"] == 0
+
+
+def test_nothing_in_the_model_is_unused(hybrid: Deployed):
+    graph = onnx.load(hybrid.artifact.path).graph
+    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+    assert [i.name for i in (*graph.initializer, *graph.input) if i.name not in used] == []
+    assert [n.name for n in graph.node if not used & set(n.output)] == []
 
 
 def without_kernel(source: Path, target: Path) -> None:

@@ -61,6 +61,13 @@ def test_a_stage_runs_once_and_again_when_its_config_inputs_or_files_change(tmp_
         assert run_stage(run, "export", {"onnx/model.onnx": "m2"}, config=1)
 
 
+def test_a_record_counts_work_from_before_its_block(tmp_path):
+    with create(tmp_path / "run") as run:
+        with run.stage("eval", config=0, inputs=0) as stage:
+            stage.seconds = 100.0
+        assert 100 <= run.manifest.stages["eval"].seconds < 200
+
+
 def test_a_users_edit_stays_until_its_stage_runs_again(tmp_path):
     with create(tmp_path / "run") as run:
         run_stage(run, "plan", {"plan.toml": "old"})

@@ -1,0 +1,42 @@
+"""The measurement that the dry run's figures come from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# torch reads these settings when it is imported; the last line ends without a conversion.
+CODE = """
+import os, runpy, sys
+from pathlib import Path
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+
+sys.meta_path.insert(0, Watch())
+script = runpy.run_path("examples/measure_dry_run.py")
+from tcal_compiler import cli
+if sys.argv[1] == "command":
+    sys.argv = ["tcal-compile", "--config", "none.toml"]
+    try:
+        cli.compile_main()
+    except SystemExit:
+        import torch
+else:
+    cli.compile_main = lambda: None
+    script["convert_measured"]([], Path("none"), Path("none"))
+"""
+
+
+def policy(which: str) -> str:
+    command = [sys.executable, "-c", CODE, which]
+    shown = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    return shown.stdout.strip()
+
+
+def test_the_measured_conversion_has_the_threads_of_the_command():
+    assert policy("measured") == policy("command") == "PASSIVE"
