@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tcal_compiler.errors import TeacherError
+from tcal_compiler.passes.files import unreadable
 
 from .declared_size import check_folder, gguf_shell
 from .tokenizer import quiet_transformers
@@ -40,6 +41,8 @@ def folder_config(folder: Path) -> Any:
         elif any(name.endswith((".gguf", ".pt2")) for name in seen):
             hint = f"the file itself: {next(n for n in seen if n.endswith(('.gguf', '.pt2')))}"
         raise TeacherError(str(folder), f"a folder without config.json; seen: {seen[:8]}", hint)
+    if wrong := unreadable(folder):
+        raise TeacherError(str(folder), wrong, "the files as they were saved")
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

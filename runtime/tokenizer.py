@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tcal_compiler.errors import DataError
+from tcal_compiler.passes.files import unreadable
 
 BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -81,8 +82,12 @@ class HfTokenizer:
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def save(self, folder: Path) -> None:
-        with quiet_transformers():
-            self.hf.save_pretrained(str(folder))
+        try:
+            with quiet_transformers():
+                self.hf.save_pretrained(str(folder))
+        except (ValueError, TypeError, AttributeError) as e:  # of chat templates it takes what it will not write
+            what = f"cannot be written: {type(e).__name__}: {_short(e)}"
+            raise DataError("tokenizer", what, "mend its tokenizer_config.json") from e
 
     def fingerprint(self) -> str | None:
         backend = getattr(self.hf, "backend_tokenizer", None)
@@ -170,6 +175,8 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
 
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     where = folder if gguf_file is None else folder / gguf_file
+    if wrong := unreadable(folder):
+        raise DataError(str(folder), f"cannot read the tokenizer: {wrong}", "copy it again")
     try:
         with quiet_transformers():
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **extra)

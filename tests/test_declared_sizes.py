@@ -133,6 +133,18 @@ def gguf_count(at: int) -> Edit:
     }
 
 
+def few_words(files: Files) -> Files:
+    """2000 rows that are all the same 4 MiB, which a dictionary holds once."""
+    import pyarrow
+    from pyarrow import parquet
+
+    words = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), [" " * (1 << 22)])
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": words}), out, compression="zstd")
+    assert len(out.getvalue()) < 1 << 20
+    return {"a.parquet": out.getvalue()}
+
+
 CASES = {
     "a manifest of 1 TiB": Case("manifest", dict, "RunFolderError", sparse="tcal.json"),
     "a plan of 1 TiB": Case("plan.toml", dict, "ConfigError", sparse="plan.toml"),
@@ -142,6 +154,12 @@ CASES = {
         "text", zst(lambda: b"\x28\xb5\x2f\xfd\xe0" + HUGE.to_bytes(8, "little") + b"\x01\0\0"), "DataError"
     ),
     "a parquet bomb": Case("text", parquet_bomb, "DataError"),
+    "a parquet dictionary": Case("text", few_words, "DataError"),
+    "a tokenizer of 1 TiB": Case("tokenizer", lambda files: files, "DataError", sparse="tokenizer.json"),
+    "settings of a tokenizer of 1 TiB": Case(
+        "tokenizer", lambda files: files, "DataError", sparse="tokenizer_config.json"
+    ),
+    "a configuration of 1 TiB": Case("checkpoint", dict, "TeacherError", sparse="config.json"),
     "weights of another shape": Case(
         "safetensors", header_edit("weights.safetensors", shape=[1 << 38]), "RunFolderError"
     ),
@@ -205,6 +223,39 @@ def test_a_configuration_of_1_tib_and_a_device_as_text(tmp_path):
     (tmp_path / "a.txt").symlink_to("/dev/zero")
     with pytest.raises(DataError, match="no plain file"):
         read_text(tmp_path / "a.txt")
+
+
+READ_FROM = {  # what is read as a whole, or opened by other libraries
+    "plan.toml": ["plan.toml"],
+    "tokenizer": ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"],
+    "checkpoint": ["generation_config.json", "model.safetensors", "model.safetensors.index.json"],
+    "manifest": [".lock"],
+}
+
+
+@pytest.mark.parametrize("kind", READ_FROM)
+def test_pipes_and_devices_are_not_waited_for(targets, tmp_path, kind):
+    """A pipe that nobody writes to, and a device without end, in place of every file."""
+    target, refused = (
+        targets[kind],
+        {"plan.toml": "ConfigError", "tokenizer": "DataError", "checkpoint": "TeacherError"},
+    )
+    left, current = iter([(n, odd) for n in READ_FROM[kind] for odd in (True, False)]), []
+
+    def read(folder: Path) -> None:
+        for name, pipe in current:
+            (folder / name).unlink(missing_ok=True)
+            os.mkfifo(folder / name) if pipe else (folder / name).symlink_to("/dev/zero")
+        target.read(folder)
+
+    def make(rng: object) -> Files:
+        current[:] = [next(left)]
+        return target.seeds[0]
+
+    count = 2 * len(READ_FROM[kind])
+    tally = fuzz.fuzz(Target(kind, 1, make, read, target.seeds), count, seed=0, work=tmp_path)
+    wanted = {refused[kind]: count} if kind in refused else {"accepted": 1, "RunFolderError": 1}
+    assert tally.findings == [] and dict(tally.outcomes) == wanted
 
 
 def test_saved_states_that_say_more_than_they_hold(tmp_path):
