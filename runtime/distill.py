@@ -201,13 +201,22 @@ class Distiller:
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.best_score, self.predictions = tensors["best_score"].item(), int(tensors["predictions"].item())
+        """Of `state`. Raises KeyError or ValueError for tensors that are missing or of another shape."""
+
+        def take(name: str, shape: torch.Size) -> Tensor:
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}")
+            return tensors[name]
+
+        none = torch.Size()
+        self.best_score, self.predictions = take("best_score", none).item(), int(take("predictions", none).item())
         for n, m in self.masters.items():
-            m.copy_(tensors[f"param.{n}"])
-            self.best[n].copy_(tensors[f"best.{n}"])
-            slots = {k: tensors.get(f"optimizer.{k}.{n}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            if slots["step"] is not None:
-                self.optimizer.state[m] = {k: v.to(self.device, copy=True) for k, v in slots.items() if v is not None}
+            m.copy_(take(f"param.{n}", m.shape))
+            self.best[n].copy_(take(f"best.{n}", m.shape))
+            if f"optimizer.step.{n}" in tensors:
+                shapes = {"step": none, "exp_avg": m.shape, "exp_avg_sq": m.shape}
+                slots = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
+                self.optimizer.state[m] = {k: v.to(self.device, copy=True) for k, v in slots.items()}
         self.write(self.masters)
 
 
@@ -265,7 +274,13 @@ def _run(
     train, config = trainer.train, trainer.config
     state = resume or TrainState(0)
     if resume:
-        trainer.load_state(resume.tensors)
+        try:
+            trainer.load_state(resume.tensors)
+            if not all(isinstance(p.get("held_out"), float) for p in resume.curve):
+                raise ValueError("its curve lacks scores")
+        except (KeyError, ValueError) as e:  # of another version of this program, or of another model
+            what = f"the checkpoint of step {resume.step} does not fit: {e}"
+            raise StageError("distill", what, "--restart, which runs every stage anew") from e
     else:
         state.curve.append({"step": 0, "train": None, "predictions": 0, **trainer.score()})
     for step in range(state.step, config.steps):

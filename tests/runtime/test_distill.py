@@ -261,6 +261,20 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state():
         assert all(bool(t.isfinite().all()) for n, t in state.tensors.items() if n.startswith("param."))
 
 
+def test_a_checkpoint_of_something_else_is_a_stage_error(undisturbed):
+    *_, saved = undisturbed
+    state = saved[1]
+    for name in [*list(state.tensors)[::9], "best_score", "predictions"]:
+        rest = {n: t for n, t in state.tensors.items() if n != name}
+        for tensors in (rest, rest | {name: torch.zeros(3, 1, 4)}):
+            if tensors is rest and name.startswith("optimizer.step."):
+                continue  # of a weight without a gradient
+            with pytest.raises(StageError, match=r"checkpoint of step 2 does not fit.*\n.*--restart"):
+                run(start(), resume=TrainState(2, tensors, list(state.curve)))
+    with pytest.raises(StageError, match="lacks scores"):
+        run(start(), resume=TrainState(2, state.tensors, [{"step": 0}]))
+
+
 def test_cross_entropy_takes_part_in_loss_and_score():
     first = run(start(), with_(cross_entropy=0.5))[1][0]
     assert first["held_out"] == pytest.approx(first["kl"] + 0.5 * first["nll"])
