@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
+from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
@@ -159,11 +160,23 @@ class Distiller:
         loss = losses.means()["divergence"]
         if not math.isfinite(loss) or not bool(norm.isfinite()):
             what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
-            raise StageError("distill", what, HINT)
+            raise StageError(self._place(index), what, HINT)
         self.optimizer.step()
         self.write(self.masters)
         self.predictions += losses.count
         return loss
+
+    @torch.no_grad()
+    def _place(self, index: Tensor) -> str:
+        """The stage, and the first attention site whose output for one of the sequences is not finite, if any."""
+        sites = sorted(self.student.sites, key=lambda s: s.index)
+        taps = tap_graph(self.student.gm, [s.y for s in sites])
+        for i in index:
+            outputs = taps(*self.student.capture.inputs(self.ids[i][None].to(self.device)))
+            for s, y in zip(sites, outputs, strict=True):
+                if not bool(y.isfinite().all()):
+                    return f"distill, {s.layer or s.anchor}"
+        return "distill"
 
     def score(self) -> dict[str, float]:
         """Mean losses at temperature 1 of the present weights on the held-out sequences; keeps the best weights.
@@ -178,7 +191,7 @@ class Distiller:
             self.best_score, self.best = score, {n: m.clone() for n, m in self.masters.items()}
         if not math.isfinite(score):
             what = f"the held-out score is not finite: {', '.join(f'{n} {v:.4g}' for n, v in means.items())}"
-            raise StageError("distill", what, HINT)
+            raise StageError(self._place(torch.cat(held)), what, HINT)
         shown = {"kl": True, "nll": True, "divergence": c.divergence != "forward-kl", "hidden": c.hidden > 0}
         return {"held_out": score} | {n: means[n] for n, there in shown.items() if there}
 
