@@ -46,6 +46,7 @@ def folder_config(folder: Path) -> Any:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            config._attn_implementation = "eager"  # the file may name one that would be downloaded
     except Exception as e:  # ValueError, OSError, KeyError, JSON errors: whatever the file makes transformers do
         raise TeacherError(str(folder / "config.json"), f"cannot be read: {say(e)}", "no remote code is run") from e
     _check_causal(config, folder)
@@ -65,7 +66,7 @@ def load_folder(folder: Path) -> nn.Module:
             check_folder(config, folder)
             model, report = _with_attention(
                 lambda kind: loader.from_pretrained(
-                    str(folder), attn_implementation=kind, trust_remote_code=False, **options
+                    str(folder), config=config, attn_implementation=kind, trust_remote_code=False, **options
                 )
             )
     except TeacherError:
@@ -123,7 +124,9 @@ def _gguf_config(path: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
     _check_causal(config, path)
     _check_sizes(config, path)
     return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

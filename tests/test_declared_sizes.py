@@ -14,10 +14,12 @@ import fuzz
 import numpy as np
 import pytest
 import zstandard
-from fuzz_targets import Target, make_targets
+from fuzz_targets import Target, make_targets, put
 
 from tcal_compiler.config import load_config
+from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.session_state import SessionState
+from tcal_compiler.runtime.tokenizer import read_tokenizer
 
 HUGE = 1 << 40
 Edit = Callable[[dict[str, bytes]], dict[str, bytes]]
@@ -212,8 +214,26 @@ def test_large_declarations_are_refused_without_the_memory(targets, tmp_path, ki
     assert tally.findings == [] and dict(tally.outcomes) == {cases[0].outcome: len(cases)}
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_would_be_downloaded_is_not(targets, tmp_path, key):
+    """transformers takes such a name for a repository of native code, where the package kernels is installed."""
+    target = targets["checkpoint"]
+    put(tmp_path / "teacher", json_edit("config.json", **{key: "kernels-community/flash-attn2"})(target.seeds[0]))
+    target.read(tmp_path / "teacher")
+
+
+def test_a_tokenizer_that_cannot_be_written(targets, tmp_path):
+    """A chat template whose name is a path outside the folder."""
+    templates = [{"name": "default", "template": "x"}, {"name": "../../outside", "template": "y"}]
+    put(tmp_path / "bad", json_edit("tokenizer_config.json", chat_template=templates)(targets["tokenizer"].seeds[0]))
+    (tmp_path / "a/b").mkdir(parents=True)
+    with pytest.raises(DataError, match="cannot be written"):
+        read_tokenizer(tmp_path / "bad").save(tmp_path / "a/b")
+    assert not list(tmp_path.rglob("outside*"))
+
+
 def test_a_configuration_of_1_tib_and_a_device_as_text(tmp_path):
-    from tcal_compiler.errors import ConfigError, DataError
+    from tcal_compiler.errors import ConfigError
     from tcal_compiler.runtime.data import read_text
 
     (tmp_path / "c.toml").touch()

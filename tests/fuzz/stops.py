@@ -33,6 +33,8 @@ def stop_at(step: int, way: str) -> None:
     """Makes this process stop itself when it draws the sequences of a step."""
     from tcal_compiler.runtime import align, distill, training
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
     def drawn(now: int, **options: Any) -> Any:
         if now == step and way == "exception":
             raise MemoryError("a stop")
