@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 _MOST = 64 << 20  # bytes; a manifest of a thousand layers has about one
+_MOST_TOML = 1 << 20  # bytes; reading it takes a hundred times that
+_PART = rb"""(?:[\w-]++|"[^"\n]*"|'[^'\n]*')"""
+_LONG_KEY = re.compile(rb"(?<![\w-])" + _PART + rb"(?:[ \t]*\.[ \t]*" + _PART + rb"){64}")  # takes its length squared
 _MOST_OF_A_MODEL = 512 << 20  # bytes of a model's text files; the largest tokenizers have some 35 MB
 _TEXT, _WEIGHTS = (".json", ".jinja", ".txt", ".model"), (".safetensors", ".bin")
 
@@ -23,6 +29,21 @@ def read_small(path: Path) -> bytes:
         if size > _MOST:
             raise OSError(errno.EFBIG, f"{size} bytes, far more than such a file has", str(path))
         return f.read()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A configuration or plan. Raises OSError as `read_small` does, beyond 1 MiB too, and ValueError for what is no
+    TOML, is nested too deeply or has a key of more than 64 parts.
+    """
+    text = read_small(path)
+    if len(text) > _MOST_TOML:
+        raise OSError(errno.EFBIG, f"{len(text)} bytes, far more than such a file has", str(path))
+    if long := _LONG_KEY.search(text):
+        raise ValueError(f"the key {long[0][:20].decode(errors='replace')}... has more than 64 parts")
+    try:
+        return tomllib.loads(text.decode())
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
 
 
 def unreadable(folder: Path) -> str:

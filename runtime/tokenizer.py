@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from tcal_compiler.errors import DataError
 from tcal_compiler.passes.files import unreadable
 
+from .tokenizer_limits import check_growth, no_panic
+
 BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _BLOCK = 64  # texts
@@ -76,10 +78,12 @@ class HfTokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         # verbose=False: transformers warns about texts longer than the context, which packing cuts anyway
-        return list(self.hf(text, add_special_tokens=special, verbose=False)["input_ids"])
+        with no_panic():
+            return list(self.hf(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with no_panic():
+            return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def save(self, folder: Path) -> None:
         try:
@@ -110,7 +114,9 @@ def encode_each(tokenizer: TokenizerLike, texts: Sequence[str]) -> Iterator[list
         yield from (tokenizer.encode(text) for text in texts)
         return
     for i in range(0, len(texts), _BLOCK):
-        yield from tokenizer.hf(list(texts[i : i + _BLOCK]), add_special_tokens=False, verbose=False)["input_ids"]
+        with no_panic():
+            found = tokenizer.hf(list(texts[i : i + _BLOCK]), add_special_tokens=False, verbose=False)["input_ids"]
+        yield from found
 
 
 @contextlib.contextmanager
@@ -178,7 +184,9 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
     if wrong := unreadable(folder):
         raise DataError(str(folder), f"cannot read the tokenizer: {wrong}", "copy it again")
     try:
-        with quiet_transformers():
+        if gguf_file is None:
+            check_growth(folder)
+        with quiet_transformers(), no_panic():
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **extra)
         found = HfTokenizer(hf, **ids)
         found.decode(found.encode(_PROBE, special=True))

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """text with control characters spelt out: names in a file from elsewhere must not steer the terminal."""
+    return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 class Progress:
@@ -22,7 +31,7 @@ class Progress:
         """One line of information."""
         if not self._quiet:
             self._newline()
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def _newline(self) -> None:
         if self._open:

@@ -17,7 +17,8 @@ import zstandard
 from fuzz_targets import Target, make_targets, put
 
 from tcal_compiler.config import load_config
-from tcal_compiler.errors import DataError
+from tcal_compiler.errors import DataError, TeacherError
+from tcal_compiler.runtime.declared_size import check_folder
 from tcal_compiler.runtime.session_state import SessionState
 from tcal_compiler.runtime.tokenizer import read_tokenizer
 
@@ -147,9 +148,20 @@ def few_words(files: Files) -> Files:
     return {"a.parquet": out.getvalue()}
 
 
+DOUBLE = {"type": "Replace", "pattern": {"String": "o"}, "content": "oo"}
+FILL = {"type": "Replace", "pattern": {"Regex": "x?"}, "content": "o"}
+
+
+def forty_times(rule: object) -> Case:
+    rules = {"type": "Sequence", "normalizers": [rule] * 40}
+    return Case("tokenizer", json_edit("tokenizer.json", normalizer=rules), "DataError")
+
+
 CASES = {
     "a manifest of 1 TiB": Case("manifest", dict, "RunFolderError", sparse="tcal.json"),
     "a plan of 1 TiB": Case("plan.toml", dict, "ConfigError", sparse="plan.toml"),
+    "a key of many parts": Case("plan.toml", lambda files: {"plan.toml": b"a." * 30_000 + b"a=1"}, "ConfigError"),
+    "a number of many digits": Case("plan.toml", lambda files: {"plan.toml": b"a=" + b"9" * 20_000}, "ConfigError"),
     "a text of 1 TiB": Case("text", lambda files: {"a.txt": b"a"}, "DataError", sparse="a.txt"),
     "a zstd bomb": Case("text", zst(zst_bomb), "DataError"),
     "a zstd frame that says 1 TiB": Case(
@@ -161,6 +173,8 @@ CASES = {
     "settings of a tokenizer of 1 TiB": Case(
         "tokenizer", lambda files: files, "DataError", sparse="tokenizer_config.json"
     ),
+    "a tokenizer that doubles a text again and again": forty_times(DOUBLE),
+    "one that fills every gap": forty_times(FILL),
     "a configuration of 1 TiB": Case("checkpoint", dict, "TeacherError", sparse="config.json"),
     "weights of another shape": Case(
         "safetensors", header_edit("weights.safetensors", shape=[1 << 38]), "RunFolderError"
@@ -230,6 +244,24 @@ def test_a_tokenizer_that_cannot_be_written(targets, tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         read_tokenizer(tmp_path / "bad").save(tmp_path / "a/b")
     assert not list(tmp_path.rglob("outside*"))
+
+
+def test_a_tokenizer_whose_rules_give_up(targets, tmp_path):
+    """Of a pattern that takes time without end, the library says so with what is no Exception."""
+    split = {"type": "Split", "pattern": {"Regex": "^(a+)+b"}, "behavior": "Isolated", "invert": False}
+    put(tmp_path / "bad", json_edit("tokenizer.json", pre_tokenizer=split)(targets["tokenizer"].seeds[0]))
+    with pytest.raises(DataError, match=r"fail on this text.*retry-limit"):
+        read_tokenizer(tmp_path / "bad").encode("a" * 40 + "!")
+
+
+def test_tables_that_a_configuration_makes(targets, tmp_path):
+    from transformers import GPTJConfig
+
+    put(tmp_path / "teacher", targets["checkpoint"].seeds[0])
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}
+    check_folder(GPTJConfig(**sizes, n_positions=1 << 20), tmp_path / "teacher")
+    with pytest.raises(TeacherError, match="tables of 8589934592 values"):
+        check_folder(GPTJConfig(**sizes, n_positions=1 << 30), tmp_path / "teacher")
 
 
 def test_a_configuration_of_1_tib_and_a_device_as_text(tmp_path):
