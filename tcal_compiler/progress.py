@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 
-
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
