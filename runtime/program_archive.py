@@ -24,7 +24,8 @@ from .program_strings import unsafe_text
 SAVE_AGAIN = "export the model again, with torch.export.save"
 TRUST = "export with plain tensors as parameters, buffers and inputs, or --allow-pickle if you trust it"
 _ENTRY = re.compile(  # behind the archive's own name
-    r"""models/[^/]+\.json | data/sample_inputs/[^/]+\.pt | extra/.+ | \.data/[a-z_]+ | \.?[a-z_]+
+    r"""models/[^/]+\.json | extra/.+ | \.data/[a-z_]+ | \.?[a-z_]+
+    | data/(sample_inputs | weights | constants)/[^/]+\.pt
     | data/weights/(weight_\d+ | [^/]+_weights_config\.json)
     | data/constants/(tensor_\d+ | [^/]+_constants_config\.json)""",
     re.VERBOSE,
