@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ import tomli_w
 from tcal_compiler.errors import ConfigError
 
 from .budget import BUDGETS, Budget, KeptSets, parse_budget, prefixes
-from .files import read_small
+from .files import read_toml
 from .types import Plan, SiteScan
 
 RANKED = ("ar", "greedy")  # by a score of each site on its own
@@ -162,8 +161,8 @@ def plan_to_toml(plan: Plan, scan: SiteScan) -> str:
 def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
     """Reads a plan back. Raises ConfigError when it is no plan of this teacher."""
     try:
-        body = tomllib.loads(read_small(path).decode())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        body = read_toml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(
             str(path), f"cannot be read as a plan: {error}", "delete it, or write it anew with tcal plan"
         ) from None

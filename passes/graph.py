@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 aten = torch.ops.aten
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 SHAPE_ONLY = {
     aten.ones_like.default,
@@ -232,14 +233,14 @@ def _rewrite_literals(gm: GraphModule, swap: Callable[[Any], Any]) -> None:
 
 
 def widen_to_float64(gm: GraphModule) -> GraphModule:
-    """A copy that computes in float64 throughout, also where the graph names float32 (norms do)."""
+    """A copy that computes in float64 throughout, also where the graph names another float (norms do)."""
     wide = copy_module(gm)
     for n in wide.graph.nodes:  # zeros(..), full(..): made in the default dtype, which no literal names
         schema = getattr(n.target, "_schema", None)
         makes = n.op == "call_function" and schema is not None and any(a.name == "dtype" for a in schema.arguments)
-        if makes and not any(is_tensor(i) for i in inputs(n)) and getattr(value(n), "dtype", None) is torch.float32:
+        if makes and not any(is_tensor(i) for i in inputs(n)) and getattr(value(n), "dtype", None) in _FLOATS:
             n.kwargs = n.kwargs | {"dtype": torch.float64}
-    _rewrite_literals(wide, lambda a: torch.float64 if a is torch.float32 else a)
+    _rewrite_literals(wide, lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a)
     return wide.double()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tcal_compiler.errors import TeacherError
+from tcal_compiler.passes.files import unreadable
 
 from .declared_size import check_folder, gguf_shell
 from .gguf_reader import plain_gguf_reader
@@ -43,9 +44,12 @@ def folder_config(folder: Path) -> Any:
         elif any(name.endswith((".gguf", ".pt2")) for name in seen):
             hint = f"the file itself: {next(n for n in seen if n.endswith(('.gguf', '.pt2')))}"
         raise TeacherError(str(folder), f"a folder without config.json; seen: {seen[:8]}", hint)
+    if wrong := unreadable(folder):
+        raise TeacherError(str(folder), wrong, "the files as they were saved")
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            config._attn_implementation = "eager"  # the file may name one that would be downloaded
     except Exception as e:  # ValueError, OSError, KeyError, JSON errors: whatever the file makes transformers do
         raise TeacherError(str(folder / "config.json"), f"cannot be read: {say(e)}", "no remote code is run") from e
     _check_causal(config, folder)
@@ -65,7 +69,7 @@ def load_folder(folder: Path) -> nn.Module:
             check_folder(config, folder)
             model, report = _with_attention(
                 lambda kind: loader.from_pretrained(
-                    str(folder), attn_implementation=kind, trust_remote_code=False, **options
+                    str(folder), config=config, attn_implementation=kind, trust_remote_code=False, **options
                 )
             )
     except TeacherError:
@@ -136,7 +140,9 @@ def _read_gguf_config(path: Path, changed: int, size: int) -> Any:
     from transformers import AutoConfig
 
     with plain_gguf_reader():
-        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
 
 
 def _bad_gguf(path: Path, e: Exception) -> TeacherError:

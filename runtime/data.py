@@ -25,7 +25,7 @@ _WINDOW = 200  # characters of a hashed window, white space normalised
 _SAMPLE = 256  # hashes kept of a text
 _ANCHOR_EVERY = 8  # one word in so many starts a window
 _MOST_TEXT = 32_000_000  # characters looked at for hashes
-_ROWS = 64  # of a parquet file at a time
+_ROWS = 1  # of a parquet file at a time: every row may be the same long word of its dictionary
 _PIECE = 1 << 7  # compressed bytes taken at a time: at most 4 MiB of text
 _MOST_RATIO, _SMALL = 100, 8 << 20  # bytes of text for one of a file, and what is allowed whatever the file's size
 _OVERLAP = 0.5  # share of equal windows from which a text counts as calibrated on
@@ -119,7 +119,7 @@ def _too_much(raw: bytes, path: Path) -> DataError:
 
 
 def _parquet_rows(raw: bytes, path: Path) -> Iterable[str]:
-    """The column "text", a batch of rows at a time, up to `_room`."""
+    """The column "text", a row at a time, up to `_room`."""
     try:
         import pyarrow
         from pyarrow import parquet

@@ -17,6 +17,7 @@ from tcal_compiler.errors import TeacherError
 
 _SLACK = 1 << 20  # parameters
 _PER_VALUE, _PER_PACKED = 2, 16  # parameters for a stored value, and for one that may hold several
+_TABLES = 1 << 26  # values of tables that are computed, such as positions
 _PER_BYTE = 8  # parameters for a byte of GGUF; its smallest types have 1.5 bits for one
 
 
@@ -63,6 +64,8 @@ def _check_parameters(shell: nn.Module, most: int, where: Path) -> None:
     wanted = sum(p.numel() for p in shell.parameters())
     if wanted > most + _SLACK:
         _refuse(where, f"the configuration says {wanted} parameters, the files can hold {most}")
+    if (tables := sum(b.numel() for b in shell.buffers())) > most + _TABLES:
+        _refuse(where, f"the configuration says tables of {tables} values, the files can hold {most} parameters")
 
 
 def _refuse(where: Path, what: str) -> None:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
+from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.passes.types import AttentionSite, Plan
 
 from .config import DistillConfig
@@ -159,11 +160,23 @@ class Distiller:
         loss = losses.means()["divergence"]
         if not math.isfinite(loss) or not bool(norm.isfinite()):
             what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
-            raise StageError("distill", what, HINT)
+            raise StageError(self._place(index), what, HINT)
         self.optimizer.step()
         self.write(self.masters)
         self.predictions += losses.count
         return loss
+
+    @torch.no_grad()
+    def _place(self, index: Tensor) -> str:
+        """The stage, and the first attention site whose output for one of the sequences is not finite, if any."""
+        sites = sorted(self.student.sites, key=lambda s: s.index)
+        taps = tap_graph(self.student.gm, [s.y for s in sites])
+        for i in index:
+            outputs = taps(*self.student.capture.inputs(self.ids[i][None].to(self.device)))
+            for s, y in zip(sites, outputs, strict=True):
+                if not bool(y.isfinite().all()):
+                    return f"distill, {s.layer or s.anchor}"
+        return "distill"
 
     def score(self) -> dict[str, float]:
         """Mean losses at temperature 1 of the present weights on the held-out sequences; keeps the best weights.
@@ -178,7 +191,7 @@ class Distiller:
             self.best_score, self.best = score, {n: m.clone() for n, m in self.masters.items()}
         if not math.isfinite(score):
             what = f"the held-out score is not finite: {', '.join(f'{n} {v:.4g}' for n, v in means.items())}"
-            raise StageError("distill", what, HINT)
+            raise StageError(self._place(torch.cat(held)), what, HINT)
         shown = {"kl": True, "nll": True, "divergence": c.divergence != "forward-kl", "hidden": c.hidden > 0}
         return {"held_out": score} | {n: means[n] for n, there in shown.items() if there}
 
@@ -201,13 +214,22 @@ class Distiller:
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.best_score, self.predictions = tensors["best_score"].item(), int(tensors["predictions"].item())
+        """Of `state`. Raises KeyError or ValueError for tensors that are missing or of another shape."""
+
+        def take(name: str, shape: torch.Size) -> Tensor:
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}")
+            return tensors[name]
+
+        none = torch.Size()
+        self.best_score, self.predictions = take("best_score", none).item(), int(take("predictions", none).item())
         for n, m in self.masters.items():
-            m.copy_(tensors[f"param.{n}"])
-            self.best[n].copy_(tensors[f"best.{n}"])
-            slots = {k: tensors.get(f"optimizer.{k}.{n}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            if slots["step"] is not None:
-                self.optimizer.state[m] = {k: v.to(self.device, copy=True) for k, v in slots.items() if v is not None}
+            m.copy_(take(f"param.{n}", m.shape))
+            self.best[n].copy_(take(f"best.{n}", m.shape))
+            if f"optimizer.step.{n}" in tensors:
+                shapes = {"step": none, "exp_avg": m.shape, "exp_avg_sq": m.shape}
+                slots = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
+                self.optimizer.state[m] = {k: v.to(self.device, copy=True) for k, v in slots.items()}
         self.write(self.masters)
 
 
@@ -265,7 +287,13 @@ def _run(
     train, config = trainer.train, trainer.config
     state = resume or TrainState(0)
     if resume:
-        trainer.load_state(resume.tensors)
+        try:
+            trainer.load_state(resume.tensors)
+            if not all(isinstance(p.get("held_out"), float) for p in resume.curve):
+                raise ValueError("its curve lacks scores")
+        except (KeyError, ValueError) as e:  # of another version of this program, or of another model
+            what = f"the checkpoint of step {resume.step} does not fit: {e}"
+            raise StageError("distill", what, "--restart, which runs every stage anew") from e
     else:
         state.curve.append({"step": 0, "train": None, "predictions": 0, **trainer.score()})
     for step in range(state.step, config.steps):

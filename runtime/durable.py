@@ -113,7 +113,7 @@ class FolderLock:
         self._fd, self._shared = -1, shared
         flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
         for _ in range(10):
-            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)  # a pipe would wait
             try:
                 fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 if _same_file(fd, path):  # else the holder before us deleted the folder

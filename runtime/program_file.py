@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import logging
 import zipfile
-import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ from torch.export import ExportedProgram
 
 from tcal_compiler.errors import TeacherError
 
-from .program_strings import unsafe_text
+from .program_archive import check_archive
 
 FileKind = Literal["program", "torchscript", "compiled", "pickle", "gguf", "safetensors", "damaged-zip", "unknown"]
 
@@ -50,6 +47,8 @@ def sniff(path: Path) -> FileKind:
     Raises:
         TeacherError: the file cannot be read or is empty.
     """
+    if path.exists() and not path.is_file():
+        raise TeacherError(str(path), "is no plain file", "a file of a model, or its folder")
     try:
         with path.open("rb") as f:
             head = f.read(64)
@@ -139,7 +138,7 @@ def load_program(path: Path, *, allow_pickle: bool) -> tuple[ExportedProgram, Pr
     Raises:
         TeacherError: damaged, saved by a torch this one cannot read, or with another border.
     """
-    _check_archive(path, allow_pickle=allow_pickle)
+    check_archive(path, allow_pickle=allow_pickle)
     for name in _OP_MODULES:
         try:
             importlib.import_module(name)
@@ -156,73 +155,6 @@ def load_program(path: Path, *, allow_pickle: bool) -> tuple[ExportedProgram, Pr
             "export it again with this version of torch, and import the modules that define its custom operators",
         ) from e
     return program, check_program(program, str(path))
-
-
-def _check_archive(path: Path, *, allow_pickle: bool) -> None:
-    """Checksums of every entry, no pickle and no text that becomes code: torch.export.load trusts what it finds."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            _check_sizes(z.infolist(), path)
-            bad, names = z.testzip(), Counter(n.lower() for n in z.namelist())
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as e:
-        raise TeacherError(str(path), f"is damaged: {e}", "copy the file again") from e
-    if bad is not None:
-        raise TeacherError(str(path), f"is damaged: wrong checksum of {bad}", "copy the file again")
-    if twice := [n for n, count in names.items() if count > 1]:  # torch, blind to case, may read another than we check
-        raise TeacherError(str(path), f"holds entries of the same name: {twice[:3]}", EXPORT_HINT)
-    with zipfile.ZipFile(path) as z:
-        for name in z.namelist():
-            content = z.read(name) if name.endswith((".json", ".pt")) else b""
-            if b"transformers." in content:
-                importlib.import_module("transformers.modeling_outputs")  # registers its output classes as pytrees
-            if b"torch.ops.transformers." in content:
-                importlib.import_module("transformers.integrations.moe")  # registers the products of its experts
-            _check_text(name, content, path)
-            pickled = [] if allow_pickle else _pickled_in(name, content)
-            if pickled:
-                raise TeacherError(
-                    str(path),
-                    f"{name} holds pickled objects, which can run any code when loaded: {pickled[:3]}",
-                    "export with plain tensors as parameters, buffers and inputs, or --allow-pickle if you trust it",
-                )
-
-
-def _check_sizes(entries: list[zipfile.ZipInfo], path: Path) -> None:
-    """torch compresses nothing, so entries that are larger than the file are no work of its."""
-    packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
-    total, size = sum(e.file_size for e in entries), path.stat().st_size
-    if packed or total > size:
-        what = f"{packed[0]} is compressed" if packed else f"its entries have {total} bytes and the file {size}"
-        raise TeacherError(str(path), f"is an archive that torch did not write: {what}", EXPORT_HINT)
-
-
-def _check_text(name: str, content: bytes, path: Path) -> None:
-    """Of the model and of the tables of its weights; other entries are not read."""
-    if not name.endswith(".json") or not ("/models/" in f"/{name}" or "/data/" in f"/{name}" or "/" not in name):
-        return
-    try:
-        unsafe = unsafe_text(content)
-    except (ValueError, RecursionError) as e:
-        raise TeacherError(str(path), f"is damaged: {name} is not JSON: {e}", "copy the file again") from e
-    if unsafe:
-        what = f"{name} holds text that torch never writes and that could run as code: {unsafe[:3]}"
-        raise TeacherError(str(path), what, "export the model again from a source that you trust")
-
-
-def _pickled_in(name: str, content: bytes) -> list[str]:
-    """Names of the entries that only an unsafe load could read."""
-    if name.endswith(".pt"):
-        try:
-            torch.load(io.BytesIO(content), weights_only=True)
-        except Exception as e:  # refused by the safe loader, or damaged
-            return [" ".join(str(e).split())[:80]]
-    if not name.endswith("_config.json"):
-        return []
-    try:
-        entries = json.loads(content)["config"]
-        return sorted(k for k, v in entries.items() if v["use_pickle"] or v["path_name"].startswith("custom_obj"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ["a table that cannot be read"]
 
 
 @contextmanager

@@ -12,11 +12,19 @@ import json
 import re
 from typing import Any
 
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+
 _NAME = re.compile(r"[\w.:+\-]*")  # names, paths of parameters, devices, versions
 _SPEC = re.compile(r"[\w\s.:+\-,\[\]{}\"\\]*")  # a pytree: JSON inside a string, without anything that can be called
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
-_TARGET = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\._?sym_\w+")
-_FILES = ("torch.ops.aten.from_file",)  # operators that open a file by name
+_OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?")
+_ON_SIZES = re.compile(
+    r"""torch\._?sym_\w+ | math\.(trunc|ceil|floor|sqrt)
+    | _operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|lshift|rshift)""",
+    re.VERBOSE,
+)
+_FILES = ("torch.ops.aten.from_file", "torch.ops.aten.save")  # operators that open a file by name
 _FREE = {"metadata", "as_string", "as_strings"}  # notes for people, and arguments, which are quoted
 _FUNCTIONS = frozenset(
     re.findall(
@@ -66,11 +74,21 @@ def _harmless(key: str, text: str) -> bool:
         return is_plain_guard(text)
     if key in ("in_spec", "out_spec"):
         return "__enum__" not in text and bool(_SPEC.fullmatch(text))
-    if key == "target":
-        return bool(_TARGET.fullmatch(text)) and not text.startswith(_FILES)
+    if key in ("target", "as_operator"):
+        return bool(_ON_SIZES.fullmatch(text)) or is_operator(text)
     if key == "forward_arg_names":
         return bool(_SYMBOL.fullmatch(text))
     return bool(_NAME.fullmatch(text))
+
+
+def is_operator(text: str) -> bool:
+    """Whether text names an operator, or none that is registered here; torch would call any function of torch.ops."""
+    if not _OPERATOR.fullmatch(text) or text.startswith(_FILES):
+        return False
+    found: Any = torch
+    for name in text.split(".")[1:]:
+        found = getattr(found, name, None)
+    return found is None or isinstance(found, OpOverload | HigherOrderOperator)
 
 
 def is_plain_guard(text: str) -> bool:

@@ -52,6 +52,8 @@ class SessionState:
     def load(cls, path: str | Path) -> SessionState:
         """A state that `save` wrote. Raises ExportError for a file that is missing, damaged or of another kind."""
         try:
+            if not Path(path).is_file():
+                raise FileNotFoundError("no such file, or no plain one")
             with np.load(Path(path), allow_pickle=False) as file:
                 _check_archive(file.zip, Path(path).stat().st_size)
                 count = len(file.files) - 2

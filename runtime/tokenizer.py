@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tcal_compiler.errors import DataError
+from tcal_compiler.passes.files import unreadable
 
 from .gguf_reader import plain_gguf_reader
+from .tokenizer_limits import check_growth, no_panic
 
 BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -79,7 +81,8 @@ class HfTokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         # verbose=False: transformers warns about texts longer than the context, which packing cuts anyway
-        return list(self.hf(text, add_special_tokens=special, verbose=False)["input_ids"])
+        with no_panic():
+            return list(self.hf(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def put_bos_first(self) -> None:
         """Puts bos_token_id before every prompt, here and in the saved files, where that is not done yet."""
@@ -96,11 +99,16 @@ class HfTokenizer:
         backend.post_processor = Both([p for p in (backend.post_processor, first) if p is not None])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with no_panic():
+            return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def save(self, folder: Path) -> None:
-        with quiet_transformers():
-            self.hf.save_pretrained(str(folder))
+        try:
+            with quiet_transformers():
+                self.hf.save_pretrained(str(folder))
+        except (ValueError, TypeError, AttributeError) as e:  # of chat templates it takes what it will not write
+            what = f"cannot be written: {type(e).__name__}: {_short(e)}"
+            raise DataError("tokenizer", what, "mend its tokenizer_config.json") from e
 
     def fingerprint(self) -> str | None:
         backend = getattr(self.hf, "backend_tokenizer", None)
@@ -123,7 +131,9 @@ def encode_each(tokenizer: TokenizerLike, texts: Sequence[str]) -> Iterator[list
         yield from (tokenizer.encode(text) for text in texts)
         return
     for i in range(0, len(texts), _BLOCK):
-        yield from tokenizer.hf(list(texts[i : i + _BLOCK]), add_special_tokens=False, verbose=False)["input_ids"]
+        with no_panic():
+            found = tokenizer.hf(list(texts[i : i + _BLOCK]), add_special_tokens=False, verbose=False)["input_ids"]
+        yield from found
 
 
 @contextlib.contextmanager
@@ -188,8 +198,12 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
 
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     where = folder if gguf_file is None else folder / gguf_file
+    if wrong := unreadable(folder):
+        raise DataError(str(folder), f"cannot read the tokenizer: {wrong}", "copy it again")
     try:
-        with quiet_transformers(), plain_gguf_reader() if gguf_file else contextlib.nullcontext():
+        if gguf_file is None:
+            check_growth(folder)
+        with quiet_transformers(), no_panic(), plain_gguf_reader() if gguf_file else contextlib.nullcontext():
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **extra)
         found = HfTokenizer(hf, **ids)
         if gguf_file is not None and _adds_bos(where):

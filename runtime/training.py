@@ -78,6 +78,9 @@ class Checkpoint:
         tensors, text = load_hashed(self.path, hint=hint)
         try:
             meta = json.loads(text)
-            return TrainState(int(meta["step"]), tensors, list(meta["curve"]))
-        except (KeyError, TypeError, ValueError) as e:
+            state = TrainState(int(meta["step"]), tensors, [dict(p) for p in meta["curve"]])
+            if not state.curve or state.step < 0 or not all(type(p["step"]) is int for p in state.curve):
+                raise ValueError(f"no state of a training: step {state.step}, a curve of {len(state.curve)} points")
+            return state
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             raise RunFolderError(str(self.path), f"cannot be read: {e}", hint) from e

@@ -16,6 +16,7 @@ import typer
 
 from . import cli_inspect, cli_runs, cli_stages
 from .errors import TcalError
+from .progress import printable
 from .runtime.memory import is_out_of_memory, out_of_memory_error
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def _keeps_checkpoints(words: list[str]) -> bool:
 
 
 def _fail(e: TcalError) -> NoReturn:
-    print(f"{type(e).__name__}: {e}", file=sys.stderr)
+    print(printable(f"{type(e).__name__}: {e}"), file=sys.stderr)
     sys.exit(1)
 
 

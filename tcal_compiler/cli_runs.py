@@ -21,7 +21,7 @@ from .cli_options import (
     Verbose,
 )
 from .errors import ConfigError
-from .progress import Progress
+from .progress import Progress, printable
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -186,7 +186,7 @@ def report(run: RunArg, as_json: Json = False) -> None:
             files = {name: opened.path / f"report.{name}" for name in ("md", "html")}
             print(json.dumps({name: str(f) if f.is_file() else None for name, f in files.items()}, indent=1))
             return
-        print((opened.path / "report.md").read_text(encoding="utf-8"))
+        print(printable((opened.path / "report.md").read_text(encoding="utf-8")))
 
 
 def compare(
@@ -198,4 +198,4 @@ def compare(
     """Prints the reports of two run folders side by side, what differs first; with --json only what differs."""
     from .runs import compare_runs
 
-    print(compare_runs(run, other, page=html, as_json=as_json))
+    print(printable(compare_runs(run, other, page=html, as_json=as_json)))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from .errors import ConfigError
-from .passes.files import read_small
+from .passes.files import read_toml
 from .runtime.config import AlignConfig, CalibConfig, DistillConfig, ExportConfig, InitName, ScoreConfig, StrictModel
 
 
@@ -90,8 +89,8 @@ def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, An
         if not path.is_file():
             raise ConfigError(str(path), "no such file", "a file whose keys docs/reference.md lists; none is needed")
         try:
-            data = tomllib.loads(read_small(path).decode())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
+            data = read_toml(path)
+        except (OSError, ValueError) as e:
             raise ConfigError(str(path), f"cannot be read as TOML: {e}", "a file with lines such as seed = 1") from None
     for key, value in (base or {}).items():
         if key == "distill" and isinstance(value, dict) and _gives_length(data, overrides):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
 
 TICK, FIRST, PLAIN = 1.0, 2.0, 30.0  # seconds: between looks, before the first time on a terminal, between plain lines
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """text with control characters spelt out: names in a file from elsewhere must not steer the terminal."""
+    return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 class Progress:
@@ -44,7 +51,7 @@ class Progress:
         self._begin("")
         if not self._quiet:
             self._newline()
-            self._line(text)
+            self._line(printable(text))
 
     def _line(self, text: str) -> None:
         since = f"{time.monotonic() - self._started:9.1f} s  " if self._verbose else ""

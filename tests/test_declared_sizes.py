@@ -14,10 +14,13 @@ import fuzz
 import numpy as np
 import pytest
 import zstandard
-from fuzz_targets import Target, make_targets
+from fuzz_targets import Target, make_targets, put
 
 from tcal_compiler.config import load_config
+from tcal_compiler.errors import DataError, TeacherError
+from tcal_compiler.runtime.declared_size import check_folder
 from tcal_compiler.runtime.session_state import SessionState
+from tcal_compiler.runtime.tokenizer import read_tokenizer
 
 HUGE = 1 << 40
 Edit = Callable[[dict[str, bytes]], dict[str, bytes]]
@@ -133,15 +136,46 @@ def gguf_count(at: int) -> Edit:
     }
 
 
+def few_words(files: Files) -> Files:
+    """2000 rows that are all the same 4 MiB, which a dictionary holds once."""
+    import pyarrow
+    from pyarrow import parquet
+
+    words = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), [" " * (1 << 22)])
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": words}), out, compression="zstd")
+    assert len(out.getvalue()) < 1 << 20
+    return {"a.parquet": out.getvalue()}
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "o"}, "content": "oo"}
+FILL = {"type": "Replace", "pattern": {"Regex": "x?"}, "content": "o"}
+
+
+def forty_times(rule: object) -> Case:
+    rules = {"type": "Sequence", "normalizers": [rule] * 40}
+    return Case("tokenizer", json_edit("tokenizer.json", normalizer=rules), "DataError")
+
+
 CASES = {
     "a manifest of 1 TiB": Case("manifest", dict, "RunFolderError", sparse="tcal.json"),
     "a plan of 1 TiB": Case("plan.toml", dict, "ConfigError", sparse="plan.toml"),
+    "a key of many parts": Case("plan.toml", lambda files: {"plan.toml": b"a." * 30_000 + b"a=1"}, "ConfigError"),
+    "a number of many digits": Case("plan.toml", lambda files: {"plan.toml": b"a=" + b"9" * 20_000}, "ConfigError"),
     "a text of 1 TiB": Case("text", lambda files: {"a.txt": b"a"}, "DataError", sparse="a.txt"),
     "a zstd bomb": Case("text", zst(zst_bomb), "DataError"),
     "a zstd frame that says 1 TiB": Case(
         "text", zst(lambda: b"\x28\xb5\x2f\xfd\xe0" + HUGE.to_bytes(8, "little") + b"\x01\0\0"), "DataError"
     ),
     "a parquet bomb": Case("text", parquet_bomb, "DataError"),
+    "a parquet dictionary": Case("text", few_words, "DataError"),
+    "a tokenizer of 1 TiB": Case("tokenizer", lambda files: files, "DataError", sparse="tokenizer.json"),
+    "settings of a tokenizer of 1 TiB": Case(
+        "tokenizer", lambda files: files, "DataError", sparse="tokenizer_config.json"
+    ),
+    "a tokenizer that doubles a text again and again": forty_times(DOUBLE),
+    "one that fills every gap": forty_times(FILL),
+    "a configuration of 1 TiB": Case("checkpoint", dict, "TeacherError", sparse="config.json"),
     "weights of another shape": Case(
         "safetensors", header_edit("weights.safetensors", shape=[1 << 38]), "RunFolderError"
     ),
@@ -194,8 +228,44 @@ def test_large_declarations_are_refused_without_the_memory(targets, tmp_path, ki
     assert tally.findings == [] and dict(tally.outcomes) == {cases[0].outcome: len(cases)}
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_would_be_downloaded_is_not(targets, tmp_path, key):
+    """transformers takes such a name for a repository of native code, where the package kernels is installed."""
+    target = targets["checkpoint"]
+    put(tmp_path / "teacher", json_edit("config.json", **{key: "kernels-community/flash-attn2"})(target.seeds[0]))
+    target.read(tmp_path / "teacher")
+
+
+def test_a_tokenizer_that_cannot_be_written(targets, tmp_path):
+    """A chat template whose name is a path outside the folder."""
+    templates = [{"name": "default", "template": "x"}, {"name": "../../outside", "template": "y"}]
+    put(tmp_path / "bad", json_edit("tokenizer_config.json", chat_template=templates)(targets["tokenizer"].seeds[0]))
+    (tmp_path / "a/b").mkdir(parents=True)
+    with pytest.raises(DataError, match="cannot be written"):
+        read_tokenizer(tmp_path / "bad").save(tmp_path / "a/b")
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_a_tokenizer_whose_rules_give_up(targets, tmp_path):
+    """Of a pattern that takes time without end, the library says so with what is no Exception."""
+    split = {"type": "Split", "pattern": {"Regex": "^(a+)+b"}, "behavior": "Isolated", "invert": False}
+    put(tmp_path / "bad", json_edit("tokenizer.json", pre_tokenizer=split)(targets["tokenizer"].seeds[0]))
+    with pytest.raises(DataError, match=r"fail on this text.*retry-limit"):
+        read_tokenizer(tmp_path / "bad").encode("a" * 40 + "!")
+
+
+def test_tables_that_a_configuration_makes(targets, tmp_path):
+    from transformers import GPTJConfig
+
+    put(tmp_path / "teacher", targets["checkpoint"].seeds[0])
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}
+    check_folder(GPTJConfig(**sizes, n_positions=1 << 20), tmp_path / "teacher")
+    with pytest.raises(TeacherError, match="tables of 8589934592 values"):
+        check_folder(GPTJConfig(**sizes, n_positions=1 << 30), tmp_path / "teacher")
+
+
 def test_a_configuration_of_1_tib_and_a_device_as_text(tmp_path):
-    from tcal_compiler.errors import ConfigError, DataError
+    from tcal_compiler.errors import ConfigError
     from tcal_compiler.runtime.data import read_text
 
     (tmp_path / "c.toml").touch()
@@ -205,6 +275,39 @@ def test_a_configuration_of_1_tib_and_a_device_as_text(tmp_path):
     (tmp_path / "a.txt").symlink_to("/dev/zero")
     with pytest.raises(DataError, match="no plain file"):
         read_text(tmp_path / "a.txt")
+
+
+READ_FROM = {  # what is read as a whole, or opened by other libraries
+    "plan.toml": ["plan.toml"],
+    "tokenizer": ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"],
+    "checkpoint": ["generation_config.json", "model.safetensors", "model.safetensors.index.json"],
+    "manifest": [".lock"],
+}
+
+
+@pytest.mark.parametrize("kind", READ_FROM)
+def test_pipes_and_devices_are_not_waited_for(targets, tmp_path, kind):
+    """A pipe that nobody writes to, and a device without end, in place of every file."""
+    target, refused = (
+        targets[kind],
+        {"plan.toml": "ConfigError", "tokenizer": "DataError", "checkpoint": "TeacherError"},
+    )
+    left, current = iter([(n, odd) for n in READ_FROM[kind] for odd in (True, False)]), []
+
+    def read(folder: Path) -> None:
+        for name, pipe in current:
+            (folder / name).unlink(missing_ok=True)
+            os.mkfifo(folder / name) if pipe else (folder / name).symlink_to("/dev/zero")
+        target.read(folder)
+
+    def make(rng: object) -> Files:
+        current[:] = [next(left)]
+        return target.seeds[0]
+
+    count = 2 * len(READ_FROM[kind])
+    tally = fuzz.fuzz(Target(kind, 1, make, read, target.seeds), count, seed=0, work=tmp_path)
+    wanted = {refused[kind]: count} if kind in refused else {"accepted": 1, "RunFolderError": 1}
+    assert tally.findings == [] and dict(tally.outcomes) == wanted
 
 
 def test_saved_states_that_say_more_than_they_hold(tmp_path):

@@ -310,6 +310,15 @@ def test_compare(finished, tmp_path):
     refused(call("tcal", "compare", finished, other, *blocked), "ConfigError", "cannot be written", "No such file")
 
 
+def test_names_from_outside_do_not_steer_the_terminal(finished):
+    manifest = json.loads((finished / "tcal.json").read_text())
+    manifest["teacher"]["source"] = "/x/\x1b]0;title\x07"
+    (finished / "tcal.json").write_text(json.dumps(manifest))
+    missing = call("tcal", "report", str(finished) + "\x1b[2J")
+    said = done("tcal", "compare", finished, finished) + done("tcal", "report", finished) + missing.err
+    assert "\x1b" not in said and "\x07" not in said and said.count("\\x1b") >= 3 and "\n" in said
+
+
 def test_runs_that_are_compared_share_their_scales(shared_run):
     run = facts(shared_run)
 

@@ -24,6 +24,7 @@ import psutil
 import small_run
 
 MOST_SECONDS = 60.0  # until the launcher has ended, once a process is gone
+MOST_OF_A_COMMAND = 600.0  # undisturbed, or until it is killed
 VICTIMS = ("process 0", "process 1", "all")
 
 
@@ -48,15 +49,36 @@ def in_stage_now(out: Path, ranks: list[psutil.Process]) -> bool:
     return any((out / f".tmp-distill-{p.pid}").exists() for p in ranks)
 
 
+def stop(launcher: subprocess.Popen[bytes]) -> None:
+    for process in [*workers(launcher), psutil.Process(launcher.pid)]:
+        process.kill()
+    launcher.wait()
+
+
+def whole_command(out: Path, log: Path) -> int:
+    """The exit status of a command that nobody kills. Raises TimeoutError when it does not end."""
+    launcher = launch(out, log)
+    try:
+        return launcher.wait(MOST_OF_A_COMMAND)
+    except subprocess.TimeoutExpired:
+        stop(launcher)
+        what = f"the command went on for {MOST_OF_A_COMMAND:.0f} s: {log.read_text()[-2000:]}"
+        raise TimeoutError(what) from None
+
+
 def kill_once(out: Path, log: Path, victim: str, delay: float, *, in_stage: bool) -> str:
     """Where the kill hit: "start", "distill" or, when the command ended before, "late". Raises TimeoutError."""
     launcher = launch(out, log)
-    since = None if in_stage else time.monotonic()
+    began = time.monotonic()
+    since = None if in_stage else began
     while since is None or time.monotonic() - since < delay or len(workers(launcher)) < 2:
         if launcher.poll() is not None:
             return "late"
         if since is None and in_stage_now(out, workers(launcher)):
             since = time.monotonic()
+        if time.monotonic() - began > MOST_OF_A_COMMAND:
+            stop(launcher)
+            raise TimeoutError(f"there was nothing to kill in {MOST_OF_A_COMMAND:.0f} s: {log.read_text()[-2000:]}")
         time.sleep(0.02)
     ranks = workers(launcher)
     where = "distill" if in_stage_now(out, ranks) else "start"
@@ -82,7 +104,7 @@ def crash_shared(work: Path, *, kills: int, seed: int) -> tuple[Counter[str], in
     aligned, reference, out, log = (work / name for name in ("aligned", "reference", "run0", "run0.log"))
     shutil.copytree(reference, aligned)
     started = time.monotonic()
-    if launch(reference, log).wait():
+    if whole_command(reference, log):
         raise RuntimeError(log.read_text()[-3000:])
     whole, seconds = time.monotonic() - started, small_run.records(reference)["distill"]["seconds"]
     rng, hits, faults, resumed = Random(seed), Counter[str](), list[str](), 0
@@ -95,7 +117,7 @@ def crash_shared(work: Path, *, kills: int, seed: int) -> tuple[Counter[str], in
         try:
             if number < kills:
                 hits[f"{victim}: {kill_once(out, log, victim, delay, in_stage=in_stage)}"] += 1
-            elif launch(out, log).wait():
+            elif whole_command(out, log):
                 faults.append(log.read_text()[-2000:])
         except TimeoutError as e:
             faults.append(f"kill {number}, {victim}: {e}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pickle
 import zipfile
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from random import Random
 from typing import Any
 
 TOKENS = [b"\0" * 8, b"\xff" * 8, b"../../outside", b"/outside", b"[[", b"]]", b"{", b'"', b"'''", b"\n", b"=", b"nan"]
 TOKENS += [b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80", b"\xc3\x28", b"9" * 40, b"-1", b"1e999", b"[site]", b"\r"]
+OBJECT = pickle.dumps(PurePosixPath("x"))  # unpickling it is seen
 DEEP = "@deep@"
 VALUES: list[Any] = [None, True, False, -1, 0, 1, 2**31, 2**63, -(2**70), 1.5, 1e308, float("nan"), float("inf")]
 VALUES += ["", "../../outside", "/outside", "a" * 5000, "\0", "\ud800", "NaN", "0", [], {}, [[]], {"": None}, [1, "2"]]
@@ -103,6 +106,13 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
+def other_names(name: str) -> list[str]:
+    """Names that a reader may take for an entry's own, or for one of another kind."""
+    folder, _, last = name.rpartition("/")
+    alike = [name + "x", name[:-1] + "x", name.upper(), f"{folder}/{last.upper()}"]
+    return ["../../outside", "/outside", "x", *alike, *(f"{folder}/{kind}_obj_0" for kind in ("opaque", "custom"))]
+
+
 def mutate_zip(rng: Random, data: bytes) -> bytes:
     """An archive with one entry edited, renamed, dropped or doubled and right checksums, or any bytes."""
     if rng.random() < 0.25:
@@ -121,7 +131,7 @@ def mutate_zip(rng: Random, data: bytes) -> bytes:
                 is_json = name.endswith(".json")
                 new.writestr(name, mutate_json_text(rng, content) if is_json else mutate_bytes(rng, content))
             elif kind < 0.9:
-                new.writestr(rng.choice(["../../outside", "/outside", "x", name + "x"]), content)
+                new.writestr(rng.choice(other_names(name)), rng.choice([content, OBJECT]))
             elif kind < 0.95:
                 new.writestr(name, content + content)
     return out.getvalue()

@@ -256,9 +256,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state():
     config = with_(lr_gdn=1e30, lr_other=1e30, clip=1e30, warmup=3, score_every=100)
     with pytest.raises(StageError, match="not finite") as e:
         run(start(), config, save=lambda s: saved.append(copy.deepcopy(s)))
-    assert e.value.where == "distill" and "distill.lr_gdn" in e.value.hint
+    assert e.value.where == "distill, blocks.0.attn" and "distill.lr_gdn" in e.value.hint
     for state in saved:
         assert all(bool(t.isfinite().all()) for n, t in state.tensors.items() if n.startswith("param."))
+
+
+def test_a_checkpoint_of_something_else_is_a_stage_error(undisturbed):
+    *_, saved = undisturbed
+    state = saved[1]
+    for name in [*list(state.tensors)[::31], "best_score", "predictions"]:
+        rest = {n: t for n, t in state.tensors.items() if n != name}
+        for tensors in (rest, rest | {name: torch.zeros(3, 1, 4)}):
+            if tensors is rest and name.startswith("optimizer.step."):
+                continue  # of a weight without a gradient
+            with pytest.raises(StageError, match=r"checkpoint of step 2 does not fit.*\n.*--restart"):
+                run(start(), resume=TrainState(2, tensors, list(state.curve)))
+    with pytest.raises(StageError, match="lacks scores"):
+        run(start(), resume=TrainState(2, state.tensors, [{"step": 0}]))
 
 
 def test_cross_entropy_takes_part_in_loss_and_score():

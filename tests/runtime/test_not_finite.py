@@ -14,6 +14,8 @@ from tcal_compiler import Config, convert
 from tcal_compiler.errors import StageError, TeacherError, UnsupportedModelError
 from tcal_compiler.runtime import calibrate
 from tcal_compiler.runtime.align import GroupTrainer
+from tcal_compiler.runtime.config import DistillConfig
+from tcal_compiler.runtime.distill import Distiller
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.program_file import save_program
@@ -25,6 +27,9 @@ CONFIG = Config.model_validate(
         "align": {"steps": 9, "batch": 2, "checkpoint_every": 3, "score_every": 1},
     }
 )
+
+
+DISTILL = DistillConfig.model_validate({"steps": 7, "batch": 2, "checkpoint_every": 3, "score_every": 7})
 
 
 def saved(model: TinyModel, folder: Path) -> str:
@@ -59,6 +64,15 @@ def test_logits(tmp_path):
         aligned(saved(model, tmp_path), tmp_path / "run")
 
 
+def test_an_activation_of_the_teacher_on_the_text(tmp_path):
+    """Of a token that random ones do not hold."""
+    model = TinyModel(layers=2, vocab=256)
+    with torch.no_grad():
+        model.embed.weight[ord("e")] = 3e38
+    with pytest.raises(StageError, match=r"blocks\.0\.attn: the teacher's attention output is not finite on this text"):
+        aligned(saved(model, tmp_path), tmp_path / "run")
+
+
 @pytest.mark.parametrize("name, init", [("closed_form_output_", "closed-form"), ("taylor_output_", "taylor")])
 def test_the_output_of_an_initialised_site(teacher, tmp_path, monkeypatch, name, init):
     def spoil(mixer: GdnMixer, _: object) -> None:
@@ -88,6 +102,32 @@ def test_a_loss_stops_alignment_and_the_last_checkpoint_is_gone_on_from(teacher,
     step = GroupTrainer.step
     monkeypatch.setattr(GroupTrainer, "step", lambda self, n, *args: (steps.append(n), step(self, n, *args))[1])
     assert aligned(teacher, tmp_path / "run") == whole and steps == [6, 7, 8]
+
+
+def test_an_activation_stops_distillation_and_the_last_checkpoint_is_gone_on_from(teacher, tmp_path, monkeypatch):
+    def distilled(out: Path) -> bytes:
+        config = CONFIG.model_copy(update={"distill": DISTILL})
+        convert(teacher, out=out, config=config, tokenizer="bytes", until="distill")
+        return (out / "distilled.safetensors").read_bytes()
+
+    whole, steps, write = distilled(tmp_path / "whole"), list[int](), Distiller.write
+
+    def spoil(self: Distiller, values: dict[str, Tensor]) -> None:
+        write(self, values)
+        steps.append(1)
+        if len(steps) == 5:
+            with torch.no_grad():
+                self.student.gm.get_submodule("tcal_mixers.1").norm[0, 0] = float("inf")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "write", spoil)
+        with pytest.raises(StageError, match=r"distill, .*blocks\.1\.attn: step 6: .*not finite"):
+            distilled(tmp_path / "run")
+    assert list((tmp_path / "run/.scratch/distill").rglob("distill.safetensors")), "the checkpoint of step 3"
+    resumed = []
+    step = Distiller.step
+    monkeypatch.setattr(Distiller, "step", lambda self, n, index: (resumed.append(n), step(self, n, index))[1])
+    assert distilled(tmp_path / "run") == whole and resumed == [3, 4, 5, 6]
 
 
 def test_a_hundred_steps_of_fine_tuning_stay_finite_and_learn():

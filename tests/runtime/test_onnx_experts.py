@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tcal_compiler.errors import TeacherError
-from tcal_compiler.runtime import program_file
+from tcal_compiler.runtime import program_archive, program_file
 from tcal_compiler.runtime.onnx_experts import translation_table
 
 EXPERTS, WIDTH, INNER = 3, 4, 5
@@ -52,7 +52,7 @@ def test_every_row_meets_its_expert(session: onnxruntime.InferenceSession, count
 
 def test_a_saved_program_brings_its_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked, real = [], importlib.import_module
-    monkeypatch.setattr(program_file.importlib, "import_module", lambda name: asked.append(name) or real(name))
+    monkeypatch.setattr(program_archive.importlib, "import_module", lambda name: asked.append(name) or real(name))
     args = (torch.randn(6, WIDTH), torch.tensor([2, 4, 6], dtype=torch.int32))
     torch.export.save(torch.export.export(Experts(), args), tmp_path / "experts.pt2")
     with pytest.raises(TeacherError, match="int64"):  # no language model

@@ -1,10 +1,12 @@
-"""Exported programs whose text would run as code: refused, and nothing runs."""
+"""Exported programs whose text or entries would run as code: refused, and nothing runs."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -60,6 +62,10 @@ def target(body: dict[str, Any], text: str) -> None:
     body["graph_module"]["graph"]["nodes"][0]["target"] = text
 
 
+def operator(body: dict[str, Any], text: str) -> None:
+    body["graph_module"]["graph"]["nodes"][0]["inputs"].append({"name": "", "arg": {"as_operator": text}, "kind": 1})
+
+
 def parameter(body: dict[str, Any], text: str) -> None:
     next(s for s in body["graph_module"]["signature"]["input_specs"] if "parameter" in s)["parameter"][
         "parameter_name"
@@ -84,6 +90,11 @@ def test_text_that_torch_runs_is_refused(program, tmp_path):
         (argument_name, "input_ids=print(1)"),
         (target, "torch.hub.os.system"),
         (target, "torch.ops.aten.from_file.default"),
+        (target, "torch.ops.aten.save"),
+        (target, "torch.ops.load_library.__call__"),
+        (target, "torch.ops.aten.add"),
+        (target, "_operator.call"),
+        (operator, "torch.hub.os.system"),
         (parameter, 'x"),print("'),
         (first_expression, "Symbol('s0).__class__')"),
         (first_expression, "(" * 500),
@@ -108,6 +119,110 @@ def test_two_entries_of_one_name(program, tmp_path, rename, first):
             new.writestr(n, content)
     with pytest.raises(TeacherError, match="entries of the same name"):
         load_program(tmp_path / "bad.pt2", allow_pickle=False)
+
+
+class Touch:
+    """Pickled, this makes a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def touching(entries: dict[str, bytes], proof: Path) -> bytes:
+    body = json.loads(entries["archive/models/model.json"])
+    first_expression(body, f"__import__('pathlib').Path({str(proof)!r}).touch()")
+    return json.dumps(body).encode()
+
+
+def second_model(entries: dict[str, bytes], proof: Path, name: str) -> None:
+    """Beside the first one, with all that belongs to it."""
+    for entry, content in list(entries.items()):
+        if entry.rpartition("/")[2].startswith("model"):
+            entries[entry.replace("/model.", "/other.").replace("/model_", "/other_")] = content
+    del entries["archive/models/other.json"]
+    entries[f"archive/models/{name}"] = touching(entries, proof)
+
+
+def sample_inputs(entries: dict[str, bytes], proof: Path, name: str) -> None:
+    buffer = io.BytesIO()
+    torch.save(Touch(proof), buffer)
+    del entries["archive/data/sample_inputs/model.pt"]
+    entries[f"archive/data/sample_inputs/{name}"] = buffer.getvalue()
+
+
+def constant(entries: dict[str, bytes], proof: Path, name: str) -> None:
+    """An object that its table does not call pickled."""
+    weights = json.loads(entries["archive/data/weights/model_weights_config.json"])["config"]
+    meta = next(w["tensor_meta"] for w in weights.values())
+    row = {"path_name": name, "is_param": False, "use_pickle": False, "tensor_meta": meta}
+    entries["archive/data/constants/model_constants_config.json"] = json.dumps({"config": {"x": row}}).encode()
+    entries[f"archive/data/constants/{name}"] = pickle.dumps(Touch(proof)).ljust(1 << 20, b"\0")
+
+
+def compiled(entries: dict[str, bytes], proof: Path, name: str) -> None:
+    entries[f"archive/data/aotinductor/model/{name}"] = b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    "edit, name",
+    [
+        (second_model, "other.JSON"),
+        (second_model, "other.evil"),
+        (sample_inputs, "model.PT"),
+        (constant, "opaque_obj_0"),
+        (compiled, "model.so"),
+    ],
+)
+def test_entries_that_torch_runs_are_refused(program, tmp_path, edit, name):
+    proof, bad = tmp_path / "ran", tmp_path / "bad.pt2"
+    with zipfile.ZipFile(program) as old:
+        entries = {n: old.read(n) for n in old.namelist()}
+    edit(entries, proof, name)
+    with zipfile.ZipFile(bad, "w") as new:
+        for n, content in entries.items():
+            new.writestr(n, content)
+    with pytest.raises(TeacherError, match=r"does not write|pickled objects"):
+        load_program(bad, allow_pickle=False)
+    assert not proof.exists()
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.load(bad)
+    assert proof.exists() or edit is compiled, "torch itself no longer runs this: the check may go"
+
+
+def test_an_archive_that_torch_reads_otherwise_than_python(program, tmp_path):
+    """Python looks for the table of contents before its end mark, torch where the end mark says."""
+    proof, bad = tmp_path / "ran", tmp_path / "bad.pt2"
+    with zipfile.ZipFile(program) as old:
+        entries = {n: old.read(n) for n in old.namelist()}
+    parts = []
+    for model in (touching(entries, proof), entries["archive/models/model.json"]):
+        with zipfile.ZipFile(bad, "w") as new:
+            for n, content in entries.items():
+                new.writestr(n, model if n == "archive/models/model.json" else content)
+        raw = bad.read_bytes()
+        end = raw.rindex(b"PK\5\6")
+        start = struct.unpack("<L", raw[end + 16 : end + 20])[0]
+        parts.append((raw[:start], raw[start:end], raw[end:]))
+    (evil, evil_table, end), (good, table, _) = parts
+    shown, at = bytearray(), 0  # Python adds to every offset what lies before the table and is not accounted for
+    while at < len(table):
+        size = 46 + sum(struct.unpack("<HHH", table[at + 28 : at + 34]))
+        offset = struct.unpack("<L", table[at + 42 : at + 46])[0] + len(evil) - len(good)
+        shown += table[at : at + 42] + struct.pack("<L", offset) + table[at + 46 : at + size]
+        at += size
+    bad.write_bytes(evil + evil_table + good + shown + end)
+    with zipfile.ZipFile(bad) as seen:
+        assert seen.testzip() is None and seen.read("archive/models/model.json") == entries["archive/models/model.json"]
+    with pytest.raises(TeacherError, match="reads otherwise"):
+        load_program(bad, allow_pickle=False)
+    assert not proof.exists()
+    with contextlib.suppress(Exception):
+        torch.export.load(bad)
+    assert proof.exists(), "torch itself reads it as Python does: the check may go"
 
 
 def test_what_torch_writes_passes(program, tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 from tcal_compiler.errors import RunFolderError
 from tcal_compiler.runtime.durable import write_atomic
+from tcal_compiler.runtime.hashed_tensors import save_hashed
 from tcal_compiler.runtime.run_folder import RunFolder
 from tcal_compiler.runtime.training import Checkpoint, TrainState
 
@@ -115,6 +116,26 @@ def test_a_file_where_a_checkpoint_folder_has_to_be(tmp_path, what):
     place.write_text("x")
     with pytest.raises(RunFolderError, match="cannot be written"):
         work(tmp_path / "run", config=1)
+
+
+NOTES = [
+    "[]",
+    "[" * 20_000,
+    '{"step": 1}',
+    '{"step": 1, "curve": []}',
+    '{"step": 1, "curve": [0]}',
+    '{"step": 1, "curve": [{}]}',
+    '{"step": -1, "curve": [{"step": 0}]}',
+    '{"step": Infinity, "curve": [{"step": 0}]}',
+]
+
+
+@pytest.mark.parametrize("note", NOTES, ids=lambda n: n[:40])
+def test_a_checkpoint_that_says_no_state_of_a_training(tmp_path, note):
+    """With the right sha256: whoever can write a folder can write that too."""
+    save_hashed(tmp_path / "align.safetensors", {"a": torch.ones(2)}, note)
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        Checkpoint(tmp_path / "align.safetensors").load()
 
 
 def test_a_checkpoint_is_loaded_only_as_it_was_written(tmp_path):
