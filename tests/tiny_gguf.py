@@ -10,7 +10,7 @@ import numpy as np
 VOCAB, HIDDEN, LAYERS, HEADS, KV, FFN = 300, 32, 2, 4, 2, 64
 
 
-def write_llama(path: Path, seed: int = 0, skip: str = "") -> Path:
+def write_llama(path: Path, seed: int = 0, skip: str = "", add_bos: bool | None = None) -> Path:
     """A random Llama in float32 with a byte-level BPE vocabulary."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -37,6 +37,8 @@ def write_llama(path: Path, seed: int = 0, skip: str = "") -> Path:
     w.add_token_merges(merges)
     w.add_bos_token_id(0)
     w.add_eos_token_id(1)
+    if add_bos is not None:
+        w.add_add_bos_token(add_bos)
     small = HIDDEN // HEADS * KV
     shapes = {"token_embd": (VOCAB, HIDDEN), "output_norm": (HIDDEN,), "output": (VOCAB, HIDDEN)}
     for i in range(LAYERS):

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from tcal_compiler.errors import DataError, TeacherError
 from tcal_compiler.runtime import checkpoints
 from tcal_compiler.runtime.checkpoints import shell_of
 from tcal_compiler.runtime.gguf_reader import plain_gguf_reader
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
+from tcal_compiler.runtime.tokenizer import prompt_start, read_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -92,3 +94,22 @@ def test_a_header_is_read_through_plain_arrays_and_once(tmp_path, monkeypatch):
     os.utime(file, (1, 1))
     shell_of(file)
     assert gguf.GGUFReader.call_count == 2
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_the_bos_token_that_the_file_asks_for(tmp_path, monkeypatch, asked):
+    """Some versions of transformers leave it out."""
+    file = write_llama(tmp_path / "tiny.gguf", add_bos=asked)
+    usual = AutoTokenizer.from_pretrained
+
+    def without(*args: object, **kwargs: object) -> object:
+        hf = usual(*args, **kwargs)
+        hf.backend_tokenizer.post_processor = None
+        return hf
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", without)
+    found = load_tokenizer(load_teacher(str(file)))
+    assert prompt_start(found) == ((found.bos_token_id,) if asked else ())
+    found.save(tmp_path / "saved")
+    monkeypatch.undo()
+    assert prompt_start(read_tokenizer(tmp_path / "saved")) == prompt_start(found)
