@@ -21,6 +21,7 @@ BYTES = "bytes"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _BLOCK = 64  # texts
 _ADDS_BOS = b"\x1c\0\0\0\0\0\0\0tokenizer.ggml.add_bos_token\7\0\0\0"  # of a GGUF: length of a key, key, type
+_SAMPLED, _ENOUGH = 2000, 20  # ids looked at; words among them that tell something
 _PROBE = "A word, \u00e9\u4e2d"
 _LEAST_COVERAGE = 0.9  # vocabularies are padded by a few per cent; a tokenizer that covers less is suspicious
 
@@ -209,11 +210,25 @@ def read_tokenizer(folder: Path, *, gguf_file: str | None = None, **ids: int | N
         if gguf_file is not None and _adds_bos(where):
             found.put_bos_first()
         found.decode(found.encode(_PROBE, special=True))
+        words, whole = _own_words(found)
     except Exception as e:  # tokenizers raises bare Exception for damaged files
         raise DataError(
             str(where), f"cannot read the tokenizer: {type(e).__name__}: {_short(e)}", "copy it again"
         ) from e
+    if gguf_file is not None and words >= _ENOUGH and 2 * whole < words:
+        what = (
+            f"transformers {version('transformers')} misreads its tokenizer: {whole} of {words} words of it are one id"
+        )
+        raise DataError(str(where), what, "a newer transformers, or --tokenizer with the folder of a tokenizer.json")
     return found
+
+
+def _own_words(tokenizer: HfTokenizer) -> tuple[int, int]:
+    """Of about _SAMPLED ids those that are words of four letters or more, and how many of them encode to one id."""
+    every = max(1, tokenizer.num_tokens // _SAMPLED)
+    texts = [tokenizer.decode([i]) for i in range(0, tokenizer.num_tokens, every)]
+    words = [t for t in texts if len(t.strip()) >= 4 and t.isascii() and t.strip().isalpha()]
+    return len(words), sum(len(tokenizer.encode(w)) == 1 for w in words)
 
 
 def _adds_bos(gguf: Path) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import nullcontext
+from itertools import product
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tcal_compiler.errors import DataError, TeacherError
 from tcal_compiler.runtime import checkpoints
@@ -113,3 +115,21 @@ def test_the_bos_token_that_the_file_asks_for(tmp_path, monkeypatch, asked):
     found.save(tmp_path / "saved")
     monkeypatch.undo()
     assert prompt_start(read_tokenizer(tmp_path / "saved")) == prompt_start(found)
+
+
+def test_a_tokenizer_that_splits_its_own_words_is_refused(tmp_path, monkeypatch):
+    """As transformers 5.17 reads Gemma-3's."""
+    words = [a + b + c + d for a, b, c, d in product("ab", "cde", "fg", "hij")]
+    vocabulary = {t: i for i, t in enumerate([*"abcdefghij", *words])}
+    merges = [[w[:1], w[1:2]] for w in words] + [[w[:2], w[2:3]] for w in words] + [[w[:3], w[3:]] for w in words]
+    vocabulary |= {m[0] + m[1]: len(vocabulary) + i for i, m in enumerate(merges) if m[0] + m[1] not in vocabulary}
+    file = write_llama(tmp_path / "tiny.gguf")
+    for given, fits in ((merges, True), ([], False)):
+        model = tokenizers.models.BPE(vocabulary, [tuple(m) for m in given])
+        hf = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, hf=hf, **kwargs: hf)
+        if fits:
+            assert read_tokenizer(tmp_path, gguf_file=file.name).encode("adfh") == [vocabulary["adfh"]]
+        else:
+            with pytest.raises(DataError, match="misreads its tokenizer: 0 of 36 words of it are one id"):
+                read_tokenizer(tmp_path, gguf_file=file.name)
