@@ -111,10 +111,10 @@ class Rule(Target):
         )
         found = (
             Trial(forward, walks),
-            Trial(both, one("solve_warps", 1, 2, 4)),
+            Trial(both, one("solve_warps", 2, 4)),
             Trial(both, one("solve_keys", 32, 64)),
             Trial(backward, (*one("value_block", 32), {"value_block": 128, "warps": 8})),
-            Trial(backward, one("pair_warps", 2, 4, 8)),
+            Trial(backward, one("pair_warps", 2, 8)),
             Trial(backward, one("key_part", 32, 128)),
             Trial(backward, one("stages", 1, 3)),
         )
@@ -146,8 +146,7 @@ class Step(Target):
         parts = tuple(dict(zip(("BV", "num_warps", "maxnreg"), tile, strict=True)) for tile in tiles)
         whole = ({"num_warps": 4, "maxnreg": 168}, {"num_warps": 4, "maxnreg": 255}, {"num_warps": 16, "maxnreg": 64})
         found = (*whole, {"apart": 1}, *({"apart": 1} | part for part in parts)) if self.normed else parts
-        rest = [one("streams", 1), one("overlap", 1), *([one("norm_rows", 1, 2)] if self.normed else [])]
-        return Trial(kinds, tuple(found)), *(Trial(kinds, each) for each in rest)
+        return Trial(kinds, tuple(found)), Trial(kinds, one("streams", 1))
 
     def errors(self, device: torch.device) -> dict[str, float]:
         given = (device, self.dtype, self.dim, self.dim)

@@ -19,10 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
-from .triton_layout import COUNTS, Layout, chunk_at, layout_of
+from .triton_layout import Layout, chunk_at, layout_of
 from .triton_solve import Solved, solve_chunks
 from .triton_tiles import (
     CHUNK,
@@ -38,7 +37,7 @@ from .triton_walk import walk_states
 from .triton_walk_back import walk_back
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _inward(
     q, k, g, d_out, d_fresh, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -55,7 +54,7 @@ def _inward(
         store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _pairs(
     q, k, v, g, beta, d_out, inverse, fresh, d_rows, pairs, dv, d_rate, d_total, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -96,7 +95,7 @@ def _pairs(
     store_gate(d_total + pid * C, tl.sum(moved, 1) - tl.sum(moved, 0), 0, 1, C, C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _keys(
     q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs, dq, dk, d_rate, d_total, d_end, d_kept, chunks,
     scale, T, N, H, K, DK, DV, count,
@@ -148,7 +147,7 @@ def _keys(
     store_rows(dk + h * DK, by_key + by_scaled * rate[:, None], t0, H * DK, end, k0, DK, C, BK)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _gates(
     by_value, by_pair, by_key, total, at_ends, kept, dg, dbeta, chunks, T, N, H, parts, count,
     C: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
@@ -204,8 +203,7 @@ def gated_delta_rule_triton_backward(
     d_rows = torch.empty_like(solved.u)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
     blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
-    programs = layout.rows * layout.chunks
-    launch(_inward, programs, q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
+    _inward[(layout.rows * layout.chunks,)](q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
     d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
     walked = (states, d_rows, d_states)
     grads = _at_all_chunks((q, k, v, g, beta, d_out), solved, walked, layout, scale, s)
@@ -221,7 +219,7 @@ def _at_all_chunks(
     q, k, v, g, beta, d_out = inputs
     states, d_rows, d_states = walked
     rows, num_chunks = layout.rows, layout.chunks
-    count, parts = rows * num_chunks, cdiv(q.shape[3], s.key_part)
+    count, parts = rows * num_chunks, triton.cdiv(q.shape[3], s.key_part)
     sizes = (layout.tokens, num_chunks, layout.heads, *k.shape[2:], v.shape[3])
     one_head, table = k.shape[2] == q.shape[2], layout.given(q)
 
@@ -241,12 +239,12 @@ def _at_all_chunks(
     by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
     kept = floats(parts, rows, num_chunks)
     given = (q, k, v, g, beta, d_out, solved.inverse, solved.u, d_rows)
-    launch(_pairs, count, *given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
+    _pairs[(count,)](*given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
     read = (q, k, g, beta, d_out, solved.u, d_rows, states, d_states, pairs)
     taken = (dq, dk, by_key, total, end, kept)
-    launch(_keys, count * parts, *read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
+    _keys[(count * parts,)](*read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
     sums = (by_value, by_pair, by_key, total, end, kept)
     types = dict(C=CHUNK, GATE=s.gate, PACKED=layout.packed)
-    launch(_gates, count, *sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
+    _gates[(count,)](*sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
     return dq, dk, dv, dg, dbeta

@@ -6,7 +6,6 @@ Tensors are contiguous. A program's chunk starts at token `t0`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.self_check import tf32_allowed
 from tcal_compiler.kernels.tiles import load_gate
 from tcal_compiler.kernels.tuning import Fields, tuned
 
@@ -77,36 +75,29 @@ class Setting:
 
 def setting_for(q: Tensor, v: Tensor) -> Setting:
     """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
-    float32: g summed in float64, and three tf32 products for one, or one where PyTorch may take one (`tf32_allowed`).
-    q and v as `as_kernels_take` returns them.
+    float32: three tf32 products for one, and g summed in float64. q and v as `as_kernels_take` returns them.
 
     Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
     What `tuning` has for this card is taken instead.
     """
-    tf32 = q.is_cuda and tf32_allowed()
-    usual = _usual_setting(q.shape[-1], v.shape[-1], narrow=q.dtype == torch.bfloat16, cuda=q.is_cuda, tf32=tf32)
-    measured: dict[str, Any] = measured_for(q, v)
-    return replace(usual, **measured) if measured else usual
-
-
-@lru_cache(maxsize=64)  # a call asks for it, and takes tens of microseconds
-def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
-    key_block = max(16, triton.next_power_of_2(key_dim))
-    bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
+    key_block = max(16, triton.next_power_of_2(q.shape[-1]))
+    narrow = q.dtype == torch.bfloat16
+    emulated = not q.is_cuda  # the interpreter multiplies the bits of bfloat16
+    bfloat16_products = narrow and not emulated
     value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
-    value_columns = min(value_block, max(16, triton.next_power_of_2(value_dim)))
-    return Setting(
+    value_columns = min(value_block, max(16, triton.next_power_of_2(v.shape[-1])))
+    usual = Setting(
         key_block=key_block,
         value_block=value_columns,
         key_part=min(64, key_block),
         dot=tl.bfloat16 if bfloat16_products else tl.float32,
         gate=tl.float32 if narrow else tl.float64,
-        precision="tf32" if narrow or tf32 else "tf32x3",
+        precision="tf32" if narrow else "tf32x3",
         kept=torch.bfloat16 if bfloat16_products else torch.float32,
         stages=2 if key_block <= 128 else 1,
         warps=4,
-        pair_warps=4 if narrow else 8,  # with four, float32 tiles do not fit in registers
+        pair_warps=4,
         solve_warps=1 if narrow else 4,
         solve_keys=16 if narrow else min(32, key_block),
         read_columns=value_columns,
@@ -114,6 +105,8 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         read_warps=4,
         read_programs=1,
     )
+    measured: dict[str, Any] = measured_for(q, v)
+    return replace(usual, **measured)
 
 
 def measured_for(q: Tensor, v: Tensor) -> Fields:
@@ -128,8 +121,4 @@ def as_kernels_take(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     q, k, v, *rest = tensors
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and q.shape[-1] <= 128 else torch.float32
-    return (*(_as(x, dtype) for x in (q, k, v)), *(_as(x, torch.float32) for x in rest))
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+    return (*(x.to(dtype).contiguous() for x in (q, k, v)), *(x.float().contiguous() for x in rest))

@@ -16,9 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 from .reference import L2_EPS
@@ -26,14 +24,7 @@ from .reference import L2_EPS
 MOST_FUSED = 128 * 256  # numbers of a state that one program holds
 MOST_REGISTERS = 128  # of a thread: so a multiprocessor holds two whole states of 128 x 128
 ENOUGH_PROGRAMS = 512
-
-
-@triton.jit
-def _begin(OVERLAP: tl.constexpr):
-    """With OVERLAP a launch starts while the one before it ends; here it waits for all that one has written."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+NORM_ROWS = 4  # heads of one program of the norm's own launch
 
 
 @triton.jit
@@ -41,14 +32,13 @@ def _vector(ptr, i, D):
     return tl.load(ptr + i, mask=i < D, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["H", "K"], do_not_specialize_on_alignment=["T"])
+@triton.jit
 def _step(
     q, k, v, g, beta, gate, weight, start, out, final, scale, eps, l2_eps, T, H, K,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, zb, zt, zh,
     DK: tl.constexpr, DV: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    _begin(OVERLAP)
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
     row, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
@@ -80,13 +70,11 @@ def _step(
     tl.store(final + at, state.to(final.dtype.element_ty), mask=there, eviction_policy=EVICTION)
 
 
-@triton.jit(do_not_specialize=["N", "T", "H"])
+@triton.jit
 def _norm(
-    y, gate, weight, out, eps, N, T, H, zb, zt, zh,
-    DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    y, gate, weight, out, eps, N, T, H, zb, zt, zh, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """The gated norm of y [N, Dv], N = B T H, for which `_step` took a head in parts."""
-    _begin(OVERLAP)
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     h, t, b = n % H, n // H % T, n // H // T
     dv = tl.arange(0, BV)[None, :]
@@ -101,16 +89,13 @@ def _norm(
 
 class Tile(NamedTuple):
     """What the kernel is compiled for: all key columns, the value columns of one program, its warps, a thread's
-    registers, whether the state is the first that the cache gives up, whether a launch overlaps with the one before
-    (Hopper and later), and the heads of one program of a norm's own launch."""
+    registers, and whether the state is the first that the cache gives up."""
 
     BK: int
     BV: int
     num_warps: int
     maxnreg: int = MOST_REGISTERS
     streams: int = 0
-    overlap: int = 0
-    norm_rows: int = 4
 
 
 def measured_for(q: Tensor, v: Tensor, *, normed: bool) -> Fields:
@@ -137,7 +122,7 @@ def tiles(key_dim: int, value_dim: int, *, whole: bool, measured: Fields | None 
 
 def choose_tile(options: list[Tile], rows: int, value_dim: int) -> Tile:
     """Few states are cut finer, so that every multiprocessor gets some."""
-    return next((t for t in options if rows * cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
+    return next((t for t in options if rows * triton.cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
 
 
 def gated_delta_step_triton(
@@ -177,21 +162,18 @@ def gated_delta_step_triton(
     dtype = v.dtype if gate is None or fused else torch.float32
     out = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=q.device)
     strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
-    launch(
-        _step, rows * cdiv(value_dim, tile.BV), q, k, v, g, beta, z, w, start, out, final,
-        scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
+    _step[(rows * triton.cdiv(value_dim, tile.BV),)](
+        q, k, v, g, beta, z, w, start, out, final, scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
         DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
-        EVICTION="evict_first" if tile.streams else "", OVERLAP=bool(tile.overlap),
-        num_warps=tile.num_warps, maxnreg=tile.maxnreg, launch_pdl=bool(tile.overlap),
+        EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
     )  # fmt: skip
     if gate is not None and not fused:
         y, out = out, torch.empty_like(out, dtype=v.dtype)
         sizes = (batch * tokens * heads, tokens, heads, *z.stride()[:3])
         block = triton.next_power_of_2(value_dim)
-        launch(
-            _norm, cdiv(sizes[0], tile.norm_rows), y, z, w, out, eps, *sizes, DV=value_dim, BV=block,
-            ROWS=tile.norm_rows, OVERLAP=bool(tile.overlap), num_warps=1, launch_pdl=bool(tile.overlap),
-        )  # fmt: skip
+        _norm[(triton.cdiv(sizes[0], NORM_ROWS),)](
+            y, z, w, out, eps, *sizes, DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1
+        )
     if not in_place:
         return out, final
     return out, state if final is state else state.copy_(final)

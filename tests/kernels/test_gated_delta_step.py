@@ -312,34 +312,3 @@ def test_a_cuda_graph_replays_steps(triton, monkeypatch):
             y, state = gated_delta_step_reference(*inputs, scale=SCALE, normalize=True)
             assert (out.cpu().double() - y).norm() < 1e-2 * y.norm()
         assert (args[5].cpu().double() - state).norm() < 1e-5 * state.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="Hopper's")
-@pytest.mark.parametrize("columns", [32, 64, 128])
-def test_launches_that_overlap_do_not_overtake(columns):
-    """Steps on one state, each launched while the one before ends, are the same steps one after another."""
-    from tcal_compiler.kernels.gated_delta_step.triton_kernel import Tile, gated_delta_step_triton
-
-    *args, gate, weight = (
-        x.cuda() for x in draw((64, 1, 16, 16, 128, 128), torch.bfloat16, normalize=True, normed=True)
-    )
-    *inputs, start = args
-    results = []
-    for overlap in (0, 1):
-        tile = Tile(128, columns, 8 if columns == 128 else 4, overlap=overlap)
-        state = start.clone()
-
-        def step(tile=tile, state=state):
-            given = dict(scale=SCALE, normalize=True, in_place=True, tile=tile)
-            return gated_delta_step_triton(*inputs, state, gate, weight, **given)[0]
-
-        step()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            outs = [step() for _ in range(20)]
-        state.copy_(start)
-        graph.replay()
-        results.append((*(out.clone() for out in outs), state))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

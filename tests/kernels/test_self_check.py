@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from interpreter import interpreted, interpreter_or_skip
 from torch import Tensor
 
-from tcal_compiler.kernels import launch, self_check
+from tcal_compiler.kernels import self_check
 from tcal_compiler.kernels.attention_stats import op as statistics
 from tcal_compiler.kernels.attention_stats.streaming import (
     attention_output_sums_streaming,
@@ -62,9 +61,8 @@ def test_sees_a_wrong_gradient_of_the_rule(monkeypatch):
 
     monkeypatch.setattr(triton_forward, "gated_delta_rule_triton", rule.forward)
     monkeypatch.setattr(triton_backward, "gated_delta_rule_triton_backward", wrong)
-    everywhere = ("dg of 131 tokens", "dg of 2 x 65 tokens")
-    only_wrong(rule.self_check(CPU, torch.float32, 8, 8), *everywhere)
-    only_wrong(rule.packed_self_check(CPU, torch.float32, 8, 8), *everywhere)
+    only_wrong(rule.self_check(CPU, torch.float32, 8, 8), "dg of 131 tokens")
+    only_wrong(rule.packed_self_check(CPU, torch.float32, 8, 8), "dg of 131 tokens")
 
 
 @interpreted
@@ -149,20 +147,18 @@ def test_cpu_tensors_never_take_triton():
 READS = {"read_columns": 128, "read_warps": 8}
 
 
-def test_proves_every_kernel_that_a_call_may_take(monkeypatch):
-    """Few columns a program, all of them, and segments; also of what a table gives."""
+def test_proves_what_the_table_gives_uncut_and_cut(monkeypatch):
+    """A table's fields are proved at a length that is cut on a large card, where programs have all their columns."""
     pytest.importorskip("triton")
     from tcal_compiler.kernels.gated_delta_rule import triton_tiles, triton_walk
 
     given = (CPU, torch.float32, 128, 128)
-    assert [case.tokens for case in rule.cases(*given, packed=False)] == [131, 65]
-    monkeypatch.setattr(triton_walk, "processors", lambda device: 132)
-    assert [case.batch for case in rule.cases(*given, packed=True)] == [1, 133, 1]
+    assert rule._lengths(*given) == [131]
     monkeypatch.setattr(triton_tiles, "tuned", lambda *_: READS)
-    short, _, long = (case.tokens for case in rule.cases(*given, packed=False))
+    monkeypatch.setattr(triton_walk, "_processors", lambda device: 132)
+    short, long = rule._lengths(*given)
     setting = triton_tiles.setting_for(*(torch.empty(1, 1, 1, 128) for _ in range(2)))
     assert triton_walk.cut_to_read(short // 64 + 1, 2, 128, setting, CPU).segments == 1
-    assert triton_walk.cut_to_read(2, 133, 128, setting, CPU).columns == 128
     cut = triton_walk.cut_to_read(long // 64, 2, 128, setting, CPU)
     assert cut.segments > 1 and (cut.columns, cut.warps) == (128, 8)
     assert all(triton_walk.cut_for(long // 64, 2, 128, setting, CPU, wide=wide).segments > 1 for wide in (True, False))
@@ -177,7 +173,7 @@ def test_sees_what_is_wrong_in_segments_alone(monkeypatch):
     monkeypatch.setattr(triton_tiles, "tuned", lambda *_: {"read_columns": 32, "read_warps": 8})
     monkeypatch.setattr(triton_walk, "SHORTEST", 1)
     monkeypatch.setattr(triton_walk, "WORTH", 1)
-    monkeypatch.setattr(triton_walk, "processors", lambda device: 8)
+    monkeypatch.setattr(triton_walk, "_processors", lambda device: 8)
     with interpreter_or_skip():
         only_wrong(rule.self_check(CPU, torch.float32, 8, 40))
     join = triton_walk.join
@@ -198,27 +194,3 @@ def test_an_entry_that_does_not_fit_is_never_used(fields, monkeypatch):
     monkeypatch.setattr(self_check.torch, "device", lambda kind, index=None: CPU)
     with pytest.warns(UserWarning, match="runs in plain PyTorch on this GPU: Triton failed"):
         assert not self_check.proved(f"rule with {fields}", rule.self_check, 0, torch.float32, 8, 40)
-
-
-def test_each_launch_is_compiled_before_any_runs(monkeypatch):
-    """What is compiled at once is what runs then, in this order; the compilers' threads end."""
-    triton = pytest.importorskip("triton")
-    done: list[object] = []
-
-    class Kernel:
-        def run(self, *args: object, grid: tuple[int], warmup: bool, **options: object) -> Any:
-            done.append(("compiled" if warmup else "run", *args, grid, options))
-            return SimpleNamespace(run=done.append("loaded") if warmup else None)
-
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(triton, "AsyncCompileMode", lambda pool, ignore_errors: contextlib.nullcontext())
-
-    def both() -> str:
-        launch.launch(Kernel(), 3, "a", BK=1)
-        launch.launch(Kernel(), 4, "b", BK=2)
-        return "results"
-
-    assert launch.compiled_at_once(both, torch.device("cuda", 0)) == "results"
-    kinds = [x[0] for x in done if isinstance(x, tuple)]
-    assert kinds == ["compiled", "compiled", "run", "run"]
-    assert done[-1] == ("run", "b", (4,), {"BK": 2})
