@@ -56,7 +56,7 @@ def refused(result: Result, kind: str, *words: str) -> str:
     """A typed error on stderr, nothing else; returns it."""
     assert result.code == 1, result
     assert "Traceback" not in result.err and result.out == ""
-    message = result.err[result.err.index(kind) :]
+    message = result.err[result.err.index(f"{kind}: ") :]
     assert message.startswith(f"{kind}: ") and message.count(": ") >= 2
     assert "\n  Try: " in message, message
     for word in words:

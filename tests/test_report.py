@@ -213,6 +213,15 @@ def test_axes_of_ratios_have_several_numbers(limits):
     assert 1 < sum(low <= tick <= high for tick in axes.get_yticks()) < 20
 
 
+def test_layers_are_whole_numbers_on_their_colour_bar():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    plots._layer_colours(figure.add_subplot(), [1, 3])
+    ticks = [t for t in figure.axes[1].get_yticks() if 1 <= t <= 3]
+    assert ticks == [1, 2, 3]
+
+
 def test_what_the_report_says_to_do_makes_the_same_run(shared_run, tmp_path, monkeypatch):
     report = (shared_run / "report.md").read_text()
     commands, config = re.findall(r"^```\n(.*?)\n```", report, re.M | re.DOTALL)

@@ -72,12 +72,13 @@ def heat_map(axes: Any, run: Facts, key: str, limits: tuple[float, float], *, lo
     _colour_bar(axes, mesh, label)
 
 
-def _colour_bar(axes: Any, mapped: Any, label: str) -> None:
+def _colour_bar(axes: Any, mapped: Any, label: str) -> Any:
     bar = axes.figure.colorbar(mapped, ax=axes)
     bar.outline.set_visible(False)
     bar.set_label(label)
     bar.ax.yaxis.set_major_formatter(PLAIN)
     bar.ax.yaxis.set_minor_formatter(PLAIN)
+    return bar
 
 
 def _log_ticks(axis: Any) -> None:
@@ -93,10 +94,11 @@ def _layer_colours(axes: Any, layers: list[int]) -> Any:
     """A function from layer numbers to colours, explained by a colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator
 
     shades = LinearSegmentedColormap.from_list("layers", LAYERS)
     mapped = ScalarMappable(Normalize(min(layers), max(max(layers), min(layers) + 1)), shades)
-    _colour_bar(axes, mapped, "layer")
+    _colour_bar(axes, mapped, "layer").ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     return mapped.to_rgba
 
 
