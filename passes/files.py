@@ -15,6 +15,10 @@ _PART = rb"""(?:[\w-]++|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rb"(?<![\w-])" + _PART + rb"(?:[ \t]*\.[ \t]*" + _PART + rb"){64}")  # takes its length squared
 _MOST_OF_A_MODEL = 512 << 20  # bytes of a model's text files; the largest tokenizers have some 35 MB
 _TEXT, _WEIGHTS = (".json", ".jinja", ".txt", ".model"), (".safetensors", ".bin")
+_NAMES = (  # that transformers looks for; other files beside them are the user's own
+    *("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "sentencepiece", "chat_template"),
+    *("config", "generation_config", "adapter_", "processor_config", "preprocessor_config", "model", "pytorch_model"),
+)
 
 
 def read_small(path: Path) -> bytes:
@@ -53,7 +57,8 @@ def unreadable(folder: Path) -> str:
     except OSError as e:
         return f"cannot be read: {e.strerror or e}"
     for path in paths:
-        if path.suffix not in (*_TEXT, *_WEIGHTS) or path.is_dir() or not path.exists():
+        known = path.name.startswith(_NAMES) or path.parent != folder
+        if not known or path.suffix not in (*_TEXT, *_WEIGHTS) or path.is_dir() or not path.exists():
             continue
         if not path.is_file():
             return f"{path.name} is no plain file"

@@ -236,6 +236,14 @@ def test_attention_that_would_be_downloaded_is_not(targets, tmp_path, key):
     target.read(tmp_path / "teacher")
 
 
+def test_files_that_are_no_part_of_a_model_may_be_anything(targets, tmp_path):
+    put(tmp_path / "tokenizer", targets["tokenizer"].seeds[0])
+    os.mkfifo(tmp_path / "tokenizer" / "pipe.json")
+    (tmp_path / "tokenizer" / "text.txt").touch()
+    os.truncate(tmp_path / "tokenizer" / "text.txt", HUGE)
+    assert read_tokenizer(tmp_path / "tokenizer").encode("old")
+
+
 def test_a_tokenizer_that_cannot_be_written(targets, tmp_path):
     """A chat template whose name is a path outside the folder."""
     templates = [{"name": "default", "template": "x"}, {"name": "../../outside", "template": "y"}]
