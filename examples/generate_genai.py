@@ -97,7 +97,7 @@ def main() -> None:
     print(found)
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        found |= {"layers_kept": len(plan.keep), "layers_converted": len(plan.convert), "profile": profile}
+        found |= {"layers_kept": len(plan["keep"]), "layers_converted": len(plan["convert"]), "profile": profile}
         body = {
             "environment": {"machine": platform.machine(), "commit": commit},
             "runtime_parity": {run.path.name: found},

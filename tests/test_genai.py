@@ -17,7 +17,9 @@ from tcal_compiler.runtime.session import OnnxSession
 PROMPTS = ["The old man", "A", "and then she went", "Zebra 9"]
 
 
-def test_tokens_are_those_of_our_session(shared_run: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_tokens_are_those_of_our_session(
+    shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     session = OnnxSession(shared_run / "onnx", threads=1)
     prompts = [list(p.encode()) for p in PROMPTS]
     expected = []
@@ -38,3 +40,11 @@ def test_tokens_are_those_of_our_session(shared_run: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", ["generate_genai", str(shared_run), *PROMPTS[:2], "--max-new-tokens", "8"])
     generate_genai.main()
     assert capsys.readouterr().out.startswith("The old man" + bytes(expected[0][:8]).decode("utf-8", "replace"))
+    out = tmp_path / "out.json"
+    words = ["generate_genai", str(shared_run), *PROMPTS[:2], "--max-new-tokens", "8", "--compare", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        generate_genai.main()
+    assert end.value.code == 0
+    written = json.loads(out.read_text())["runtime_parity"][shared_run.name]
+    assert (written["layers_kept"], written["profile"], written["runtimes"][0]["passed"]) == (1, "ort", True)
