@@ -7,10 +7,15 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from tcal_compiler import Config, convert
 from tcal_compiler.api import ASSETS
+from tcal_compiler.hf import StudentForCausalLM
+from tcal_compiler.runtime.tokenizer import read_tokenizer
 from tcal_compiler.runtime.zero_shot import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +55,9 @@ def row(name: str, rng: random.Random) -> dict[str, object]:
     }[name]
 
 
-@pytest.mark.slow
-def test_every_task_is_scored_as_lm_eval_does(tmp_path, monkeypatch):
+@pytest.fixture
+def script(tmp_path, monkeypatch) -> ModuleType:
+    """examples/compare_lm_eval.py, with a file of every task in tmp_path."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -60,10 +66,28 @@ def test_every_task_is_scored_as_lm_eval_does(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row(name, rng)) + "\n" for _ in range(EXAMPLES)))
     spec = importlib.util.spec_from_file_location("compare_lm_eval", ROOT / "examples/compare_lm_eval.py")
     assert spec and spec.loader
-    monkeypatch.setitem(sys.modules, "compare_lm_eval", script := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(script)
-    found = script.compare(ASSETS / "teacher", tmp_path, list(TASKS), EXAMPLES)
+    monkeypatch.setitem(sys.modules, "compare_lm_eval", module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(found: dict[str, dict[str, Any]], examples: int) -> None:
     for name, r in found.items():
-        assert r["examples"] == EXAMPLES and r["differing"] == 0, name
+        assert r["examples"] == examples and r["differing"] == 0, name
         assert r["largest_difference"] < 1e-3, name
         assert r["ours"] == r["lm_eval"], name
+
+
+@pytest.mark.slow
+def test_every_task_is_scored_as_lm_eval_does(script, tmp_path):
+    check(script.compare(ASSETS / "teacher", tmp_path, list(TASKS), EXAMPLES), EXAMPLES)
+
+
+@pytest.mark.slow
+def test_lm_eval_takes_a_saved_student(script, tmp_path):
+    """As --model hf does: in padded batches, by AutoModelForCausalLM."""
+    settings = {"policy": "keep=0", "calib": {"sequences": 2, "length": 32, "holdout": 1}, "align": {"steps": 0}}
+    run = convert("embedded", out=tmp_path / "run", config=Config.model_validate(settings))
+    StudentForCausalLM.from_pretrained(run).save_pretrained(tmp_path / "student")
+    read_tokenizer(run / "onnx").save(tmp_path / "student")
+    check(script.compare(tmp_path / "student", tmp_path, ["arc_easy", "lambada_openai"], 12), 12)
