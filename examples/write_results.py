@@ -13,6 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from export_tables import decode, machine, on_device, runtimes, serving, variants
+
 HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
@@ -42,7 +44,7 @@ def conversion(name: str, body: dict[str, Any]) -> str:
     if a.get("distill_batch"):
         rates = f"{a['distill_lr_gdn'] or 'default'} at converted sites, {a['distill_lr_other'] or 'default'} elsewhere"
         lines[-1] += f" Distillation: {a['distill_batch']} sequences a step, rates {rates}."
-    lines += ["Behind each text: the length of its sequences.", _machine(env), ""]
+    lines += ["Behind each text: the length of its sequences.", machine(env), ""]
     if "kept" in body and len(body["kept"]) > 1:
         lines += [f"Kept by {policy}: {', '.join(map(str, keep))}.  " for policy, keep in body["kept"].items()] + [""]
     lines += _texts(body["scores"]) + _tasks(body.get("tasks", {}))
@@ -119,105 +121,18 @@ def _tasks(tasks: dict[str, Any]) -> list[str]:
     return lines
 
 
-def decode(name: str, body: dict[str, Any]) -> str:
-    lines = [f"## {name}\n", _machine(body["environment"]), f"Medians of {body['steps']} single-token steps.", ""]
-    lines += [
-        "| model | context | median ms | 10% to 90% | against the first | against the first context (quartiles) "
-        "| state, MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for model, rows in body["decode"].items():
-        for context, r in rows.items():
-            cells = [model, context, f"{r['median_ms']:.2f}", f"{r['p10_ms']:.2f} to {r['p90_ms']:.2f}"]
-            turns = [r[k] for k in (f"over_first_context{q}" for q in ("", "_p25", "_p75")) if k in r]
-            flat = "{:.3f} ({:.3f} to {:.3f})".format(*turns) if turns else ""
-            cells += [f"{r['speedup_over_first']:.2f}x", flat, f"{r['state_mb']:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    for model, kinds in body.get("operators", {}).items():
-        spent = ", ".join(f"{k} {r['ms']:.2f} ({r['nodes']})" for k, r in kinds.items() if r["ms"] >= 0.05)
-        lines.append(f"\nA step of {model} under the profiler, ms of each operator and its nodes: {spent}.")
-    return "\n".join([*lines, ""])
-
-
-def variants(name: str, body: dict[str, Any]) -> str:
-    before, after = body["bandwidth_gb_s"]
-    lines = [f"## {name}\n", _machine(body["environment"])]
-    lines[-1] += f" One thread reads {before:.1f} GB/s (measured before) and {after:.1f} GB/s (after)."
-    lines += [f"Divergence and perplexity on {body['text']}, against the float32 student of the same run.", ""]
-    lines += ["| student | size, MB | KL, nats per token | perplexity | tokens |", "|---|---|---|---|---|"]
-    for student, r in body["variants"].items():
-        cells = [student, f"{r['size_mb']:.1f}", f"{r['kl']:.3g}", f"{r['perplexity']:.2f}", str(r["tokens"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Medians of {body['steps']} single-token steps; the bound is the time to read what a step moves.",
-        "",
-    ]
-    lines += [
-        "| student | context | median ms | tokens/s | against the first | moved, MB | bound, ms | share of the bound |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for student, rows in body["variant_decode"].items():
-        for context, r in rows.items():
-            cells = [student, context, f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.1f}"]
-            cells += [f"{r['speedup_over_first']:.2f}x", f"{r['moved_mb']:.1f}", f"{r['bound_ms']:.2f}"]
-            lines.append("| " + " | ".join([*cells, f"{r['share_of_bound']:.2f}"]) + " |")
-    return "\n".join([*lines, ""])
-
-
-def runtimes(name: str, body: dict[str, Any]) -> str:
-    lines = [f"## {name}\n", _machine(body["environment"]), ""]
-    lines += [
-        "| student | kept, converted | profile | ONNX Runtime | largest logit error | allowed | tokens that differ |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for student, r in body["runtime_parity"].items():
-        for row in r["runtimes"]:
-            cells = [student, f"{r['layers_kept']}, {r['layers_converted']}", r["profile"], row["onnxruntime"]]
-            seen = [row.get("error", ""), "", ""]
-            if "logit_error" in row:
-                seen[:2] = f"{row['logit_error']:.2g}", f"{r['allowed']:.2g}"
-            if "tokens_that_differ" in row:
-                margin = f", least margin {r['smallest_margin']:.2g}" if "smallest_margin" in r else ""
-                seen[2] = f"{row['tokens_that_differ']} of {r['tokens']} ({r['distinct_tokens']} distinct{margin})"
-            lines.append("| " + " | ".join([*cells, *seen]) + " |")
-    return "\n".join([*lines, ""])
-
-
-def serving(name: str, body: dict[str, Any]) -> str:
-    speeds = [r["read_gb_s"] for r in body["serving"] if "read_gb_s" in r]
-    lines = [f"## {name}\n", _machine(body["environment"])]
-    lines[-1] += f" One thread reads {min(speeds):.1f} to {max(speeds):.1f} GB/s, measured behind each row, whose bound"
-    lines[-1] += " is the time for the bytes that a step reads."
-    lines += [
-        f"Medians of {body['steps']} single-token steps; prefill of {body['chunk']} tokens up to the context.",
-        "",
-    ]
-    lines += [
-        "| model | batch | context | prefill, tokens/s | decode, tokens/s | ms a step | bound, ms | share of it "
-        "| peak, MB | state, MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    shapes = {"prefill_tokens_per_s": ".1f", "decode_tokens_per_s": ".1f", "decode_ms": ".2f", "bound_ms": ".2f"}
-    shapes |= {"share_of_bound": ".0%", "peak_mb": ".0f", "state_mb": ".2f"}
-    for r in body["serving"]:
-        seen = [format(r[k], f) if k in r else "" for k, f in shapes.items()]
-        cells = [r["name"], str(r["batch"]), str(r["context"]), *([r["error"]] if "error" in r else seen)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
-
-
 def run_folder(name: str, body: dict[str, Any]) -> str:
     calib, align, e = body["config"]["calib"], body["config"]["align"], body.get("eval")
     lines = [f"## {name}\n", f"Teacher {body['teacher']}, policy {body['policy']}, by tcal-compile and tcal eval;"]
     lines[-1] += f" calibrated on {calib['sequences']} x {calib['length']} tokens of {body['calibrated_on']},"
+    lines[-1] += f" with a share of {calib['repeats']:g} repeated," if calib.get("repeats") else ""
     lines[-1] += f" {body['config']['init']},"
     lines[-1] += f" aligned for {align['steps']} steps of {align['batch']} sequences, seed {body['config']['seed']}."
     if d := body.get("distill"):
         lines.append(_distilled(d, body["config"]["distill"]))
     if e:
         lines.append(f"Scored on {e['text']}: {e['sequences']} sequences of {e['length']} tokens.")
-    lines += [_machine(body["environment"]), ""]
+    lines += [machine(body["environment"]), ""]
     times = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
     seconds = " ".join([*([f"Seconds of each stage: {times}."] if times else []), body.get("note", "")]).rstrip()
     if e:
@@ -245,7 +160,7 @@ def _mfu(speed: dict[str, Any]) -> str:
 
 
 def dry_runs(name: str, body: dict[str, Any]) -> str:
-    lines = [f"## {name}\n", _machine(body["environment"])]
+    lines = [f"## {name}\n", machine(body["environment"])]
     for model, run in body["dry_runs"].items():
         lines += [f"\n{model}: `{run['command']}`; the dry run took {run['dry_run_seconds']:.0f} s. Said / measured:\n"]
         lines += ["| stage | time, s | CPU time, s | peak memory, MB |", "|---|---|---|---|"]
@@ -263,7 +178,7 @@ def _said_seen(pair: list[float], unit: float) -> str:
 
 
 def memory(name: str, body: dict[str, Any]) -> str:
-    lines = [f"## {name}\n", _machine(body["environment"])]
+    lines = [f"## {name}\n", machine(body["environment"])]
     lines += ["Peak memory of each stage in MB: what `tcal inspect --memory` says of the configuration / measured."]
     for model, run in body["memory"].items():
         lines += [f"\n{model}, {run['parameters'] / 1e6:.0f} million weights: `{run['command']}`\n"]
@@ -277,31 +192,13 @@ def memory(name: str, body: dict[str, Any]) -> str:
 
 def planning(name: str, body: dict[str, Any]) -> str:
     """examples/time_planning.py."""
-    lines = [f"## {name}\n", _machine(body["environment"]), "Seconds from a teacher's file to its plan:\n"]
+    lines = [f"## {name}\n", machine(body["environment"]), "Seconds from a teacher's file to its plan:\n"]
     lines += ["| teacher | load | capture | match | plan | in all |", "|---|---|---|---|---|---|"]
     for teacher, row in body["planning"].items():
         cells = [f"{row[part]:.2f}" for part in ("load", "capture", "match", "plan")]
         lines.append("| " + " | ".join([teacher, *cells, f"{sum(row.values()):.1f}"]) + " |")
     seen = (f"{row['billions']} billion weights in {row['seconds']:.0f} s" for row in body["inspect_memory"].values())
     return "\n".join([*lines, f"\n`tcal inspect --memory` of a configuration alone: {', '.join(seen)}.", ""])
-
-
-def on_device(name: str, body: dict[str, Any]) -> str:
-    """examples/check_cuda.py."""
-    nodes = {p.removesuffix("ExecutionProvider"): sum(ops.values()) for p, ops in body["nodes"].items()}
-    lines = [
-        f"## {name}\n",
-        _machine(body["environment"]),
-        f"Profile cuda in ONNX Runtime {body['onnxruntime']} by `examples/check_cuda.py`, one sequence; "
-        "nodes of a step: "
-        + ", ".join(f"{n} on {p}" for p, n in nodes.items())
-        + f". KL to the float32 student on the CPU {body['kl']:.1e} nats per token.\n",
-        "| tokens before | prefill, tokens per second | one more token, ms |",
-        "|---|---|---|",
-    ]
-    for context, row in body["contexts"].items():
-        lines.append(f"| {context} | {row['prefill_tokens_per_s']:.0f} | {row['decode_ms']:.2f} |")
-    return "\n".join([*lines, ""])
 
 
 def estimate(name: str, body: dict[str, Any]) -> str:
@@ -339,7 +236,7 @@ def set_ranks(name: str, body: dict[str, Any]) -> str:
         f"## {name}\n",
         f"Teacher {a['teacher']}, all sites aligned on {a['sequences']} x {a['length']} tokens of {a['calib']}, sets "
         f"of kept sites measured on {a['holdout']} more sequences, seed {a['seed']}, by `examples/rank_sets.py`.",
-        _machine(body["environment"]),
+        machine(body["environment"]),
         "",
         f"| kept | sets | steps | rank correlation with {many} steps | chosen, its KL after {many} | best, its KL |",
         "|---|---|---|---|---|---|",
@@ -371,10 +268,6 @@ def copy_run(item: str, folder: Path, machine: str) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-
-
-def _machine(env: dict[str, Any]) -> str:
-    return "Machine: " + ", ".join(f"{k} {v}" for k, v in env.items() if v is not None) + "."
 
 
 def main() -> None:

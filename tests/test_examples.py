@@ -28,6 +28,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "verify_runtimes": "test_runtimes",
     "write_reference": "test_docs",
     "write_results": "its page, docs/results.md",
+    "export_tables": "write_results",
     "compare_lm_eval": "test_lm_eval",
     "check_cuda": "test_runtimes",
     "compare_policies": "its numbers in docs/method.md",
