@@ -48,7 +48,8 @@ HEAD = """# Families
 Made by `python examples/families.py` with tiny untrained models (`examples/family_models.py`): two layers, width 64.
 torch {torch}, transformers {transformers}, CPU, float32.
 
-- *cores*: attention modules of the model; every one is found as a site or refused.
+- *cores*: attention modules of the model; every one is found as a site or refused, with how many for which reason.
+- `-`: there is nothing to tell, for the reason in *refused, and why*.
 - *windows*: visible tokens of the sites that do not see everything.
 - *scores*: what the sites do to their scores beside scale and mask.
 - *nothing converted*: logits and gradients equal the teacher's, bit for bit.
@@ -255,7 +256,7 @@ def examine(row: Row) -> None:
     try:
         capture = capture_teacher(teacher)
     except TcalError as e:
-        row.refused = _short(e)
+        row.sites, row.refused = "0", f"{row.cores}: {_short(e)}"
         return
     scan = find_attention(capture)
     row.sites, row.refused = str(len(scan.sites)), _refusals(scan)

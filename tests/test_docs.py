@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -154,3 +155,18 @@ def test_every_dependency_is_explained():
     rows = re.findall(r"^\| ([\w-]+) \|", (ROOT / "docs/dependencies.md").read_text(), re.M)
     listed = [r for r in rows if r != "package"]
     assert sorted(listed) == sorted({re.split(r"[<>=[]", d)[0] for d in named})
+
+
+def test_every_attention_core_of_a_family_is_a_site_or_refused():
+    """And no cell of docs/families.md is empty, or without anything to tell where nothing was refused."""
+    for row in json.loads((ROOT / "docs/families.json").read_text()):
+        name, refused = f"{row['family']} ({row['implementation']})", row["refused"]
+        assert all(str(cell).strip() for cell in row.values()), name
+        reasons = re.findall(r"(?:^|; )(\d+): ", refused)
+        if refused.startswith("transformers: "):
+            assert {row[k] for k in ("cores", "sites", "same", "onnx")} == {"-"}, name
+        else:
+            assert int(row["sites"]) + sum(map(int, reasons)) == int(row["cores"]) > 0, name
+        assert bool(reasons) or refused == "none" or refused.startswith("transformers: "), name
+        if refused == "none":
+            assert "-" not in row.values(), name
