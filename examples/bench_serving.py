@@ -13,7 +13,7 @@ its rotary tables are repeated. A state of more than --most-state-gb is not trie
 student stands the least time in which one thread reads the bytes that it needs, at the speed that is measured behind
 it: all weights but embedding tables, caches of the context, recurrent states both ways. --pages huge lets glibc ask
 for memory in pages of 2 MB. Rows are added to those that --json holds already, or replace them: a table can be measured
-in pieces.
+in pieces, all on one machine with the same settings; the commits of all pieces are noted.
 """
 
 from __future__ import annotations
@@ -197,26 +197,34 @@ def options() -> argparse.Namespace:
     return p.parse_args()
 
 
+def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A table of an earlier call, to go on with. Ends the program when its rows were measured otherwise."""
+    old, new = ({k: b[k] for k in ("steps", "chunk")} | b["environment"] for b in (before, now))
+    if differing := [k for k, v in new.items() if k != "commit" and old.get(k) != v]:
+        raise SystemExit(f"--json holds rows of other {', '.join(differing)}: name another file")
+    commits = old["commit"] if new["commit"] in old["commit"] else f"{old['commit']}, {new['commit']}"
+    return before | {"environment": before["environment"] | {"commit": commits}}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         job = json.loads(sys.argv[2])
         print(json.dumps(KINDS[job["kind"]](job)))
         return
-    args, rows = options(), []
-    if args.json and args.json.is_file():
-        rows = json.loads(args.json.read_text(encoding="utf-8"))["serving"]
+    args = options()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     where = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": args.threads}
-    where |= {"commit": commit}
+    body = {"environment": where | {"commit": commit}, "steps": args.steps, "chunk": args.chunk, "serving": []}
+    if args.json and args.json.is_file():
+        body = continued(json.loads(args.json.read_text(encoding="utf-8")), body)
     with tempfile.TemporaryDirectory() as work:
         for job in jobs(args, Path(work)):
             row = in_child(job)
             key = {k: job[k] for k in ("name", "context", "batch")}
-            rows = [r for r in rows if any(r[k] != v for k, v in key.items())] + [key | row]
+            body["serving"] = [r for r in body["serving"] if any(r[k] != v for k, v in key.items())] + [key | row]
             shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             print(f"context {job['context']:6} batch {job['batch']:2} {job['name']:28} {shown}", flush=True)
             if args.json:
-                body = {"environment": where, "steps": args.steps, "chunk": args.chunk, "serving": rows}
                 args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 

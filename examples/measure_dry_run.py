@@ -136,14 +136,15 @@ def compared_memory(words: list[str], place: Path) -> dict[str, Any]:
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each figure over the runs of `compared`."""
+    """Of each figure over the runs of `compared` or `compared_memory`."""
 
     def middle(stage: str, column: str) -> list[float]:
         pairs = [r["stages"][stage][column] for r in runs]
         return [median(p[side] for p in pairs) for side in (0, 1)]
 
     stages = {stage: {column: middle(stage, column) for column in row} for stage, row in runs[0]["stages"].items()}
-    return runs[0] | {"stages": stages, "dry_run_seconds": median(r["dry_run_seconds"] for r in runs)}
+    took = {k: median(r[k] for r in runs) for k in ("dry_run_seconds",) if k in runs[0]}
+    return runs[0] | {"stages": stages} | took
 
 
 def command(words: list[str]) -> str:

@@ -53,15 +53,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 def unreadable(folder: Path) -> str:
     """What in a folder of a model or tokenizer must not be opened: pipes, devices, text without end; "" for nothing."""
     try:
-        paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+        for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+            known = path.name.startswith(_NAMES) or path.parent != folder
+            if not known or path.suffix not in (*_TEXT, *_WEIGHTS) or path.is_dir() or not path.exists():
+                continue
+            if not path.is_file():
+                return f"{path.name} is no plain file"
+            if path.suffix in _TEXT and path.stat().st_size > _MOST_OF_A_MODEL:
+                return f"{path.name} has {path.stat().st_size} bytes, far more than such a file has"
     except OSError as e:
         return f"cannot be read: {e.strerror or e}"
-    for path in paths:
-        known = path.name.startswith(_NAMES) or path.parent != folder
-        if not known or path.suffix not in (*_TEXT, *_WEIGHTS) or path.is_dir() or not path.exists():
-            continue
-        if not path.is_file():
-            return f"{path.name} is no plain file"
-        if path.suffix in _TEXT and path.stat().st_size > _MOST_OF_A_MODEL:
-            return f"{path.name} has {path.stat().st_size} bytes, far more than such a file has"
     return ""

@@ -227,12 +227,12 @@ def _encode(
 
 
 def encode_rows(
-    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, *, length: int
+    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, *, length: int, padding: int = 0
 ) -> tuple[Tensor, Tensor]:
     """All documents as rows, and which predictions a loss may count.
 
     Returns ids int64 [N, length], consecutive as `pack` cuts them behind prompt_start, the last row filled up with
-    token 0; and counts bool [N, length - 1]: the prediction at t, of token t + 1, counts when both tokens are of one
+    `padding`; and counts bool [N, length - 1]: the prediction at t, of token t + 1, counts when both tokens are of one
     document, not padding. What a row starts with is of its first token's document.
 
     Raises:
@@ -242,7 +242,7 @@ def encode_rows(
     start = prompt_start(tokenizer)
     own = _own(length, start)
     missing = -len(ids) % own
-    ids = _behind(start, torch.nn.functional.pad(ids, (0, missing)).view(-1, own))
+    ids = _behind(start, torch.nn.functional.pad(ids, (0, missing), value=padding).view(-1, own))
     document = torch.nn.functional.pad(document, (0, missing), value=-1).view(-1, own)
     document = torch.cat([document[:, :1].expand(-1, len(start)), document], 1)
     return ids, (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)

@@ -12,17 +12,6 @@ from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm
 from tcal_compiler.kernels.gates import decay_gate, l2_normalize
 from tcal_compiler.passes.types import AttentionSite
 
-GATE_NAMES = (
-    "a_proj.weight",
-    "dt_bias",
-    "A_log",
-    "b_proj.weight",
-    "b_proj.bias",
-    "g_proj.weight",
-    "g_proj.bias",
-    "norm",
-)
-
 
 class GdnMixer(nn.Module):
     """Gated DeltaNet core with the teacher's own q, k, v. Source: arXiv:2412.06464, cut at the attention core.

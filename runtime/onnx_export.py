@@ -59,9 +59,6 @@ class OnnxArtifact:
     def folder(self) -> Path:
         return self.path.parent
 
-    def with_checks(self, *checks: Check) -> OnnxArtifact:
-        return replace(self, checks=(*self.checks, *checks))
-
 
 def check_supported(config: ExportConfig) -> None:
     """Raises ExportError when the profile, the opset or what is installed here cannot make and check the model."""

@@ -19,7 +19,7 @@ def repeat_stretches(rows: Tensor, share: float, *, behind: int = 0) -> Tensor:
 
     A stretch has SHORTEST to LONGEST tokens, at most half a row (the last of a row also fewer), and may be copied to
     any place behind itself; later stretches are made later and may copy copies. Each row depends on its tokens and its
-    number alone.
+    number alone; one that ends in padding, a negative id, stays as it is.
 
     Args:
         rows: int64 token ids.
@@ -29,10 +29,12 @@ def repeat_stretches(rows: Tensor, share: float, *, behind: int = 0) -> Tensor:
     length = rows.shape[1]
     most = min(LONGEST, (length - behind) // 2)
     least = min(SHORTEST, most)
-    if share == 0 or most == 0:
+    if share == 0 or most <= 0:
         return rows
     out = rows.clone()
     for number, row in enumerate(out):
+        if row[-1] < 0:
+            continue
         rng = random.Random(number)
         sizes, left = list[int](), round(share * length)
         while left > 0:

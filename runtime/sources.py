@@ -123,7 +123,7 @@ class CalibrationText:
         The first rows are those of `sequences`. One file is taken whole.
         """
         parts = [
-            data.encode_rows(data.read_text(s.path), tokenizer, tokenizer.eos_token_id, length=length)
+            data.encode_rows(data.read_text(s.path), tokenizer, tokenizer.eos_token_id, length=length, padding=-1)
             for s in self.sources
         ]
         left = [len(ids) for ids, _ in parts]
@@ -137,7 +137,7 @@ class CalibrationText:
             taken[i] += 1
         index = torch.tensor(pick)
         ids, counts = (torch.cat(part)[index] for part in zip(*parts, strict=True))
-        return self._repeated(ids, tokenizer), counts
+        return self._repeated(ids, tokenizer).clamp(min=0), counts
 
     def _repeated(self, rows: Tensor, tokenizer: TokenizerLike) -> Tensor:
         return repeat_stretches(rows, self.repeats, behind=len(prompt_start(tokenizer)))

@@ -94,7 +94,7 @@ class HfTokenizer:
 
         bos = self.hf.convert_ids_to_tokens(self.bos_token_id)
         first = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, self.bos_token_id)]
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, self.bos_token_id)]
         )
         backend = self.hf.backend_tokenizer
         backend.post_processor = Both([p for p in (backend.post_processor, first) if p is not None])
@@ -235,7 +235,8 @@ def _adds_bos(gguf: Path) -> bool:
     """Whether the file says that a BOS token stands before every prompt."""
     with gguf.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = data.find(_ADDS_BOS)
-        return at >= 0 and data[at + len(_ADDS_BOS) :][:1] == b"\1"
+        behind = at + len(_ADDS_BOS)
+        return at >= 0 and data[behind : behind + 1] == b"\1"
 
 
 def check_tokenizer(tokenizer: TokenizerLike, vocab_size: int) -> None:

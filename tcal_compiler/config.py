@@ -86,10 +86,11 @@ def load_config(path: Path | None, overrides: dict[str, Any], base: dict[str, An
     """
     data: dict[str, Any] = {}
     if path is not None:
-        if not path.is_file():
-            raise ConfigError(str(path), "no such file", "a file whose keys docs/reference.md lists; none is needed")
         try:
             data = read_toml(path)
+        except FileNotFoundError:
+            hint = "a file whose keys docs/reference.md lists; none is needed"
+            raise ConfigError(str(path), "no such file", hint) from None
         except (OSError, ValueError) as e:
             raise ConfigError(str(path), f"cannot be read as TOML: {e}", "a file with lines such as seed = 1") from None
     for key, value in (base or {}).items():

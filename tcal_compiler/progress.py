@@ -51,16 +51,16 @@ class Progress:
         self._begin("")
         if not self._quiet:
             self._newline()
-            self._line(printable(text))
+            self._line(text)
 
     def _line(self, text: str) -> None:
         since = f"{time.monotonic() - self._started:9.1f} s  " if self._verbose else ""
-        print(since + text, file=sys.stderr, flush=True)
+        print(since + printable(text), file=sys.stderr, flush=True)
 
     def _renew_line(self, text: str) -> None:
         """On a terminal in place of the line that is open, elsewhere as a line of its own."""
         if self._tty:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{printable(text)}", end="", file=sys.stderr, flush=True)
             self._open = True
         else:
             self._line(text)

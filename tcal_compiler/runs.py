@@ -33,6 +33,7 @@ from .runtime.session import OnnxSession
 from .runtime.statistics import attention_statistics
 from .runtime.student import make_student
 from .runtime.text_stream import TextStream
+from .runtime.tokenizer import prompt_start
 from .runtime.weights import load_weights
 from .source import Source
 from .variants import model_file, profile_of, require_variant, run_tokenizer, variant_checks
@@ -207,7 +208,7 @@ def generate_text(
             require_variant(run, dtype)
         tokenizer = run_tokenizer(run)
         session = OnnxSession(run.path / model_file(dtype))
-        ids = tokenizer.encode(prompt)
+        ids = [*prompt_start(tokenizer), *tokenizer.encode(prompt)]  # as the rows of training begin
     stream = session.generate(
         ids,
         max_new_tokens,

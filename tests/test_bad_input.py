@@ -149,6 +149,7 @@ OPTIONS = [
     (("--device", "meta"), "unknown device 'meta'"),
     (("--device", "cuda:77"), "cuda:77 is not here"),
     (("--config", "missing.toml"), "no such file"),
+    (("--config", "long" * 100), "cannot be read as TOML"),
     (("--plan", "missing.toml"), "cannot be read as a plan"),
 ]
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from command_line import ASSETS, BYTES, SMALL, TINY, call, done, refused
+
+from tcal_compiler import Config
+from tcal_compiler.api import prepare
+from tcal_compiler.progress import Progress
+from tcal_compiler.runtime.repeats import repeat_stretches
+from tcal_compiler.runtime.tokenizer import ByteTokenizer
 
 
 @pytest.mark.slow
@@ -45,3 +53,28 @@ def test_more_sequences_than_the_initialisation_uses(tmp_path):
     first, last = (stages["align"]["evidence"]["curve"][i] for i in (0, -1))
     assert sum(last["held_out"].values()) < sum(first["held_out"].values())
     assert stages["calibrate"]["evidence"]["tokens"] == 2 * 48
+
+
+def test_repeats_of_the_configuration_are_in_the_rows(tmp_path):
+    calib = {"sequences": 2, "length": 64, "holdout": 1, "repeats": 0.5}
+    job = prepare(
+        TINY,
+        out=tmp_path / "run",
+        config=Config.model_validate({"calib": calib}),
+        tokenizer="bytes",
+        allow_pickle=False,
+        plan=None,
+        until="plan",
+        device="cpu",
+        progress=Progress(quiet=True),
+    )
+    plain = replace(job.text, repeats=0.0).sequences(ByteTokenizer(), count=3, length=64)
+    assert torch.equal(job.ids, repeat_stretches(plain, 0.5)) and not torch.equal(job.ids, plain)
+
+
+def test_repeats_that_are_no_share_are_refused(tmp_path):
+    file = tmp_path / "c.toml"
+    for repeats in ("0.6", "-1", "nan", "true"):
+        file.write_text(f"calib.repeats = {repeats}\n")
+        words = ("tcal", "plan", TINY, *BYTES, "-o", tmp_path / "run", "--config", file)
+        refused(call(*words), "ConfigError", "calib.repeats")

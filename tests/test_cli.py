@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from command_line import ASSETS, BYTES, HELD_OUT, SMALL, TINY, call, contents, done
 
-from tcal_compiler import cli
+from tcal_compiler import cli, runs
+from tcal_compiler.runtime.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,6 +86,19 @@ def test_generate_is_repeatable(finished):
     options = ("--max-new-tokens", "12", "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--seed")
     drawn = [done("tcal", "generate", finished, "The", *options, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generation_begins_as_the_rows_of_training_do(shared_run, monkeypatch):
+    class Begins(ByteTokenizer):
+        bos_token_id = 7
+
+        def encode(self, text: str, *, special: bool = False) -> list[int]:
+            return [7] * special + super().encode(text)
+
+    asked: list[list[int]] = []
+    monkeypatch.setattr(runs, "run_tokenizer", lambda run: Begins())
+    monkeypatch.setattr(runs.OnnxSession, "generate", lambda self, ids, *_, **__: asked.append(ids) or iter(b"e"))
+    assert done("tcal", "generate", shared_run, "Th") == "The\n" and asked == [[7, *b"Th"]]
 
 
 @pytest.mark.slow

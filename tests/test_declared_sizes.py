@@ -244,6 +244,12 @@ def test_files_that_are_no_part_of_a_model_may_be_anything(targets, tmp_path):
     assert read_tokenizer(tmp_path / "tokenizer").encode("old")
 
 
+def test_a_link_that_cannot_be_followed(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("long" * 100)
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        read_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_that_cannot_be_written(targets, tmp_path):
     """A chat template whose name is a path outside the folder."""
     templates = [{"name": "default", "template": "x"}, {"name": "../../outside", "template": "y"}]

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import measure_dry_run
+
 ROOT = Path(__file__).parents[1]
+
 # torch reads these settings when it is imported; the last line ends without a conversion.
 CODE = """
 import os, runpy, sys
@@ -40,3 +44,11 @@ def policy(which: str) -> str:
 
 def test_the_measured_conversion_has_the_threads_of_the_command():
     assert policy("measured") == policy("command") == "PASSIVE"
+
+
+def test_medians_of_memory_alone_and_of_dry_runs():
+    runs = [{"command": "x", "stages": {"load": {"peak_bytes": [1, n]}}, "dry_run_seconds": n} for n in (3, 1, 2)]
+    assert measure_dry_run.medians(runs) == runs[2]
+    for run in runs:
+        del run["dry_run_seconds"]
+    assert measure_dry_run.medians(runs) == runs[2]

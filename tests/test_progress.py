@@ -94,3 +94,13 @@ def test_verbose_has_a_line_with_the_time_for_every_step(monkeypatch):
         *(f"alignment: {n}/3" for n in (1, 2, 3)),
     ]
     assert all(float(line.split(" s ")[0]) < 60 for line in lines) and "\r" not in screen.getvalue()
+
+
+@pytest.mark.parametrize("tty", [True, False], ids=["terminal", "plain"])
+def test_names_do_not_steer_the_terminal(tty, monkeypatch):
+    screen = made(tty, monkeypatch)
+    with Progress() as shown:
+        shown.begin("loading \x1b[2J")
+        wait_for(screen, "so far")
+        shown.bar("tasks \x1b[2J")(1, 1)
+    assert "\x1b[2J" not in screen.getvalue() and "loading \\x1b[2J: 0 s so far" in screen.getvalue()

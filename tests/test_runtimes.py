@@ -44,6 +44,15 @@ def test_a_runtime_passes_only_within_the_bounds():
     assert verify_runtimes.compare(broken, known, tokens, "standard")["passed"]  # which needs a newer one: 1.32
 
 
+def test_a_table_goes_on_only_with_rows_of_its_kind():
+    where = {"machine": "x86_64", "threads": 1, "commit": "a"}
+    old = {"environment": where, "steps": 15, "chunk": 128, "serving": [{"name": "tiny"}], "note": "kept"}
+    again = bench_serving.continued(old, old | {"environment": where | {"commit": "b"}, "serving": []})
+    assert again == old | {"environment": where | {"commit": "a, b"}}
+    with pytest.raises(SystemExit, match="rows of other steps, threads"):
+        bench_serving.continued(old, old | {"steps": 3, "environment": where | {"threads": 2}})
+
+
 def test_a_state_that_is_too_large_is_not_tried():
     bench_serving.check_room({"most_state_gb": 1.0}, 10**9)
     with pytest.raises(DataError, match=r"would take 1\.1 GB"):

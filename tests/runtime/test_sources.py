@@ -217,7 +217,7 @@ def test_a_parquet_file_that_is_damaged_anywhere_is_text_or_a_typed_error(tmp_pa
     assert refused > len(whole) // 7
 
 
-@pytest.mark.parametrize(("length", "behind"), [(128, 0), (128, 3), (8, 0), (2, 1)])
+@pytest.mark.parametrize(("length", "behind"), [(128, 0), (128, 3), (8, 0), (2, 1), (2, 3)])
 def test_repeated_stretches(length, behind):
     plain = torch.arange(20 * length).view(20, length)
     rows = repeat_stretches(plain, 0.25, behind=behind)
@@ -240,3 +240,12 @@ def test_repeats_are_in_all_rows_alike(files):
     first, (rows, counts) = again.sequences(tokenizer, count=40, length=64), again.rows(tokenizer, length=64)
     assert torch.equal(first, rows[:40]) and not torch.equal(first, own.sequences(tokenizer, count=40, length=64))
     assert torch.equal(counts, own.rows(tokenizer, length=64)[1])
+
+
+def test_a_row_that_is_filled_up_has_no_repeats(tmp_path):
+    """Copies of padding would count as text."""
+    (tmp_path / "a.txt").write_text("abcdefghijklmnop" * 5)
+    own, again = (CalibrationText.of(str(tmp_path / "a.txt"), default=DEFAULT, repeats=r) for r in (0.0, 0.5))
+    (plain, _), (rows, _) = (text.rows(ByteTokenizer(), length=64) for text in (own, again))
+    assert plain[1].tolist() == [*b"abcdefghijklmnop", *[0] * 48]
+    assert torch.equal(rows[1], plain[1]) and not torch.equal(rows[0], plain[0])

@@ -20,7 +20,7 @@ from tcal_compiler.runtime import checkpoints
 from tcal_compiler.runtime.checkpoints import shell_of
 from tcal_compiler.runtime.gguf_reader import plain_gguf_reader
 from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
-from tcal_compiler.runtime.tokenizer import prompt_start, read_tokenizer
+from tcal_compiler.runtime.tokenizer import HfTokenizer, _adds_bos, prompt_start, read_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -115,6 +115,21 @@ def test_the_bos_token_that_the_file_asks_for(tmp_path, monkeypatch, asked):
     found.save(tmp_path / "saved")
     monkeypatch.undo()
     assert prompt_start(read_tokenizer(tmp_path / "saved")) == prompt_start(found)
+
+
+def test_of_a_large_file_one_byte_says_whether_bos_is_added(tmp_path):
+    file = write_llama(tmp_path / "tiny.gguf", add_bos=True)
+    os.truncate(file, 1 << 40)
+    assert _adds_bos(file)
+
+
+def test_a_bos_token_with_a_space(tmp_path):
+    model = tokenizers.models.BPE({"x": 0, "<begin of text>": 1}, [])
+    found = HfTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), bos_token="<begin of text>")
+    )
+    found.put_bos_first()
+    assert found.encode("x", special=True) == [1, 0]
 
 
 def test_a_tokenizer_that_splits_its_own_words_is_refused(tmp_path, monkeypatch):
