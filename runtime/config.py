@@ -35,7 +35,8 @@ class CalibConfig(StrictModel):
         ge=0,
         le=0.5,
         description="share of each sequence's tokens that are copies of stretches from earlier in it, so that training "
-        "rewards recall; texts that are scored by eval stay as they are",
+        "rewards recall; of the held-out sequences too, whose scores compare at one share only; texts that are scored "
+        "by eval stay as they are",
     )
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from .run_files import cache_folder
 from .sources import CalibrationText
 from .tokenizer import TokenizerLike
 
-_FORMAT = 2  # of the file and of how rows are cut
+_FORMAT = 3  # of the file and of how rows are cut
 
 
 def cached_rows(
