@@ -43,7 +43,7 @@ def test_retrieval_and_tasks_beside_a_text(finished, tmp_path):
     record = json.loads((finished / "tcal.json").read_text())["stages"]["eval-tasks"]
     kept = record["evidence"]
     assert kept["results"]["student"] == found["student"]["tasks"]
-    assert record["seconds"] > 0.2  # of the work, not of writing it down
+    assert record["seconds"] > 0.05  # of the work, not of writing it down
     assert kept["files"].keys() == {"heldout.txt", "boolq.jsonl"}
     report = (finished / "report.md").read_text()
     assert "| boolq | acc | student | 3 |" in report and "| no linear | " in report

@@ -38,7 +38,9 @@ def test_peaks_are_of_known_cards():
 
 
 def test_mfu_is_shown_beside_the_rate(capsys, monkeypatch):
-    now = iter([0.0, 20.0])
-    monkeypatch.setattr("tcal_compiler.progress.time.monotonic", lambda: next(now))
-    Progress().bar("distillation", tokens=100, utilisation=0.2)(1, 2, 0.5)
+    now = [0.0]
+    monkeypatch.setattr("tcal_compiler.progress.time.monotonic", lambda: now[0])
+    update = Progress().bar("distillation", tokens=100, utilisation=0.2)
+    now[0] = 20.0
+    update(1, 2, 0.5)
     assert capsys.readouterr().err == "distillation: 1/2, 0.05/s, 20 s left, 5 tokens/s, MFU 1.0%, error 0.5000\n"
