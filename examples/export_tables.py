@@ -71,7 +71,7 @@ def runtimes(name: str, body: dict[str, Any]) -> str:
                 margin = f", least margin {r['smallest_margin']:.2g}" if "smallest_margin" in r else ""
                 seen[2] = f"{row['tokens_that_differ']} of {r['tokens']} ({r['distinct_tokens']} distinct{margin})"
             lines.append("| " + " | ".join([*cells, *seen]) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 
 def serving(name: str, body: dict[str, Any]) -> str:
