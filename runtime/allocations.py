@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,18 +27,38 @@ from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_
 from tcal_compiler.kernels.scores import Scores
 
 aten = torch.ops.aten
+HEAP_BLOCK = 32 << 20  # bytes; glibc gives a freed block of more back at once, and may keep a smaller one
 HARMLESS = 1e-9  # the answer to a question about a value: finite, and within every tolerance but 0
 
 
+@dataclass
+class Bytes:
+    """Of storages: those that are alive, and the most that were at once since `begin`."""
+
+    live: int = 0
+    peak: int = 0
+
+    def begin(self) -> None:
+        self.peak = self.live
+
+    def add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def free(self, size: int) -> None:
+        self.live -= size
+
+
 class Allocations(TorchDispatchMode):
-    """live and peak: bytes of the storages that operations inside have made."""
+    """all: the storages that operations inside have made; small: those of at most HEAP_BLOCK."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self._answers = 0
+        self.all, self.small = Bytes(), Bytes()
+        self._answers = 0
         self._known: dict[int, weakref.ref[Any]] = {}
         self._inside = _inside()
-        self._workspace: dict[Any, int] = {}
+        self._workspace: dict[Any, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,20 +76,29 @@ class Allocations(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self.add(t)
         if func in self._inside:
-            self.peak = max(self.peak, self.live + self._workspace_of(func, args))
+            for kind, size in zip((self.all, self.small), self._workspace_of(func, args), strict=True):
+                kind.add(size)
+                kind.free(size)
         return out
 
-    def _workspace_of(self, func: Any, args: Any) -> int:
-        """Bytes that the op holds beside its results while it runs; found once for the same shapes."""
+    def _workspace_of(self, func: Any, args: Any) -> tuple[int, int]:
+        """Bytes that the op holds beside its results while it runs, all and small; found once for the same shapes."""
         narrow, run = self._inside[func]
         args = narrow(args)
         key = (func, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in args))
         if key not in self._workspace:
-            before, peak, self.peak = self.live, self.peak, self.live
+            kinds = self.all, self.small
+            before = [(k.live, k.peak) for k in kinds]
+            for k in kinds:
+                k.begin()
             with self:
                 results = run(*args)
-            self._workspace[key] = self.peak - before - sum(r.numel() * r.element_size() for r in results)
-            self.peak = peak
+            sizes = [r.numel() * r.element_size() for r in results]
+            made = sum(sizes), sum(n for n in sizes if n <= HEAP_BLOCK)
+            both = [k.peak - live - own for k, (live, _), own in zip(kinds, before, made, strict=True)]
+            self._workspace[key] = both[0], max(0, both[1])
+            for k, (_, peak) in zip(kinds, before, strict=True):
+                k.peak = peak
         return self._workspace[key]
 
     def add(self, tensor: Tensor) -> None:
@@ -79,14 +109,17 @@ class Allocations(TorchDispatchMode):
         if not size or (known is not None and known() is storage):
             return
 
+        kinds = (self.all, self.small) if size <= HEAP_BLOCK else (self.all,)
+
         def freed(ref: Any) -> None:
-            self.live -= size
+            for kind in kinds:
+                kind.free(size)
             if self._known.get(key) is ref:
                 del self._known[key]
 
         self._known[key] = weakref.ref(storage, freed)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        for kind in kinds:
+            kind.add(size)
 
 
 def _inside() -> dict[Any, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]]:

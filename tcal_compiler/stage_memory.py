@@ -39,7 +39,9 @@ DEQUANTIZED = 3  # how often a tensor of a GGUF file is held while it is turned 
 EXPORT = 5.0  # how often a step holds the weights
 GENERATE = 1.2
 PER_TOKEN = 6000  # bytes of a process that generates, for every token of the vocabulary: the tokenizer's most of all
-HEAP = 1.6  # what a process holds of blocks that it makes and frees, over what they have at most at once; seen too
+HEAP = (
+    1.8  # what a process holds of small blocks that it makes and frees, over what they have at most at once; seen too
+)
 LEAST_LAYERS = 4  # of the smaller model that is measured in place of one with many layers
 RUNTIME = 150_000_000  # bytes of a process that generates, before it has a model
 
@@ -90,19 +92,22 @@ class Needs:
 class _Counted(Meter):
     """peak: bytes that are counted, on top of those that the process had before.
 
-    Those that do not stay count HEAP times.
+    The small ones that do not stay count HEAP times.
     """
 
     def __init__(self, allocations: Allocations, base: int) -> None:
         self._allocations, self._base = allocations, base
 
     def __enter__(self) -> _Counted:
-        self._allocations.peak, self._start = self._allocations.live, Time.now()
+        self._allocations.all.begin()
+        self._allocations.small.begin()
+        self._start = Time.now()
         return self
 
     def __exit__(self, *error: object) -> None:
-        kept, most = self._allocations.live, self._allocations.peak
-        self.time, self.peak = Time.now() - self._start, self._base + kept + round(HEAP * (most - kept))
+        most, small = self._allocations.all.peak, self._allocations.small
+        self.time = Time.now() - self._start
+        self.peak = self._base + most + round((HEAP - 1) * (small.peak - small.live))
 
 
 def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
