@@ -71,9 +71,9 @@ def _run(target: typer.Typer) -> None:
 
 
 def _keeps_checkpoints(words: list[str]) -> bool:
-    """Whether this is tcal-compile or one of tcal's stages, and no dry run."""
+    """Whether this is tcal-compile or one of tcal's stages, neither a dry run nor an export of another dtype."""
     runs_stages = Path(sys.argv[0]).stem == "tcal-compile" or (words and words[0] in STAGES)
-    return bool(runs_stages) and "--dry-run" not in words
+    return bool(runs_stages) and not any(w.split("=")[0] in ("--dry-run", "--dtype") for w in words)
 
 
 def _fail(e: TcalError) -> NoReturn:

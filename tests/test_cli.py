@@ -210,6 +210,7 @@ def test_embedded_is_the_default_teacher():
         ("tcal distill run", True),
         ("tcal generate run Hi", False),
         ("tcal plan --dry-run", False),
+        ("tcal export run --dtype int8", False),
     ],
 )
 def test_what_typer_makes_of_ctrl_c_says_how_to_go_on(words, goes_on, capsys, monkeypatch):

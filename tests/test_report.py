@@ -299,6 +299,9 @@ def test_compare(finished, tmp_path):
     other = tmp_path / "other"
     done("tcal", "plan", TINY, "-o", other, *BYTES, "--policy", "keep=3", "--seed", "7", *SMALL)
     done("tcal", "plan", TINY, "-o", other, "--quiet")  # goes on with the plan that is there
+    manifest = json.loads((other / "tcal.json").read_text())
+    del manifest["config"]["calib"]["repeats"]  # as a version before that key left it
+    (other / "tcal.json").write_text(json.dumps(manifest))
     done(
         "tcal", "eval", finished, "--text", HELD_OUT, "--length", "32", "--sequences", "2", "--student-only", "--quiet"
     )
@@ -306,7 +309,7 @@ def test_compare(finished, tmp_path):
     assert (
         "| seed | 0 | 7 |" in text
         and "| policy | keep=0 | keep=3 |" in text
-        and "calib.length" not in text
+        and "calib." not in text
         and " None " not in text
     )
     assert "| layers that stay softmax | [0] | [3] |" in text and "KL, student" in text

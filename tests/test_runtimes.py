@@ -41,7 +41,10 @@ def test_a_runtime_passes_only_within_the_bounds():
         "error": "cannot load it",
         "passed": False,
     }
-    assert verify_runtimes.compare(broken, known, tokens, "standard")["passed"]  # which needs a newer one: 1.32
+    assert not verify_runtimes.compare(broken, known, tokens, "standard")["passed"]
+    refused = broken | {"error": np.asarray("cannot load it; onnxruntime 1.32 or newer for profile standard")}
+    assert verify_runtimes.compare(refused, known, tokens, "standard")["passed"]
+    assert not verify_runtimes.compare(refused | {"version": "1.32.0"}, known, tokens, "standard")["passed"]
 
 
 def test_a_table_goes_on_only_with_rows_of_its_kind():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..config import Config
 from . import markdown, page
 from .blocks import Block, Table
 from .facts import Facts
@@ -17,8 +18,9 @@ Part = tuple[str, list[tuple[str, list[Block]]]]  # a title, and blocks by the n
 
 
 def _settings(run: Facts) -> dict[str, str]:
+    """By dotted name; a key that came after the run was made has its default."""
     flat: dict[str, Any] = {}
-    for name, value in run.manifest.config.items():
+    for name, value in [*Config().model_dump(mode="json").items(), *run.manifest.config.items()]:
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     flat["policy"] = run.manifest.plan["policy"]  # also of a plan that was made before and followed
     return {k: "default" if v is None else str(v) for k, v in flat.items()}
