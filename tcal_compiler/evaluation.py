@@ -18,7 +18,7 @@ from .errors import ConfigError, StageError
 from .passes.graph import move_to
 from .passes.types import Capture
 from .progress import Progress
-from .recorded import calibrated_texts, calibration_length, plan_of
+from .recorded import calibrated_texts, calibration_length, plan_of, settings_before
 from .run_models import last_weights, naive_student, student_program, student_with, teacher_of
 from .runtime import data
 from .runtime.evaluate import EvalResult, Logits, evaluate
@@ -113,6 +113,8 @@ def evaluate_run(
             data.check_not_calibrated(measures.text, *calibrated_texts(run))
         progress.begin("evaluation: teacher and student")
         last = last_weights(run)
+        if tokenizer is None and last != "export":  # no exported model that has one
+            tokenizer = settings_before(run.path)[1]
         named = tokenizer is not None or last != "export"
         source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named)
         words = source.tokenizer or run_tokenizer(run)

@@ -73,7 +73,7 @@ def test_a_student_of_before_is_not_scored_as_of_now(stages, texts, tmp_path):
     refused(call("tcal", "eval", out, "--text", first), "DataError", "is the file that was calibrated on")
     assert Facts("run", manifest(out)).scores
     done("tcal", "calibrate", TINY, "--calib", texts / "second.txt", "-o", out)
-    again = "stage export is of before calibrate was made anew"
+    again = "is of before calibrate was made anew"
     refused(call("tcal", "eval", out, "--text", first), "RunFolderError", again, "tcal-compile")
     refused(call("tcal", "generate", out, "a"), "RunFolderError", again)
     refused(call("tcal", "export", out, "--dtype", "int8"), "RunFolderError", again)
