@@ -174,16 +174,21 @@ class Conversion:
             move_to(self.source.capture.gm, torch.device("cpu"))
             move_to(self.student.gm, torch.device("cpu"))
             load_weights(self.student, student_weights(self.run))
-            self.progress.begin("export: the student as a program")
+            timed = self.config.export.profile != "cuda"  # whose operators are slow stand-ins here
+
+            def part(number: int, work: str) -> None:
+                self.progress.begin(f"export, {number} of {4 + timed}: {work}")
+
+            part(1, "the student as a program")
             program = self.student.export()
             save_program(program, stage.dir / "student.pt2")
             run = program.module()
             flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
-            self.progress.begin("export: state in and out, checked in float64")
+            part(2, "state in and out, checked in float64")
             context = context_length(self.config.export, self.source.teacher.info)
             bounded = self.config.export.bounded_windows
             stateful = make_stateful(flat, max_length=context, bounded=bounded)
-            self.progress.begin("export: ONNX")
+            part(3, "ONNX")
             artifact = export_onnx(
                 stateful,
                 stage.dir / "onnx",
@@ -191,7 +196,7 @@ class Conversion:
                 info=self.source.teacher.info,
                 tokenizer=self.source.tokenizer,
             )
-            self.progress.begin("export: ONNX Runtime against PyTorch")
+            part(4, "ONNX Runtime against PyTorch")
             prompt = self.ids[-1, :16].tolist()
             checks = (*flat.checks, *stateful.checks, *artifact.checks)
             checks += check_parity(
@@ -203,8 +208,8 @@ class Conversion:
                 "opset": artifact.opset,
                 "profile": artifact.profile,
             }
-            if artifact.profile != "cuda":  # whose operators are slow stand-ins here
-                self.progress.begin("export: speed of the ONNX student")
+            if timed:
+                part(5, "speed of the ONNX student")
                 rows = measure_speed(OnnxSession(artifact.folder), SPEED_CONTEXTS)
                 stage.evidence["speed"] = {"cpus": os.cpu_count(), "rows": [asdict(r) for r in rows]}
 
