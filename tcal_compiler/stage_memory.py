@@ -39,9 +39,7 @@ DEQUANTIZED = 3  # how often a tensor of a GGUF file is held while it is turned 
 EXPORT = 5.0  # how often a step holds the weights
 GENERATE = 1.2
 PER_TOKEN = 6000  # bytes of a process that generates, for every token of the vocabulary: the tokenizer's most of all
-HEAP = (
-    1.8  # what a process holds of small blocks that it makes and frees, over what they have at most at once; seen too
-)
+HEAP = 1.8  # what a process holds of small blocks that it makes and frees, over what they have at most at once
 LEAST_LAYERS = 4  # of the smaller model that is measured in place of one with many layers
 RUNTIME = 150_000_000  # bytes of a process that generates, before it has a model
 

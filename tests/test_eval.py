@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
 from command_line import HELD_OUT, call, done, refused
 from tiny_models import VOCAB, TinyModel
 
+from tcal_compiler import evaluation
 from tcal_compiler.cli_runs import _print_scores
 from tcal_compiler.evaluation import Evaluation
 from tcal_compiler.passes.capture import example_ids
@@ -20,12 +22,17 @@ from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.live import capture_live
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.student import make_student, without_linear
-from tcal_compiler.runtime.tasks import TaskScore
+from tcal_compiler.runtime.tasks import TaskScore, score_tasks
 
 BOOLQ = [{"passage": f"The {i} o'clock bell rang.", "question": "did it ring", "answer": i % 3 > 0} for i in range(5)]
 
 
-def test_retrieval_and_tasks_beside_a_text(finished, tmp_path):
+def test_retrieval_and_tasks_beside_a_text(finished, tmp_path, monkeypatch):
+    def late(*args, **kwargs):
+        time.sleep(0.2)
+        return score_tasks(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "score_tasks", late)
     (tmp_path / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in BOOLQ))
     words = ("--recall", "700", "--tasks", "boolq", "--task-files", tmp_path, "--limit", 3, "--quiet")
     words += ("--student-only", "--without-linear", "--length", 32, "--sequences", 1)
@@ -43,7 +50,7 @@ def test_retrieval_and_tasks_beside_a_text(finished, tmp_path):
     record = json.loads((finished / "tcal.json").read_text())["stages"]["eval-tasks"]
     kept = record["evidence"]
     assert kept["results"]["student"] == found["student"]["tasks"]
-    assert record["seconds"] > 0.05  # of the work, not of writing it down
+    assert record["seconds"] > 0.2  # of the work, not of writing it down
     assert kept["files"].keys() == {"heldout.txt", "boolq.jsonl"}
     report = (finished / "report.md").read_text()
     assert "| boolq | acc | student | 3 |" in report and "| no linear | " in report
