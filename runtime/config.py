@@ -106,7 +106,7 @@ class AlignConfig(TrainConfig):
 
 
 # keys of DistillConfig that came when run folders had distilled students already
-_LATER = {"divergence", "hidden", "patience", "compile", "optimizer"}
+_LATER = {"divergence", "hidden", "patience", "compile"}
 
 
 class DistillConfig(TrainConfig):
@@ -124,11 +124,6 @@ class DistillConfig(TrainConfig):
     )
     lr_gdn: float = Field(5e-4, gt=0, description="peak learning rate of converted sites with their projections")
     lr_other: float = Field(5e-5, gt=0, description="peak learning rate of every other weight")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon: the matrices of linear maps, but the head and those of gates, take steps along the "
-        "orthogonalised momentum, as large as AdamW's would be at the same rate",
-    )
     divergence: DivergenceName = Field(
         "forward-kl",
         description="from teacher p to student q: forward-kl is KL(p || q), reverse-kl KL(q || p) with a teacher's "

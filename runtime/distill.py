@@ -6,7 +6,7 @@ N sequences, T tokens, P trained parameters. The teacher's logits are computed i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tcal_compiler.errors import ConfigError, StageError
-from tcal_compiler.passes.graph import LINEAR, inputs
 from tcal_compiler.passes.rewrite_gdn import MIXERS
 from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.passes.types import AttentionSite, Plan
@@ -29,7 +28,6 @@ from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate, products_for
 from .weights import site_names
 
-SLOTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # what an optimiser remembers
 HINT = "lower distill.lr_gdn and distill.lr_other in --config FILE"
 
 
@@ -91,9 +89,8 @@ class Distiller:
         self.masters = {n: p.detach().float() for n, p in self.params.items()}  # of a float32 one: its own memory
         self.best = {n: m.clone() for n, m in self.masters.items()}
         self.best_score, self.predictions = math.inf, 0
-        muon = self._hidden_matrices() if config.optimizer == "muon" else set[str]()
-        self.kind = {n: "muon" if n in muon else "adamw" for n in self.params}
-        self.optimizers = self._make_optimizers(sites)
+        self.optimizer = torch.optim.AdamW(self._groups(sites), fused=self.device.type == "cuda")
+        self.peaks = [g["lr"] for g in self.optimizer.param_groups]
 
     def _training_models(self) -> tuple[SplitModel, SplitModel]:
         """Student and teacher as training steps run them."""
@@ -107,32 +104,10 @@ class Distiller:
             student = in_bfloat16(student, "student")
         return student, in_bfloat16(teacher, "teacher") if c.teacher_dtype == "bfloat16" else teacher
 
-    def _make_optimizers(self, sites: set[int]) -> dict[str, torch.optim.Optimizer]:
-        """AdamW, and Muon for what `kind` says."""
-        groups = {k: self._groups(sites, {n for n, kind in self.kind.items() if kind == k}) for k in SLOTS}
-        found: dict[str, torch.optim.Optimizer] = {}
-        if groups["adamw"]:
-            found["adamw"] = torch.optim.AdamW(groups["adamw"], fused=self.device.type == "cuda")
-        if groups["muon"]:
-            found["muon"] = torch.optim.Muon(groups["muon"], adjust_lr_fn="match_rms_adamw")
-        for group in (g for o in found.values() for g in o.param_groups):
-            group["peak"] = group["lr"]
-        return found
-
-    def _hidden_matrices(self) -> set[str]:
-        """Names of trained matrices of linear maps, the head and those of gates left out."""
-        student, (model, _) = self.student.gm, self.scored
-        ends = {id(p) for p in model.head.parameters()} if model.head else set[int]()
-        used = {str(i.target) for n in student.graph.nodes if n.target in LINEAR for i in inputs(n)}
-        linear = {id(p) for n, p in student.named_parameters(remove_duplicate=False) if n in used and p.dim() == 2}
-        return {n for n, p in self.params.items() if id(p) in linear - ends and not n.startswith(f"{MIXERS}.")}
-
-    def _groups(self, sites: set[int], names: Set[str]) -> list[dict[str, object]]:
+    def _groups(self, sites: set[int]) -> list[dict[str, object]]:
         """Parameters by learning rate and weight decay: only the teacher's matrices decay."""
         kinds: dict[tuple[float, float], list[Tensor]] = {}
         for n, p in self.params.items():
-            if n not in names:
-                continue
             rate = self.config.lr_gdn if id(p) in sites else self.config.lr_other
             decay = self.config.weight_decay if p.dim() > 1 and not n.startswith(f"{MIXERS}.") else 0.0
             kinds.setdefault((rate, decay), []).append(self.masters[n])
@@ -169,8 +144,8 @@ class Distiller:
 
         Raises StageError when loss or gradient is not finite; then no weight has changed.
         """
-        for group in (g for o in self.optimizers.values() for g in o.param_groups):
-            group["lr"] = group["peak"] * learning_rate(step, self.config)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * learning_rate(step, self.config)
         for p in self.params.values():
             p.grad = None
         losses = self._compare(index, train=True)
@@ -186,8 +161,7 @@ class Distiller:
         if not math.isfinite(loss) or not bool(norm.isfinite()):
             what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
             raise StageError(self._place(index), what, HINT)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        self.optimizer.step()
         self.write(self.masters)
         self.predictions += losses.count
         return loss
@@ -236,7 +210,7 @@ class Distiller:
         out["best_score"] = torch.tensor(self.best_score, dtype=torch.float64)
         out["predictions"] = torch.tensor(self.predictions)
         for n, m in self.masters.items():
-            out |= {f"optimizer.{k}.{n}": v for k, v in self.optimizers[self.kind[n]].state.get(m, {}).items()}
+            out |= {f"optimizer.{k}.{n}": v for k, v in self.optimizer.state.get(m, {}).items()}
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -247,18 +221,15 @@ class Distiller:
                 raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}")
             return tensors[name]
 
-        none, held = torch.Size(), set[str]()
+        none = torch.Size()
         self.best_score, self.predictions = take("best_score", none).item(), int(take("predictions", none).item())
         for n, m in self.masters.items():
             m.copy_(take(f"param.{n}", m.shape))
             self.best[n].copy_(take(f"best.{n}", m.shape))
-            slots = SLOTS[self.kind[n]]
-            if f"optimizer.{slots[0]}.{n}" in tensors:
-                found = {k: take(f"optimizer.{k}.{n}", none if k == "step" else m.shape) for k in slots}
-                held |= {f"optimizer.{k}.{n}" for k in slots}
-                self.optimizers[self.kind[n]].state[m] = {k: v.to(self.device, copy=True) for k, v in found.items()}
-        if other := sorted(n for n in tensors if n.startswith("optimizer.") and n not in held):
-            raise ValueError(f"{other[0]} is of another optimiser")
+            if f"optimizer.step.{n}" in tensors:
+                shapes = {"step": none, "exp_avg": m.shape, "exp_avg_sq": m.shape}
+                slots = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
+                self.optimizer.state[m] = {k: v.to(self.device, copy=True) for k, v in slots.items()}
         self.write(self.masters)
 
 
