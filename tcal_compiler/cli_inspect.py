@@ -63,8 +63,7 @@ def inspect(
     from .source import open_source
 
     with Progress() as progress:
-        progress.begin(f"loading {teacher}")
-        source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
+        source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False, progress=progress)
     sites, refused = [s.summary() for s in source.scan.sites], [asdict(r) for r in source.scan.rejected]
     if as_json:
         print(json.dumps({"sites": sites, "refused": refused}, indent=1))

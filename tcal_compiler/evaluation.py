@@ -111,15 +111,15 @@ def evaluate_run(
     with RunFolder.open_existing(path, write=True) as run:
         if measures.text is not None:
             data.check_not_calibrated(measures.text, *calibrated_texts(run))
-        progress.begin("evaluation: teacher and student")
         last = last_weights(run)
         if tokenizer is None and last != "export":  # no exported model that has one
             tokenizer = settings_before(run.path)[1]
         named = tokenizer is not None or last != "export"
-        source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named)
+        source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named, progress=progress)
         words = source.tokenizer or run_tokenizer(run)
         for option, lengths in (("--needle", measures.needle), ("--recall", measures.recall)):
             check_length(max(lengths, default=0), source, option)
+        progress.begin("evaluation: text, tasks and models")
         ids = _sequences(run, source, words, measures) if measures.text is not None else None
         tasks = _tasks(run, words, measures)
         models = _models(run, source, last, place, baselines=baselines, ablation=ablation)
