@@ -92,5 +92,6 @@ def doctor(as_json: Json = False) -> None:
     """
     from .doctor import examine
 
-    findings = examine()
+    with Progress() as progress:
+        findings = examine(progress)
     print(json.dumps(findings, indent=1) if as_json else "\n".join(f"{n}: {v}" for n, v in findings.items()))
