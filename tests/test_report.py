@@ -22,10 +22,12 @@ from safetensors.numpy import load_file
 
 from tcal_compiler.config import load_config
 from tcal_compiler.errors import RunFolderError
+from tcal_compiler.passes.choose import MEASURED
 from tcal_compiler.recorded import reading
 from tcal_compiler.report import page, plots, render_report
 from tcal_compiler.report.compare import compare_markdown
 from tcal_compiler.report.facts import Facts
+from tcal_compiler.report.sections import REASONS
 from tcal_compiler.runtime.manifest import parse_manifest
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.session import OnnxSession
@@ -258,6 +260,10 @@ def edited(run: Facts, edit: Callable[[dict[str, Any]], None], name: str = "edit
     body = run.manifest.model_dump(mode="json")
     edit(body)
     return Facts(name, parse_manifest(json.dumps(body).encode(), "tcal.json"))
+
+
+def test_every_policy_has_its_reason():
+    assert set(REASONS) == {"uniform", "keep=", "none", "all", *MEASURED}
 
 
 def test_scores_of_a_policy_and_a_distillation_are_shown(shared_run):
