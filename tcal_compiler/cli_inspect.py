@@ -55,7 +55,9 @@ def inspect(
         from .config import load_config
         from .stage_memory import memory_needs
 
-        needs = memory_needs(teacher, config=load_config(config, settings))
+        settled = load_config(config, settings)
+        with Progress() as progress:
+            needs = memory_needs(teacher, config=settled, progress=progress)
         print(json.dumps(asdict(needs), indent=1) if as_json else needs.text())
         return
     if config is not None or any(v is not None for v in settings.values()):

@@ -71,6 +71,10 @@ class Progress:
         self.say(text)
         self._begin(text, so_far)
 
+    def wait(self, text: str) -> None:
+        """As begin, without the line: work that is likely to be short shows only when it is not."""
+        self._begin(text)
+
     def _begin(self, work: str, so_far: Callable[[], str] | None = None) -> None:
         with self._lock:
             now = time.monotonic()

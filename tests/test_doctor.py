@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 from collections.abc import Callable
 
@@ -114,3 +115,8 @@ def test_the_check_that_is_being_made_is_shown(monkeypatch):
     found = doctor._checked(shown, "kernels", {n: lambda: said.append(shown.now()) or "right" for n in ("a", "b")})
     assert found == {"a": "right", "b": "right"}
     assert said == ["kernels", "a, 0/2, 0 s so far", "b, 1/2, 0 s so far"]
+
+
+def test_proofs_are_called_with_what_they_take():
+    for check, dims in doctor.TRITON.values():
+        inspect.signature(check).bind(CPU, torch.float32, *dims)
