@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from .tokenizer import quiet_transformers
 
 _GGUF_HINT = "pip install gguf"
 _CAUSAL_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
+Progress = Callable[[float, float, str], None]  # what is read, what there is, unit of both
 MOST_LAYERS = 1024  # of a model; the deepest that are published have some 130
 
 
@@ -57,15 +59,15 @@ def folder_config(folder: Path) -> Any:
     return config
 
 
-def load_folder(folder: Path) -> nn.Module:
-    """The model of a folder in float32. Raises TeacherError."""
+def load_folder(folder: Path, progress: Progress | None = None) -> nn.Module:
+    """The model of a folder in float32. progress: is told how many tensors are read. Raises TeacherError."""
     from transformers import AutoModelForCausalLM
 
     config = folder_config(folder)
     loader: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
     options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _counting(progress):
             check_folder(config, folder)
             model, report = _with_attention(
                 lambda kind: loader.from_pretrained(
@@ -83,6 +85,35 @@ def load_folder(folder: Path) -> nn.Module:
     return model
 
 
+@contextmanager
+def _counting(progress: Progress | None) -> Iterator[None]:
+    """Inside, progress is told how far the loops are that transformers would show a bar for."""
+    from transformers.utils import logging as hf_logging
+
+    def bar(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return _counted(args[0], progress) if progress and args else make(*args, **options)
+
+    before = hf_logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        hf_logging.set_tqdm_hook(before)
+
+
+def _counted(items: Collection[Any], progress: Progress) -> Iterator[Any]:
+    for done, item in enumerate(items):
+        progress(done, len(items), "tensors")
+        yield item
+
+
+def _counted_bytes(tensors: Collection[Any], progress: Progress) -> Iterator[Any]:
+    total, done = sum(int(t.n_bytes) for t in tensors) / 1e6, 0.0
+    for tensor in tensors:
+        progress(done, total, "MB")
+        yield tensor
+        done += int(tensor.n_bytes) / 1e6
+
+
 def _with_attention(make: Any) -> Any:
     """make("sdpa"), or make("eager") for a model that has no other."""
     try:
@@ -93,16 +124,24 @@ def _with_attention(make: Any) -> Any:
         return make("eager")
 
 
-def load_gguf(path: Path) -> nn.Module:
-    """The route of transformers' own GGUF support, without its requirement of the accelerate package."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+def load_gguf(path: Path, progress: Progress | None = None) -> nn.Module:
+    """The route of transformers' own GGUF support, without its requirement of the accelerate package.
+
+    progress: is told how many megabytes are read. Raises TeacherError.
+    """
+    from transformers import modeling_gguf_pytorch_utils as gguf_utils
+
+    def bar(tensors: Any, **_: object) -> Iterator[Any]:
+        return _counted_bytes(tensors, progress) if progress else iter(tensors)
 
     try:
         with quiet_transformers():
             config, model_class = _gguf_config(path)
             shell = gguf_shell(config, model_class, path)
-            with plain_gguf_reader():
-                tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=shell)["tensors"]
+            with plain_gguf_reader(), mock.patch.object(gguf_utils, "tqdm", bar, create=True):
+                tensors = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=shell)[
+                    "tensors"
+                ]
             model, report = model_class.from_pretrained(
                 None,
                 config=config,

@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from tcal_compiler.errors import DataError
 
 from .tokenizer import TokenizerLike, encode_each, prompt_start
 
+Step = Callable[[int, int], None]  # progress of what is done, and all that is to do
+Bar = Callable[[str], Step]
+
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 _WINDOW = 200  # characters of a hashed window, white space normalised
 _SAMPLE = 256  # hashes kept of a text
@@ -28,6 +31,7 @@ _MOST_TEXT = 32_000_000  # characters looked at for hashes
 _ROWS = 1  # of a parquet file at a time: every row may be the same long word of its dictionary
 _PIECE = 1 << 7  # compressed bytes taken at a time: at most 4 MiB of text
 _MOST_RATIO, _SMALL = 100, 8 << 20  # bytes of text for one of a file, and what is allowed whatever the file's size
+_SHOWN = 256  # documents between two calls of a progress
 _OVERLAP = 0.5  # share of equal windows from which a text counts as calibrated on
 
 
@@ -194,40 +198,57 @@ def _json_lines(text: str, path: Path) -> Iterable[str]:
 
 
 def encode_documents(
-    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, *, most: int | None = None
+    docs: Sequence[str],
+    tokenizer: TokenizerLike,
+    eos: int | None,
+    *,
+    most: int | None = None,
+    progress: Step | None = None,
 ) -> Tensor:
     """Token ids int64 [N] of all documents, joined by eos where there is one.
 
-    most: documents behind the one that brings so many tokens are left out.
+    most: documents behind the one that brings so many tokens are left out. progress: is called with how many there are
+    of that many tokens, or without `most` of documents.
 
     Raises:
         DataError: the documents hold no token.
     """
-    return _encode(docs, tokenizer, eos, most)[0]
+    return _encode(docs, tokenizer, eos, most, progress)[0]
 
 
 def _encode(
-    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, most: int | None = None
+    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, most: int | None, progress: Step | None
 ) -> tuple[Tensor, Tensor]:
     """Token ids [N], and the number of each one's document [N]; an eos belongs to the document that it ends."""
     ids = array("q")
     ends: list[int] = []
+    whole = len(docs) if most is None else most
     for i, found in enumerate(encode_each(tokenizer, docs)):
         if i and eos is not None:
             ids.append(eos)
         if i:
             ends.append(len(ids))
         ids.extend(found)
+        if progress and (i + 1) % _SHOWN == 0:
+            progress(i + 1 if most is None else min(len(ids), most), whole)
         if most is not None and len(ids) >= most:
             break
     if not ids:
         raise DataError("text", f"{len(docs)} documents hold no token", "another text or tokenizer")
+    if progress:
+        progress(whole, whole)
     document = torch.bucketize(torch.arange(len(ids)), torch.tensor(ends, dtype=torch.int64), right=True)
     return torch.frombuffer(ids, dtype=torch.int64).clone(), document
 
 
 def encode_rows(
-    docs: Sequence[str], tokenizer: TokenizerLike, eos: int | None, *, length: int, padding: int = 0
+    docs: Sequence[str],
+    tokenizer: TokenizerLike,
+    eos: int | None,
+    *,
+    length: int,
+    padding: int = 0,
+    progress: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All documents as rows, and which predictions a loss may count.
 
@@ -238,7 +259,7 @@ def encode_rows(
     Raises:
         DataError: the documents hold no token.
     """
-    ids, document = _encode(docs, tokenizer, eos)
+    ids, document = _encode(docs, tokenizer, eos, None, progress)
     start = prompt_start(tokenizer)
     own = _own(length, start)
     missing = -len(ids) % own

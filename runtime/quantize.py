@@ -9,7 +9,7 @@ stay as they are, and so do matrices with an edge below 64, such as the decay an
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -202,10 +202,18 @@ def _quantize_nodes(model: Any, excluded: list[str], bits: int) -> Any:
     return work.model.model
 
 
-def divergence(reference: OnnxSession, other: OnnxSession, ids: NDArray[np.int64]) -> Divergence:
+def divergence(
+    reference: OnnxSession,
+    other: OnnxSession,
+    ids: NDArray[np.int64],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Divergence:
     """How far `other` is from `reference` on sequences ids [N, T], tokens 1..T-1 from scratch; float64 sums."""
     kl, losses = [], []
-    for row in ids:
+    for done, row in enumerate(ids):
+        if progress:
+            progress(done, len(ids))
         log_p, log_q = (log_p for log_p in map(lambda s: _log_probabilities(s, row), (reference, other)))
         kl.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
         losses.append([-table[np.arange(len(row) - 1), row[1:]] for table in (log_p, log_q)])

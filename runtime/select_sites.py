@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +107,12 @@ class SetScores:
         teacher = split_model(self.capture.gm)
         parts = [self.capture.inputs(p.to(device)) for p in self.ids.split(self.batch)]
         return teacher, parts, [teacher.hidden(p) for p in parts]
+
+    def prepare(self, sets: Iterable[tuple[int, ...]]) -> None:
+        """Makes what measuring these takes beforehand, where one of them is not known: kl then takes its own time."""
+        sites = tuple(s.index for s in self.scan.sites)
+        if any(keep != sites and keep not in self.measured for keep in sets):
+            _ = self._initial, self._teacher
 
     def kl(self, keep: tuple[int, ...]) -> float:
         """Of the student that keeps these sites, in ascending order. Raises StageError when it is not finite."""

@@ -105,7 +105,9 @@ class CalibrationText:
         files: list[list[object]] = [[data.text_sha256(s.path), s.weight] for s in self.sources]
         return files + ([["repeats", self.repeats]] if self.repeats else [])
 
-    def sequences(self, tokenizer: TokenizerLike, *, count: int, length: int) -> Tensor:
+    def sequences(
+        self, tokenizer: TokenizerLike, *, count: int, length: int, progress: data.Bar | None = None
+    ) -> Tensor:
         """The first `count` rows [count, length]. Raises DataError when a file is too short for its share of them."""
         order = self._order(count)
         parts: list[Tensor] = []
@@ -113,19 +115,22 @@ class CalibrationText:
         for i, source in enumerate(self.sources):
             docs, share = data.read_text(source.path), int((order == i).sum())
             if share:
-                tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=share * length)
+                bar = progress(f"tokens of {source.path.name}") if progress else None
+                most = share * length
+                tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=most, progress=bar)
                 parts.append(data.pack(tokens, sequences=share, length=length, what=str(source.path), start=start))
         return self._repeated(torch.cat(parts)[order.argsort(stable=True).argsort()], tokenizer)
 
-    def rows(self, tokenizer: TokenizerLike, *, length: int) -> tuple[Tensor, Tensor]:
+    def rows(self, tokenizer: TokenizerLike, *, length: int, progress: data.Bar | None = None) -> tuple[Tensor, Tensor]:
         """All rows, as data.encode_rows gives them, up to where the file that is next has no more.
 
         The first rows are those of `sequences`. One file is taken whole.
         """
-        parts = [
-            data.encode_rows(data.read_text(s.path), tokenizer, tokenizer.eos_token_id, length=length, padding=-1)
-            for s in self.sources
-        ]
+        parts = []
+        for s in self.sources:
+            docs, bar = data.read_text(s.path), progress(f"documents of {s.path.name}") if progress else None
+            eos = tokenizer.eos_token_id
+            parts.append(data.encode_rows(docs, tokenizer, eos, length=length, padding=-1, progress=bar))
         left = [len(ids) for ids, _ in parts]
         starts = [sum(left[:i]) for i in range(len(left))]
         pick: list[int] = []

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from tcal_compiler import errors
 from tcal_compiler.errors import DataError, TeacherError
 
-from .checkpoints import load_folder, load_gguf, say, shell_of
+from .checkpoints import Progress, load_folder, load_gguf, say, shell_of
 from .program_file import EXPORT_HINT, load_program, sniff
 from .tokenizer import (
     BYTES,
@@ -75,13 +75,16 @@ class _Loaded:
     tokenizer_dir: Path | None = None  # only where the model itself names it
 
 
-def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool = False) -> Teacher:
+def load_teacher(
+    spec: str, *, tokenizer: str | None = None, allow_pickle: bool = False, progress: Progress | None = None
+) -> Teacher:
     """Load a teacher from an exported program, a transformers folder, a .gguf file, module:factory or "embedded".
 
     Args:
         spec: path of a file or folder, "embedded" for the one that ships, or module:factory.
         tokenizer: folder with tokenizer files, or "bytes"; None looks beside the model.
         allow_pickle: load a pickled nn.Module, which runs whatever code its author put in; warns.
+        progress: is called with what is read of a folder or a .gguf file, what there is, and the unit of both.
 
     Raises:
         TeacherError: missing, truncated, of an unknown format, unsafe, or not a causal language model.
@@ -96,7 +99,7 @@ def load_teacher(spec: str, *, tokenizer: str | None = None, allow_pickle: bool 
         loaded, source, beside = _load_factory(spec), spec, None
     else:
         path = path.resolve()
-        loaded = _load_path(path, allow_pickle=allow_pickle)
+        loaded = _load_path(path, allow_pickle=allow_pickle, progress=progress)
         source, beside = spec if spec == EMBEDDED else str(path), path
     folder = loaded.tokenizer_dir
     if tokenizer is not None or (folder is None and loaded.kind != "gguf"):
@@ -183,15 +186,15 @@ def _info(**known: Any) -> dict[str, Any]:
     return dict.fromkeys(names) | {k: v for k, v in known.items() if k in names}
 
 
-def _load_path(path: Path, *, allow_pickle: bool) -> _Loaded:
+def _load_path(path: Path, *, allow_pickle: bool, progress: Progress | None) -> _Loaded:
     if path.is_dir():
-        return _transformers("transformers", load_folder(path))
+        return _transformers("transformers", load_folder(path, progress))
     kind = sniff(path)
     if kind == "program":
         program, facts = load_program(path, allow_pickle=allow_pickle)
         return _Loaded("program", program, _info(vocab_size=facts.vocab_size, context_length=facts.context_length))
     if kind == "gguf":
-        return _transformers("gguf", load_gguf(path))
+        return _transformers("gguf", load_gguf(path, progress))
     if kind == "pickle":
         return _load_pickle(path, allow_pickle=allow_pickle)
     what = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tcal_compiler.errors import RunFolderError
 
+from .data import Bar
 from .durable import remove_tree
 from .hashed_tensors import load_hashed, save_hashed
 from .run_files import cache_folder
@@ -27,7 +28,13 @@ _FORMAT = 3  # of the file and of how rows are cut
 
 
 def cached_rows(
-    text: CalibrationText, tokenizer: TokenizerLike, *, length: int, run: Path, say: Callable[[str], None]
+    text: CalibrationText,
+    tokenizer: TokenizerLike,
+    *,
+    length: int,
+    run: Path,
+    say: Callable[[str], None],
+    progress: Bar | None = None,
 ) -> tuple[Tensor, Tensor]:
     """text.rows, from the run folder `run` when it has them; see there for what is returned and raised.
 
@@ -35,7 +42,7 @@ def cached_rows(
     """
     mark = tokenizer.fingerprint()
     if mark is None:
-        return text.rows(tokenizer, length=length)
+        return text.rows(tokenizer, length=length, progress=progress)
     key = hashlib.sha256(json.dumps([_FORMAT, text.identity(), mark, length]).encode()).hexdigest()
     file = cache_folder(run, "tokens") / f"{key[:32]}.safetensors"
     try:
@@ -43,7 +50,7 @@ def cached_rows(
             return _checked(file, key, length, tokenizer.num_tokens)
     except RunFolderError as e:
         say(f"{e.where} {e.what}; the text is tokenised again")
-    ids, counts = text.rows(tokenizer, length=length)
+    ids, counts = text.rows(tokenizer, length=length, progress=progress)
     remove_tree(file.parent)  # rows of another text, tokenizer or length
     cache_folder(run, file.parent.name)
     save_hashed(file, {"ids": ids.to(torch.int32), "counts": counts}, key)

@@ -87,13 +87,12 @@ def prepare(
     if until == "export":
         check_supported(config.export)
     check_output(out)
-    progress.begin(f"loading {teacher}")
-    source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle)
+    source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
     assert source.tokenizer is not None
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)
     check_length(calib.length, source, "calib.length")
-    ids = text.sequences(source.tokenizer, count=calib.rows, length=calib.length)
+    ids = text.sequences(source.tokenizer, count=calib.rows, length=calib.length, progress=progress.bar)
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
     return Job(source, record, text, ids, chosen, place)

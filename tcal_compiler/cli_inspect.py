@@ -55,7 +55,9 @@ def inspect(
         from .config import load_config
         from .stage_memory import memory_needs
 
-        needs = memory_needs(teacher, config=load_config(config, settings))
+        settled = load_config(config, settings)
+        with Progress() as progress:
+            needs = memory_needs(teacher, config=settled, progress=progress)
         print(json.dumps(asdict(needs), indent=1) if as_json else needs.text())
         return
     if config is not None or any(v is not None for v in settings.values()):
@@ -63,8 +65,7 @@ def inspect(
     from .source import open_source
 
     with Progress() as progress:
-        progress.begin(f"loading {teacher}")
-        source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False)
+        source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False, progress=progress)
     sites, refused = [s.summary() for s in source.scan.sites], [asdict(r) for r in source.scan.rejected]
     if as_json:
         print(json.dumps({"sites": sites, "refused": refused}, indent=1))
@@ -93,5 +94,6 @@ def doctor(as_json: Json = False) -> None:
     """
     from .doctor import examine
 
-    findings = examine()
+    with Progress() as progress:
+        findings = examine(progress)
     print(json.dumps(findings, indent=1) if as_json else "\n".join(f"{n}: {v}" for n, v in findings.items()))

@@ -165,10 +165,13 @@ def generate(
         seed=seed,
         dtype=dtype,
     )
+    with Progress() as progress:
+        progress.wait(f"loading {run} and reading the prompt")
+        first = next(pieces, "")
     if as_json:
-        print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, indent=1))
+        print(json.dumps({"prompt": prompt, "text": first + "".join(pieces)}, indent=1))
         return
-    print(prompt + next(pieces, ""), end="", flush=True)
+    print(prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

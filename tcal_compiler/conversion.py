@@ -21,7 +21,7 @@ from .passes.choose import plan_to_toml
 from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
 from .passes.types import Check, Plan
-from .progress import Progress
+from .progress import Parts, Progress
 from .resume import resume_stage
 from .runtime.align import align
 from .runtime.calibrate import half_lives, initialise
@@ -38,6 +38,15 @@ from .runtime.taps import LivePairs, SiteGroup, collect_taps
 from .runtime.weights import changed_names, load_weights, save_weights
 from .source import Source
 
+PROGRAM, STATE, ONNX, PARITY, SPEED = (
+    "the student as a program",
+    "state in and out, checked in float64",
+    "ONNX",
+    "ONNX Runtime against PyTorch",
+    "speed of the ONNX student",
+)
+# Shares of export, the capture of the teacher being 1: between those of the embedded teacher and of SmolLM2-135M
+EXPORT = {PROGRAM: 1.7, STATE: 0.7, ONNX: 5.2, PARITY: 1.2, SPEED: 0.6}
 SPEED_CONTEXTS = (128, 1024, 4096)  # tokens, where the export has room for them
 
 
@@ -175,20 +184,18 @@ class Conversion:
             move_to(self.student.gm, torch.device("cpu"))
             load_weights(self.student, student_weights(self.run))
             timed = self.config.export.profile != "cuda"  # whose operators are slow stand-ins here
-
-            def part(number: int, work: str) -> None:
-                self.progress.begin(f"export, {number} of {4 + timed}: {work}")
-
-            part(1, "the student as a program")
+            shares = {n: share for n, share in EXPORT.items() if timed or n != SPEED}
+            parts = Parts(self.progress, "export", shares, unit=self.source.capture_seconds)
+            parts.begin(PROGRAM)
             program = self.student.export()
             save_program(program, stage.dir / "student.pt2")
             run = program.module()
             flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
-            part(2, "state in and out, checked in float64")
+            parts.begin(STATE)
             context = context_length(self.config.export, self.source.teacher.info)
             bounded = self.config.export.bounded_windows
             stateful = make_stateful(flat, max_length=context, bounded=bounded)
-            part(3, "ONNX")
+            parts.begin(ONNX)
             artifact = export_onnx(
                 stateful,
                 stage.dir / "onnx",
@@ -196,7 +203,7 @@ class Conversion:
                 info=self.source.teacher.info,
                 tokenizer=self.source.tokenizer,
             )
-            part(4, "ONNX Runtime against PyTorch")
+            parts.begin(PARITY)
             prompt = self.ids[-1, :16].tolist()
             checks = (*flat.checks, *stateful.checks, *artifact.checks)
             checks += check_parity(
@@ -209,7 +216,7 @@ class Conversion:
                 "profile": artifact.profile,
             }
             if timed:
-                part(5, "speed of the ONNX student")
+                parts.begin(SPEED)
                 rows = measure_speed(OnnxSession(artifact.folder), SPEED_CONTEXTS)
                 stage.evidence["speed"] = {"cpus": os.cpu_count(), "rows": [asdict(r) for r in rows]}
 

@@ -54,7 +54,10 @@ def distillation_rows(work: Conversion) -> tuple[Tensor, Tensor, int]:
     """The calibration text as rows, the held-out slice last; predictions that count; number of rows to train on."""
     calib, tokenizer = work.config.calib, work.source.tokenizer
     assert tokenizer is not None
-    ids, counts = cached_rows(work.text, tokenizer, length=calib.length, run=work.run.path, say=work.progress.say)
+    shown = work.progress
+    ids, counts = cached_rows(
+        work.text, tokenizer, length=calib.length, run=work.run.path, say=shown.say, progress=shown.bar
+    )
     held = torch.zeros(len(ids), dtype=torch.bool)
     held[calib.sequences : calib.sequences + calib.holdout] = True
     order = torch.cat(((~held).nonzero(), held.nonzero())).squeeze(1)

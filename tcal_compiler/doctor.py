@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,6 +25,7 @@ from .kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from .kernels.gated_rms_norm import op as norm_op
 from .kernels.scores import Scores
 from .kernels.self_check import ALLOWED, Check, relative_errors
+from .progress import Progress, clock
 from .runtime.onnx_probe import CASES, operator_errors
 
 ALWAYS = ("torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime")
@@ -133,6 +136,19 @@ def verdict(errors: dict[str, float], allowed: float) -> str:
     return f"{right}: largest relative error {errors[worst]:.1e} ({worst}) against float64"
 
 
+def failure(e: Exception) -> str:
+    """An error of a compiler, a driver or a library, in one line."""
+    return f"FAILS with {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+
+def op_verdict(op: str, device: torch.device) -> str:
+    """Of an operator there in float32; a GPU whose driver or memory fails is told of too."""
+    try:
+        return verdict(op_errors(op, device), OP_TOL)
+    except Exception as e:  # once a kernel has accessed illegal memory, every call of that process's GPU raises
+        return failure(e)
+
+
 def triton_verdict(check: Check, device: torch.device, dims: tuple[int, ...]) -> str:
     """Of a kernel's own proof, in every dtype that it takes; where it fails, the operator runs in plain PyTorch."""
     said = []
@@ -140,7 +156,7 @@ def triton_verdict(check: Check, device: torch.device, dims: tuple[int, ...]) ->
         try:
             found = verdict(check(device, dtype, *dims), allowed)
         except Exception as e:  # whatever a compiler can raise
-            found = f"FAILS with {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            found = failure(e)
         if not found.startswith("right"):
             found += "; it runs in plain PyTorch, try another version of triton"
         said.append(f"{str(dtype).removeprefix('torch.')} {found}")
@@ -165,28 +181,47 @@ def _machine() -> dict[str, str]:
         "disk": f"{size_text(psutil.disk_usage(str(place)).free)} free at {place}",
     }
     for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        sizes = f"{size_text(free)} free of {size_text(total)}"
-        found[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, {sizes}"
+        try:
+            free, total = torch.cuda.mem_get_info(i)
+            found[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, {size_text(free)} free of {size_text(total)}"
+        except RuntimeError as e:  # a driver that is too old, a card that another process has to itself
+            found[f"GPU {i}"] = failure(e)
     if not torch.cuda.device_count():
         found["GPU"] = "none that torch sees; a conversion takes the CPU then"
     return found
 
 
-def examine() -> dict[str, str]:
+def _checked(progress: Progress, work: str, checks: dict[str, Callable[[], str]]) -> dict[str, str]:
+    """What each of the checks says, and meanwhile which of them is being made."""
+    found: dict[str, str] = {}
+    started = time.monotonic()
+
+    def so_far() -> str:
+        took, done = time.monotonic() - started, len(found)
+        left = took / done * (len(checks) - done) if done else 0.0
+        text = f"{''.join([*checks][done : done + 1])}, {done}/{len(checks)}, {clock(took)} so far"
+        return f"{text}, about {clock(left)} left" if left >= 1 else text
+
+    progress.begin(work, so_far)
+    for row, check in checks.items():
+        found[row] = check()
+    return found
+
+
+def examine(progress: Progress | None = None) -> dict[str, str]:
     """Machine, versions, ONNX Runtime's operators, and every operator of ours against float64."""
     import onnxruntime
 
+    progress, cpu, cuda = progress or Progress(quiet=True), torch.device("cpu"), torch.device("cuda")
     found = _machine() | {name: package(name) for name in (*ALWAYS, *OPTIONAL)}
     found["onnxruntime runs on"] = ", ".join(
         p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()
     )
-    found |= {f"{op} in onnxruntime": onnx_verdict(op) for op in CASES}
-    for name in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        device = torch.device(name)
-        for op in _cases():
-            found[f"{op} on {name}"] = verdict(op_errors(op, device), OP_TOL)
+    checks: dict[str, Callable[[], str]] = {f"{op} in onnxruntime": partial(onnx_verdict, op) for op in CASES}
+    checks |= {f"{op} on cpu": partial(op_verdict, op, cpu) for op in _cases()}
+    found |= _checked(progress, "operators against float64", checks)
     if torch.cuda.is_available():
-        for op, (check, dims) in TRITON.items():
-            found[f"{op} in Triton"] = triton_verdict(check, torch.device("cuda"), dims)
+        checks = {f"{op} on cuda": partial(op_verdict, op, cuda) for op in _cases()}
+        checks |= {f"{op} in Triton": partial(triton_verdict, c, cuda, dims) for op, (c, dims) in TRITON.items()}
+        found |= _checked(progress, "the GPU's kernels, each compiled first, against float64", checks)
     return found

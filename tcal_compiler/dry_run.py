@@ -12,10 +12,14 @@ from .config import DEFAULT_POLICY, Config
 from .errors import ConfigError
 from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, scored_by
 from .passes.types import Plan, SiteScan
-from .progress import Progress, clock
+from .progress import Parts, Progress, clock
 from .runtime.distill import check_train
 from .runtime.meter import Meter, Time
 from .trial import StageCost, Trial
+
+# Shares of the pieces, the capture of the teacher being 1
+REPORT = "report"
+PIECES = {"calibrate": 0.8, "align": 2.0, "distill": 2.5, "export": 2.0, REPORT: 0.2}
 
 
 @dataclass(frozen=True)
@@ -149,13 +153,18 @@ def dry_run(
         check_train(config.distill, chosen)
         stages = [StageCost("load", load.time, load.peak)]
         trial = Trial(job.source, chosen, job.ids, config)
-        for name in STAGES[: STAGES.index(until) + 1]:
-            progress.begin(f"dry run: a piece of {name}")
+        names = STAGES[: STAGES.index(until) + 1]
+        pieces = {*names, REPORT} - ({"distill"} if not config.distill.active else set())
+        shares = {n: share for n, share in PIECES.items() if n in pieces}
+        parts = Parts(progress, "dry run, pieces of the stages", shares, unit=job.source.capture_seconds)
+        for name in names:
+            if name in shares:
+                parts.begin(name)
             stages.append(trial.stage(name))
             if name == "calibrate" and models:
                 sets = scored_by(policy) in (JOINT, FORWARD)
                 stages.insert(1, trial.score(models, config.score.align_steps if sets else 0))
-        progress.begin("dry run: a piece of the report")
+        parts.begin(REPORT)
         stages.append(trial.report())
     sites = [s.summary() | {"becomes": "softmax" if s.index in chosen.keep else "gated delta net"} for s in scan.sites]
     refused = [asdict(r) for r in scan.rejected]

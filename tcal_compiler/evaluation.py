@@ -17,7 +17,7 @@ from .distillation import ALIGNED, DISTILLED, student_weights
 from .errors import ConfigError, StageError
 from .passes.graph import move_to
 from .passes.types import Capture
-from .progress import Progress
+from .progress import Parts, Progress
 from .recorded import calibrated_texts, calibration_length, plan_of, settings_before
 from .run_models import last_weights, naive_student, student_program, student_with, teacher_of
 from .runtime import data
@@ -32,6 +32,10 @@ from .source import Source, check_device, check_length
 from .variants import run_tokenizer
 
 WITHOUT_LINEAR = "no linear"
+
+# Parts of what comes before the scores, with their shares, the capture of the teacher being 1
+TEXTS, MODELS = "text and tasks", "models"
+PREPARING = {TEXTS: 0.3, MODELS: 1.0}
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,19 @@ def evaluate_run(
     with RunFolder.open_existing(path, write=True) as run:
         if measures.text is not None:
             data.check_not_calibrated(measures.text, *calibrated_texts(run))
-        progress.begin("evaluation: teacher and student")
         last = last_weights(run)
         if tokenizer is None and last != "export":  # no exported model that has one
             tokenizer = settings_before(run.path)[1]
         named = tokenizer is not None or last != "export"
-        source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named)
+        source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named, progress=progress)
         words = source.tokenizer or run_tokenizer(run)
         for option, lengths in (("--needle", measures.needle), ("--recall", measures.recall)):
             check_length(max(lengths, default=0), source, option)
+        parts = Parts(progress, "evaluation", PREPARING, unit=source.capture_seconds)
+        parts.begin(TEXTS)
         ids = _sequences(run, source, words, measures) if measures.text is not None else None
         tasks = _tasks(run, words, measures)
+        parts.begin(MODELS)
         models = _models(run, source, last, place, baselines=baselines, ablation=ablation)
         try:
             found = _scores(models, ids, tasks, source, place, progress)

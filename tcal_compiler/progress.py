@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 TICK, FIRST, PLAIN = 1.0, 2.0, 30.0  # seconds: between looks, before the first time on a terminal, between plain lines
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -22,15 +22,16 @@ class Progress:
     """Shows what a stage does, how far it is and the time left. quiet: shows nothing. verbose: a line for every step.
 
     Verbose lines begin with the time since the first. Plain output prints a line at most every ten seconds, so that
-    logs stay short. In a `with` block, work whose length is not known (`begin`) shows how long it has taken: every
-    second on a terminal, every half minute elsewhere.
+    logs stay short. In a `with` block, work whose length is not known (`begin`) shows how long it has taken, and what
+    Parts know of the time left: every second on a terminal, every half minute elsewhere.
     """
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self._quiet, self._verbose, self._tty = quiet, verbose, sys.stderr.isatty() and not verbose
         self._started = time.monotonic()
         self._open = False
-        self._work, self._began, self._next = "", 0.0, math.inf  # what has begun, and when it is to be shown again
+        self._work, self._next = "", math.inf  # what has begun, and when it is to be shown again
+        self._so_far: Callable[[], str] = str
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._clock: threading.Thread | None = None
 
@@ -65,15 +66,20 @@ class Progress:
         else:
             self._line(text)
 
-    def begin(self, text: str) -> None:
-        """One line that says which work begins."""
+    def begin(self, text: str, so_far: Callable[[], str] | None = None) -> None:
+        """One line that says which work begins. so_far: what stands behind it as it goes on; default: its time."""
         self.say(text)
+        self._begin(text, so_far)
+
+    def wait(self, text: str) -> None:
+        """As begin, without the line: work that is likely to be short shows only when it is not."""
         self._begin(text)
 
-    def _begin(self, work: str) -> None:
+    def _begin(self, work: str, so_far: Callable[[], str] | None = None) -> None:
         with self._lock:
-            self._work, self._began = work, time.monotonic()
-            self._next = self._began + (FIRST if self._tty else PLAIN)
+            now = time.monotonic()
+            self._work, self._next = work, now + (FIRST if self._tty else PLAIN)
+            self._so_far = so_far or (lambda: f"{clock(time.monotonic() - now)} so far")
 
     def _renew(self) -> None:
         while not self._ended.wait(TICK):
@@ -82,7 +88,7 @@ class Progress:
                 if not self._work or now < self._next:
                     continue
                 self._next = now + (TICK if self._tty else PLAIN)
-                self._renew_line(f"{self._work}: {clock(now - self._began)} so far")
+                self._renew_line(f"{self._work}: {self._so_far()}")
 
     def _newline(self) -> None:
         with self._lock:
@@ -96,16 +102,21 @@ class Progress:
         """A callback (done, total[, loss]) that reports progress of `what`.
 
         tokens: of one step; with it the rate is also shown in tokens per second. utilisation: MFU at one step a second.
+        Before the first step is done, the time that it has taken is shown. Steps may be of several at once, and may go
+        on from where a stage was stopped: a first call with more than one done tells no rate yet.
         """
-        self._begin("")
+        self._begin(what)
         started = time.monotonic()
-        state = {"shown": started, "first": -1, "loss": math.nan}
+        state = {"shown": started, "loss": math.nan}
+        seen: list[int] = []  # what was done at the first two calls
 
         def update(done: int, total: int, loss: float = math.nan) -> None:
             if not math.isnan(loss):
                 state["loss"] = loss
-            if state["first"] < 0:
-                state["first"] = done - 1
+            if not seen:
+                self._begin("")
+            if len(seen) < 2:
+                seen.append(done)
             now = time.monotonic()
             wait = 0.2 if self._tty else 0.0 if self._verbose else 10.0
             if self._quiet or (now - state["shown"] < wait and done < total):
@@ -113,13 +124,12 @@ class Progress:
             if done == total and now - started < 2 and not (self._tty or self._verbose):
                 return
             state["shown"] = now
-            rate = (done - state["first"]) / max(now - started, 1e-9)
-            left = (total - done) / rate if rate > 0 else math.inf
-            text = f"{what}: {done}/{total}, {rate:.3g}/s, {clock(left)} left"
-            if tokens:
-                text += f", {rate * tokens:.0f} tokens/s"
-            if utilisation is not None:
-                text += f", MFU {rate * utilisation:.1%}"
+            text = f"{what}: {done}/{total}"
+            before = max(2 * seen[0] - seen[-1], 0) if len(seen) > 1 else seen[0] - 1  # the first call
+            if (rate := (done - before) / max(now - started, 1e-9)) and (len(seen) > 1 or done == 1):
+                text += f", {rate:.3g}/s, {clock((total - done) / rate)} left"
+                text += f", {rate * tokens:.0f} tokens/s" if tokens else ""
+                text += f", MFU {rate * utilisation:.1%}" if utilisation is not None else ""
             if not math.isnan(state["loss"]):
                 text += f", {loss_name} {state['loss']:.4f}"
             self._renew_line(text)
@@ -127,6 +137,61 @@ class Progress:
                 self._newline()
 
         return update
+
+
+class Parts:
+    """The parts of a stage, one after the other, with an estimate of the time left.
+
+    A part whose length is known (`update`) is counted up at its own rate. The others are taken to need the shares of
+    the stage's time that they usually have: a unit of them lasts what it did in the parts before, or `unit` seconds at
+    the beginning. Before anything is known, and where a last part takes longer than that, no time left is shown.
+    """
+
+    def __init__(self, progress: Progress, stage: str, shares: Mapping[str, float], *, unit: float = math.nan) -> None:
+        self._progress, self._stage, self._unit = progress, stage, unit
+        self._names, self._shares = list(shares), list(shares.values())
+        self._at = -1
+        self._started = self._began = time.monotonic()
+        self._lengths: list[tuple[float, float]] = []  # time and what was done, at the first and the last update
+        self._total, self._of = 0.0, ""
+
+    def begin(self, name: str) -> None:
+        """The next part that has this name."""
+        self._at, self._began = self._names.index(name), time.monotonic()
+        self._lengths, self._total = [], 0.0
+        text = f"{self._stage}, {self._at + 1} of {len(self._names)}: {name}"
+        self._progress.begin(text, self.so_far)
+
+    def update(self, done: float, total: float, of: str = "") -> None:
+        """How far the part is that has begun, in units named `of`."""
+        self._total, self._of = total, f" {of}" if of else ""
+        self._lengths = [*self._lengths[:1], (time.monotonic(), done)]
+
+    def _rate(self) -> float:
+        if len(self._lengths) < 2:
+            return math.nan
+        (start, first), (end, last) = self._lengths
+        return (last - first) / max(end - start, 1e-9)
+
+    def left(self) -> float:
+        """Seconds to the end of the stage, 0 or more; NaN where nothing is known."""
+        now, share, rate = time.monotonic(), self._shares[self._at], self._rate()
+        part, spent = now - self._began, self._began - self._started
+        behind, ahead = sum(self._shares[: self._at]), sum(self._shares[self._at + 1 :])
+        if rate > 0:
+            at, done = self._lengths[-1]
+            rest = max((self._total - done) / rate - (now - at), 0.0)
+            return rest + ahead * (spent + part + rest) / (behind + share)
+        unit = spent / behind if behind else self._unit
+        return max(share * unit - part, 0.0) + ahead * unit if math.isfinite(unit) else math.nan
+
+    def so_far(self) -> str:
+        """What is shown of the stage: how far its part is, its time and the time left."""
+        words, rate, left = [], self._rate(), self.left()
+        if rate > 0:
+            words = [f"{self._lengths[-1][1]:.4g}/{self._total:.4g}{self._of}", f"{rate:.3g}{self._of}/s"]
+        words.append(f"{clock(time.monotonic() - self._started)} so far")
+        return ", ".join([*words, f"about {clock(left)} left"] if left >= 1 else words)
 
 
 def clock(seconds: float) -> str:

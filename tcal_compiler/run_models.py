@@ -9,6 +9,7 @@ import torch
 from .errors import RunFolderError
 from .passes.capture import capture_program
 from .passes.types import Capture, Plan
+from .progress import Progress
 from .recorded import recorded_teacher
 from .runtime.initialize import naive_
 from .runtime.mixer import GdnMixer
@@ -35,11 +36,19 @@ def last_weights(run: RunFolder) -> str:
 
 
 def teacher_of(
-    run: RunFolder, override: str | None, tokenizer: str | None, allow_pickle: bool, *, need_tokenizer: bool
+    run: RunFolder,
+    override: str | None,
+    tokenizer: str | None,
+    allow_pickle: bool,
+    *,
+    need_tokenizer: bool,
+    progress: Progress,
 ) -> Source:
     """The run's teacher."""
     spec = override or recorded_teacher(run.path, run.manifest)
-    source = open_source(spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=need_tokenizer)
+    source = open_source(
+        spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=need_tokenizer, progress=progress
+    )
     if source.capture.fingerprint != run.manifest.teacher.fingerprint:
         raise RunFolderError(
             str(run.path),

@@ -15,7 +15,7 @@ from .passes.capture import example_ids
 from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
-from .progress import Progress
+from .progress import Parts, Progress
 from .recorded import (
     plan_of,
     recorded_teacher,
@@ -37,6 +37,10 @@ from .runtime.tokenizer import prompt_start
 from .runtime.weights import load_weights
 from .source import Source
 from .variants import model_file, profile_of, require_variant, run_tokenizer, variant_checks
+
+# Shares of verify after loading, the capture of the teacher being 1
+TEACHER, STUDENT, RUNTIME = "teacher", "student", "ONNX Runtime against PyTorch"
+VERIFY = {TEACHER: 0.15, STUDENT: 2.0, RUNTIME: 3.0}
 
 
 def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None, as_json: bool = False) -> str:
@@ -87,17 +91,19 @@ def verify_run(
             checks.append(Check(f"stage {name}: an earlier one was made anew since", float(old), 0.0))
         if any(not c.passed for c in checks):
             return checks
-        progress.begin("verify: teacher")
-        source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=tokenizer is not None)
+        named = tokenizer is not None
+        source = teacher_of(run, teacher, tokenizer, allow_pickle, need_tokenizer=named, progress=progress)
+        parts = Parts(progress, "verify", VERIFY, unit=source.capture_seconds)
+        parts.begin(TEACHER)
         checks += source.capture.checks
         checks += _unconverted_checks(source)
         checks += _statistics_checks(source)
-        progress.begin("verify: student")
+        parts.begin(STUDENT)
         flat = student_program(run)
         checks += _weight_checks(run, source, flat)
         stateful = make_stateful(flat)
         checks += stateful.checks
-        progress.begin("verify: ONNX Runtime against PyTorch")
+        parts.begin(RUNTIME)
         artifact = OnnxArtifact(run.path / model_file(), profile_of(run), 0, stateful.layers, 0)
         prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
         checks += check_parity(

@@ -133,6 +133,7 @@ class Scoring:
             ranks = _ranks(rows)
             sets = self.sets(stage, sets_from_rows(old["sets"]) if old else {})
             rules = candidates(scan, self.policy, ranks)
+            sets.prepare(rules.values())
             bar, asked = self.progress.bar("scores: candidate sets"), set[tuple[int, ...]]()
 
             def kl(keep: tuple[int, ...]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import torch
 
@@ -13,29 +15,49 @@ from .errors import ConfigError, UnsupportedModelError
 from .passes.choose import budget_of, choose, plan_from_toml, scored_by
 from .passes.find_attention import find_attention
 from .passes.types import Capture, Plan, SiteScan
+from .progress import Parts, Progress
 from .runtime.capture_teacher import capture_teacher
 from .runtime.teacher import Teacher, load_teacher, load_tokenizer
 from .runtime.tokenizer import TokenizerLike
 
+# Shares of loading, from the embedded teacher and SmolLM2-135M as a .gguf file
+WEIGHTS, TOKENIZER, GRAPH = "weights", "tokenizer", "the graph, compared with the model"
+LOADING = {WEIGHTS: 9.0, TOKENIZER: 1.0, GRAPH: 9.0}
+
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded and captured teacher with its tokenizer."""
+    """A loaded and captured teacher with its tokenizer. capture_seconds: what export and comparison took."""
 
     teacher: Teacher
     tokenizer: TokenizerLike | None
     capture: Capture
     scan: SiteScan
+    capture_seconds: float = math.nan
 
 
 def open_source(
-    spec: str, *, tokenizer: str | None = None, allow_pickle: bool = False, need_tokenizer: bool = True
+    spec: str,
+    *,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+    need_tokenizer: bool = True,
+    progress: Progress | None = None,
 ) -> Source:
     """Loads, captures and scans a teacher. Raises TcalError for whatever is wrong with it."""
-    teacher = load_teacher(spec, tokenizer=tokenizer, allow_pickle=allow_pickle)
-    found = load_tokenizer(teacher) if need_tokenizer else None
+    shares = {n: share for n, share in LOADING.items() if need_tokenizer or n != TOKENIZER}
+    parts = Parts(progress or Progress(quiet=True), f"loading {spec}", shares)
+    parts.begin(WEIGHTS)
+    teacher = load_teacher(spec, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=parts.update)
+    found = None
+    if need_tokenizer:
+        parts.begin(TOKENIZER)
+        found = load_tokenizer(teacher)
+    parts.begin(GRAPH)
+    begun = monotonic()
     capture = capture_teacher(teacher)
-    return Source(teacher, found, capture, find_attention(capture))
+    scan = find_attention(capture)
+    return Source(teacher, found, capture, scan, monotonic() - begun)
 
 
 def check_device(name: str) -> torch.device:

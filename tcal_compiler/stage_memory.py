@@ -23,6 +23,7 @@ from .passes.choose import choose, scored_by
 from .passes.find_attention import find_attention
 from .passes.make_stateful import check_tokens
 from .passes.types import Plan, SiteScan
+from .progress import Parts, Progress
 from .runtime.capture_teacher import capture_shell
 from .runtime.checkpoints import repeated_layers
 from .runtime.meter import Meter, Time
@@ -41,6 +42,9 @@ GENERATE = 1.2
 PER_TOKEN = 6000  # bytes of a process that generates, for every token of the vocabulary: the tokenizer's most of all
 HEAP = 1.8  # what a process holds of small blocks that it makes and frees, over what they have at most at once
 LEAST_LAYERS = 4  # of the smaller model that is measured in place of one with many layers
+# Parts of this work, with their shares of its time
+SHAPE, STAGES, AGAIN = "its shape", "its stages", "its stages with twice the layers"
+PARTS = {SHAPE: 1.0, STAGES: 3.0, AGAIN: 4.0}
 RUNTIME = 150_000_000  # bytes of a process that generates, before it has a model
 
 
@@ -108,7 +112,7 @@ class _Counted(Meter):
         self.peak = self._base + most + round((HEAP - 1) * (small.peak - small.live))
 
 
-def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
+def memory_needs(spec: str, *, config: Config | None = None, progress: Progress | None = None) -> Needs:
     """What `convert` would need for a teacher of which only the configuration is there, on a CPU.
 
     Distillation is measured whether the configuration asks for it or not. Where layers repeat, two models of fewer
@@ -122,15 +126,17 @@ def memory_needs(spec: str, *, config: Config | None = None) -> Needs:
     config = config or Config()
     distill = config.distill if config.distill.active else config.distill.model_copy(update={"steps": 2})
     config = config.model_copy(update={"distill": distill})
+    parts = Parts(progress or Progress(quiet=True), f"memory for {spec}", PARTS)
+    parts.begin(SHAPE)
     layers, period = repeated_layers(configured_path(spec))
     first = shell_teacher(spec, layers=min(layers, LEAST_LAYERS) or None)  # so that the libraries are loaded
     start = psutil.Process().memory_info().rss
-    found = _measured(spec, config, layers, period)
+    found = _measured(spec, config, layers, period, parts)
     load = Need("load", start + loading_bytes(first, found.weight_bytes))
     return replace(found, stages=[load, *found.stages])
 
 
-def _measured(spec: str, config: Config, layers: int, period: int) -> Needs:
+def _measured(spec: str, config: Config, layers: int, period: int, parts: Parts) -> Needs:
     """Of every stage but load. layers: how many the teacher has; period: after how many their kinds repeat."""
     few = period * -(-LEAST_LAYERS // period)
     if 3 * few <= layers:
@@ -140,8 +146,12 @@ def _measured(spec: str, config: Config, layers: int, period: int) -> Needs:
             unit = math.lcm(period, layers // math.gcd(layers, len(plan.keep)) if plan.keep else 1)
             few = unit * -(-LEAST_LAYERS // unit)
             if 3 * few <= layers:
-                less, more = (_Shell(spec, config, n).needs(_share(plan, n, layers)) for n in (few, 2 * few))
+                parts.begin(STAGES)
+                less = _Shell(spec, config, few).needs(_share(plan, few, layers))
+                parts.begin(AGAIN)
+                more = _Shell(spec, config, 2 * few).needs(_share(plan, 2 * few, layers))
                 return _extended(less, more, plan, layers / few - 1)
+    parts.begin(STAGES)
     shell = _Shell(spec, config)
     return shell.needs(_plan(shell.source.scan, config))
 

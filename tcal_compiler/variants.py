@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from .api import ASSETS, write_report
 from .errors import ConfigError, ParityError, RunFolderError
 from .passes.types import Check
-from .progress import Progress
+from .progress import Parts, Progress
 from .recorded import recorded_checks, teacher_info
 from .runtime import data
 from .runtime.manifest import hash_json
@@ -26,6 +27,9 @@ from .runtime.tokenizer import ByteTokenizer, TokenizerLike, read_tokenizer
 
 TEXT = ASSETS / "text" / "heldout.txt"
 SEQUENCES, LENGTH = 8, 128
+# Parts of a variant, with their shares of the time for SmolLM2-135M in int8
+WEIGHTS, DIVERGENCE = "weights", "divergence from the float32 student"
+VARIANT = {WEIGHTS: 1.0, DIVERGENCE: 2.5}
 
 
 def model_file(dtype: str | None = None) -> Path:
@@ -103,14 +107,15 @@ def export_variant(
         with run.stage(f"export-{dtype}", config=settings, inputs=_inputs(run)) as stage:
             if stage.done:
                 return recorded_checks(run, f"export-{dtype}")[0]
-            progress.begin(f"{dtype}: weights")
+            parts = Parts(progress, f"export of {dtype}", VARIANT)
+            parts.begin(WEIGHTS)
             target = (stage.dir / model_file(dtype)).parent
             model = quantize(run.path / model_file(), target, dtype)
             for file in sorted((run.path / model_file()).parent.iterdir()):
                 if file.name not in (MODEL_FILE, DATA_FILE):
                     shutil.copyfile(file, target / file.name)
-            progress.begin(f"{dtype}: divergence from the float32 student")
-            found = measure(run, model)
+            parts.begin(DIVERGENCE)
+            found = measure(run, model, parts.update)
             check = _guard(run, dtype, found, model, bound)
             if not check.passed and not force:
                 what = f"KL to the float32 student is {check.measured:.3g} nats per token, allowed {bound:.3g}"
@@ -133,13 +138,13 @@ def _checked(dtype: str, max_kl: float | None) -> float:
     return bound
 
 
-def measure(run: RunFolder, model: Path) -> Divergence:
+def measure(run: RunFolder, model: Path, progress: Callable[[int, int], None] | None = None) -> Divergence:
     """A variant against the run's float32 student, on the first sequences of the held-out text."""
     tokenizer = run_tokenizer(run)
     reference, other = OnnxSession(run.path / model_file()), OnnxSession(model)
     length = min(LENGTH, reference.context_length or LENGTH)
     ids: NDArray[np.int64] = data.text_rows(TEXT, tokenizer, sequences=SEQUENCES, length=length).numpy()
-    return divergence(reference, other, ids)
+    return divergence(reference, other, ids, progress=progress)
 
 
 def _guard(run: RunFolder, dtype: str, found: Divergence, model: Path, bound: float) -> Check:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from command_line import done
+from torch import Tensor
 
 from tcal_compiler import doctor
+from tcal_compiler.progress import Progress
 from tcal_compiler.runtime import onnx_probe
 
 OPS = ("gated_delta_rule", "gated_delta_step", "gated_rms_norm", "attention_statistics")
@@ -76,3 +80,43 @@ def failing(*_: object) -> dict[str, float]:
 )
 def test_a_kernel_that_fails_its_own_proof(check, said):
     assert said in doctor.triton_verdict(check, CPU, (64,))
+
+
+def test_a_card_that_fails_is_told_of(monkeypatch):
+    """What a driver raises stands in its rows, and every other row is there."""
+
+    def broken(*_: object) -> tuple[int, int]:
+        raise RuntimeError("CUDA driver version is insufficient\nfor CUDA runtime version")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    to = Tensor.to
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(Tensor, "to", lambda self, *a, **b: broken() if a and a[0] == cuda else to(self, *a, **b))
+    found = doctor.examine()
+    said = "FAILS with RuntimeError: CUDA driver version is insufficient for CUDA runtime version"
+    assert found["GPU 0"] == said
+    for op in OPS:
+        assert found[f"{op} on cuda"] == said and found[f"{op} on cpu"].startswith("right: ")
+    assert all("FAILS with" in found[f"{op} in Triton"] for op in doctor.TRITON)
+
+
+def test_the_check_that_is_being_made_is_shown(monkeypatch):
+    said: list[str] = []
+
+    class Shown(Progress):
+        def begin(self, text: str, so_far: Callable[[], str] | None = None) -> None:
+            assert so_far is not None
+            said.append(text)
+            self.now = so_far
+
+    shown = Shown(quiet=True)
+    found = doctor._checked(shown, "kernels", {n: lambda: said.append(shown.now()) or "right" for n in ("a", "b")})
+    assert found == {"a": "right", "b": "right"}
+    assert said == ["kernels", "a, 0/2, 0 s so far", "b, 1/2, 0 s so far"]
+
+
+def test_proofs_are_called_with_what_they_take():
+    for check, dims in doctor.TRITON.values():
+        inspect.signature(check).bind(CPU, torch.float32, *dims)

@@ -22,10 +22,12 @@ from safetensors.numpy import load_file
 
 from tcal_compiler.config import load_config
 from tcal_compiler.errors import RunFolderError
+from tcal_compiler.passes.choose import MEASURED
 from tcal_compiler.recorded import reading
 from tcal_compiler.report import page, plots, render_report
 from tcal_compiler.report.compare import compare_markdown
 from tcal_compiler.report.facts import Facts
+from tcal_compiler.report.sections import REASONS
 from tcal_compiler.runtime.manifest import parse_manifest
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.session import OnnxSession
@@ -222,6 +224,30 @@ def test_layers_are_whole_numbers_on_their_colour_bar():
     assert ticks == [1, 2, 3]
 
 
+def test_points_of_a_distillation_lie_inside_and_its_steps_are_whole(shared_run):
+    from matplotlib.figure import Figure
+
+    def edit(body: dict[str, Any]) -> None:
+        curve = [{"step": s, "predictions": s, "kl": k, "nll": 1.0, "held_out": k} for s, k in ((0, 1.5), (4, 1.49))]
+        body["stages"]["distill"] = body["stages"]["align"] | {"files": {}, "evidence": {"curve": curve, "checks": []}}
+
+    axes = Figure().add_subplot()
+    plots.distillation(axes, edited(facts(shared_run), edit))
+    assert axes.get_ylim() == (0, pytest.approx(1.65)) and all(t == int(t) for t in axes.get_xticks())
+
+
+def test_many_layers_have_room_for_their_numbers(shared_run):
+    from matplotlib.figure import Figure
+
+    def edit(body: dict[str, Any]) -> None:
+        curve = [{"step": s, "train": {}, "held_out": {str(i): 1.0 for i in range(22)}} for s in (0, 1)]
+        body["stages"]["align"]["evidence"]["curve"] = curve
+
+    axes, run = Figure().add_subplot(), edited(facts(shared_run), edit)
+    plots.errors(axes, run, 1.0)
+    assert len(axes.get_xticks()) == 11
+
+
 def test_what_the_report_says_to_do_makes_the_same_run(shared_run, tmp_path, monkeypatch):
     report = (shared_run / "report.md").read_text()
     commands, config = re.findall(r"^```\n(.*?)\n```", report, re.M | re.DOTALL)
@@ -258,6 +284,10 @@ def edited(run: Facts, edit: Callable[[dict[str, Any]], None], name: str = "edit
     body = run.manifest.model_dump(mode="json")
     edit(body)
     return Facts(name, parse_manifest(json.dumps(body).encode(), "tcal.json"))
+
+
+def test_every_policy_has_its_reason():
+    assert set(REASONS) == {"uniform", "keep=", "none", "all", *MEASURED}
 
 
 def test_scores_of_a_policy_and_a_distillation_are_shown(shared_run):

@@ -61,7 +61,7 @@ def heat_map(axes: Any, run: Facts, key: str, limits: tuple[float, float], *, lo
     mesh = axes.pcolormesh(grid, norm="log" if log and low < high else None)
     mesh.set_clim(low, high)
     axes.invert_yaxis()
-    step = max(1, len(layers) // 12)
+    step = max(1, -(-len(layers) // 12))  # numbers of two digits do not touch
     axes.set_yticks([i + 0.5 for i in range(0, len(layers), step)], [str(i) for i in layers[::step]])
     stride = max(1, width // 8)
     axes.set_xticks([i + 0.5 for i in range(0, width, stride)], [str(i) for i in range(0, width, stride)])
@@ -134,7 +134,7 @@ def errors(axes: Any, run: Facts, most: float) -> None:
     for shift, part, label, colour in ((-0.2, 0, "before", BLUE), (0.2, 1, "after alignment", ORANGE)):
         heights = [run.held_out[i][part] for i in layers]
         axes.bar([p + shift for p in places], heights, 0.4, color=colour, label=label)
-    step = max(1, len(layers) // 12)
+    step = max(1, -(-len(layers) // 12))  # numbers of two digits do not touch
     axes.set_xticks(list(places)[::step], [str(i) for i in layers[::step]])
     axes.set(xlabel="layer", ylabel="held-out error", ylim=(0, most * 1.25))
     axes.legend(frameon=False, ncols=2, loc="upper center")
@@ -153,9 +153,11 @@ def policy_scores(axes: Any, run: Facts) -> None:
 
 def distillation(axes: Any, run: Facts) -> None:
     """Held-out divergence over the steps."""
-    axes.plot([p["step"] for p in run.distillation], [p["kl"] for p in run.distillation], marker=".", color=BLUE)
-    axes.set(xlabel="step", ylabel="held-out KL(teacher, student), nats")
-    axes.set_ylim(bottom=0)
+    values = [p["kl"] for p in run.distillation]
+    axes.plot([p["step"] for p in run.distillation], values, marker=".", color=BLUE)
+    most = max(filter(finite, values), default=0.0)
+    axes.set(xlabel="step", ylabel="held-out KL(teacher, student), nats", ylim=(0, max(most, 1e-9) * 1.1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def divergence(axes: Any, run: Facts, most: float) -> None:

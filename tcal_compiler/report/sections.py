@@ -18,6 +18,10 @@ REASONS = {
     "keep=": "The layers that the policy names stay softmax.",
     "kl": "Of several sets of layers the one that leaves the least KL after a short alignment stays softmax; a "
     "layer's score is the KL of the teacher with this layer alone converted.",
+    "ar": "The layers without whose attention the teacher's predictions change most stay softmax; a layer's score is "
+    "the KL of that change.",
+    "greedy": "The layers that help most when they alone stay softmax do so; a layer's score is the mean log "
+    "likelihood of a token then.",
     "forward": "Layers stay softmax one by one, each the one that leaves the least KL; its score is the KL left then.",
     "none": "No layer stays softmax.",
     "all": "Every layer stays softmax: the student is the teacher.",

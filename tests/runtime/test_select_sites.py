@@ -86,6 +86,18 @@ def test_sets_are_measured_once_and_no_more_than_needed(initial, tmp_path, monke
     assert choose(SCAN, "forward:1", path=forward_path(other)) == plan and len(made) == 6
 
 
+def test_what_sets_need_is_made_before_the_first_is_measured(initial, tmp_path):
+    asked: list[int] = []
+    known = {(0,): 0.5}
+    options = {"batch": 2, "cache": tmp_path / "sets", "known": known}
+    sets = SetScores(CAPTURE, SCAN, SCORED, initial=lambda: asked.append(1) or initial, **options)
+    sets.prepare([(0,), (0, 1, 2)])
+    assert not asked
+    sets.prepare([(0,), (1,)])
+    sets.kl((1,))
+    assert asked == [1]
+
+
 def test_damaged_caches_and_scores_that_are_not_finite(initial, tmp_path):
     for text in ("[", '[{"keep": [0]}]', '[{"keep": 3, "kl": 1}]', "3", '[{"keep": ["x"], "kl": 1}]'):
         (tmp_path / "bad").write_text(text)
