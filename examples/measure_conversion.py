@@ -151,7 +151,7 @@ def result(
     given = {
         k: Path(v).name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json", "task_files")
     }
-    given |= {k: Path(given[k]).name for k in ("calib", "teacher")}
+    given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer") if given[k]}
     given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
     given["steps"] = [schedule.spelled for schedule in args.steps]
     given["lr_teacher_used"] = rate
