@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
-from .triton_layout import Layout, chunk_at, layout_of
+from .triton_layout import COUNTS, Layout, chunk_at, layout_of
 from .triton_solve import Solved, solve_chunks
 from .triton_tiles import (
     CHUNK,
@@ -37,7 +37,7 @@ from .triton_walk import walk_states
 from .triton_walk_back import walk_back
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _inward(
     q, k, g, d_out, d_fresh, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -54,7 +54,7 @@ def _inward(
         store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pairs(
     q, k, v, g, beta, d_out, inverse, fresh, d_rows, pairs, dv, d_rate, d_total, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -95,7 +95,7 @@ def _pairs(
     store_gate(d_total + pid * C, tl.sum(moved, 1) - tl.sum(moved, 0), 0, 1, C, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _keys(
     q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs, dq, dk, d_rate, d_total, d_end, d_kept, chunks,
     scale, T, N, H, K, DK, DV, count,
@@ -147,7 +147,7 @@ def _keys(
     store_rows(dk + h * DK, by_key + by_scaled * rate[:, None], t0, H * DK, end, k0, DK, C, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gates(
     by_value, by_pair, by_key, total, at_ends, kept, dg, dbeta, chunks, T, N, H, parts, count,
     C: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,

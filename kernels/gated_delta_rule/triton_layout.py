@@ -20,6 +20,8 @@ from torch import Tensor
 from .triton_tiles import CHUNK
 
 COLUMNS = tl.constexpr(7)  # of the table of segments
+# Arguments whose value kernels are not compiled for, so that one call's kernels serve for all lengths and heads.
+COUNTS = ("T", "N", "LENGTH", "SEGMENTS", "H", "K", "parts", "count")
 
 
 @triton.jit

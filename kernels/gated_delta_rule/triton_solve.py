@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
-from .triton_layout import Layout, chunk_at
+from .triton_layout import COUNTS, Layout, chunk_at
 from .triton_tiles import CHUNK, Setting, decay_sums, exp32, pair_decay
 
 
@@ -67,7 +67,7 @@ def _inverse(low, PRECISION: tl.constexpr):
     return _whole(a, -_dot(b, _dot(corner, a, PRECISION), PRECISION), b, 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _solve(
     q, k, v, g, beta, inverse, scores, w, u, into, fade, keep, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,

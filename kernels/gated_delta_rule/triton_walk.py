@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
-from .triton_layout import Cuts, Layout, segment_at
+from .triton_layout import COUNTS, Cuts, Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
 
@@ -72,7 +72,7 @@ def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.con
     store_rows(to, state, 0, width, DK, tl.where(unit, DV, 0) + v0, tl.where(unit, width, DV), BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _ends(
     k, w, u, fade, keep, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,7 +95,7 @@ def _ends(
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr):
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
@@ -120,7 +120,7 @@ def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV
         store_rows(starts + (index + H) * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _walk(
     k, w, u, fade, keep, starts, states, final, q, scores, into, out, cuts, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,

@@ -18,7 +18,7 @@ from torch import Tensor
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from . import triton_walk
-from .triton_layout import Layout, segment_at
+from .triton_layout import COUNTS, Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
 from .triton_walk import end_is_read, end_start, join, store_end
@@ -40,7 +40,7 @@ def _chunk_back(
     return new, state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _ends_back(
     q, k, d_out, w, d_fresh, into, fade, keep, start, ends, cuts, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,7 +66,7 @@ def _ends_back(
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _walk_back(
     q, k, d_out, w, d_fresh, into, fade, keep, starts, d_states, d_start, cuts, scale, T, N, LENGTH, SEGMENTS,
     H, K, DK, DV,

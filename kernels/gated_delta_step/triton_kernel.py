@@ -32,7 +32,7 @@ def _vector(ptr, i, D):
     return tl.load(ptr + i, mask=i < D, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "K"], do_not_specialize_on_alignment=["T"])
 def _step(
     q, k, v, g, beta, gate, weight, start, out, final, scale, eps, l2_eps, T, H, K,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, zb, zt, zh,
@@ -70,7 +70,7 @@ def _step(
     tl.store(final + at, state.to(final.dtype.element_ty), mask=there, eviction_policy=EVICTION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "H"])
 def _norm(
     y, gate, weight, out, eps, N, T, H, zb, zt, zh, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip

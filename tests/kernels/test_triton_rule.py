@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from inspect import getsource, signature
+
 import pytest
 import torch
 from interpreter import interpreted, interpreter_or_skip
@@ -74,6 +77,32 @@ def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
     exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
     for name, x in actual.items():
         assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=3)
+
+
+@interpreted
+@pytest.mark.parametrize("file", ["triton_backward", "triton_solve", "triton_walk", "triton_walk_back"])
+def test_kernels_are_compiled_for_no_count(file):
+    """Of the integers that a launch takes, only the head dims have a say in what is compiled."""
+    module = importlib.import_module(f"tcal_compiler.kernels.gated_delta_rule.{file}")
+    launched = [x for x in vars(module).values() if hasattr(x, "kwargs") and "tl.program_id" in getsource(x.fn)]
+    assert launched
+    for kernel in launched:
+        names = {name for name, p in signature(kernel.fn).parameters.items() if p.annotation is p.empty}
+        counts = {n for n in names if n.isupper() or n in ("parts", "count")} - {"DK", "DV"}
+        assert counts and counts <= set(kernel.kwargs["do_not_specialize"]), kernel.fn.__name__
+
+
+@pytest.mark.gpu
+def test_another_length_compiles_nothing():
+    from tcal_compiler.kernels.gated_delta_rule import triton_backward, triton_solve
+
+    here = torch.cuda.current_device()
+    kernels = (triton_solve._solve, *(getattr(triton_backward, f"_{n}") for n in ("inward", "pairs", "keys", "gates")))
+    found = []
+    for shape in ((1, 130, 2, 1, 32, 32), (3, 1024, 16, 4, 32, 32), (2, 17, 6, 2, 32, 32)):
+        results(make_args(shape, torch.bfloat16), device="cuda")
+        found.append([len(kernel.device_caches[here][0]) for kernel in kernels])
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.gpu
