@@ -192,17 +192,17 @@ def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.de
 
 def _cut(chunks: int, rows: int, value_dim: int, columns: int, at_once: int, device: torch.device) -> tuple[int, int]:
     """Segments and columns. Without segments, fewer columns while the programs do not fill the card."""
-    processors = _processors(device)
-    segments = min(MOST, chunks // SHORTEST, at_once * processors // (rows * triton.cdiv(value_dim, columns)))
+    count = processors(device)
+    segments = min(MOST, chunks // SHORTEST, at_once * count // (rows * triton.cdiv(value_dim, columns)))
     if segments >= at_once * WORTH:
         return segments, columns
-    while columns > 32 and rows * triton.cdiv(value_dim, columns) <= processors:
+    while columns > 32 and rows * triton.cdiv(value_dim, columns) <= count:
         columns //= 2
     return 1, columns
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
