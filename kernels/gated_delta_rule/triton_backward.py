@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
 from .triton_layout import COUNTS, Layout, chunk_at, layout_of
@@ -203,7 +204,8 @@ def gated_delta_rule_triton_backward(
     d_rows = torch.empty_like(solved.u)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
     blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
-    _inward[(layout.rows * layout.chunks,)](q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
+    programs = layout.rows * layout.chunks
+    launch(_inward, programs, q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
     d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
     walked = (states, d_rows, d_states)
     grads = _at_all_chunks((q, k, v, g, beta, d_out), solved, walked, layout, scale, s)
@@ -239,12 +241,12 @@ def _at_all_chunks(
     by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
     kept = floats(parts, rows, num_chunks)
     given = (q, k, v, g, beta, d_out, solved.inverse, solved.u, d_rows)
-    _pairs[(count,)](*given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
+    launch(_pairs, count, *given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
     read = (q, k, g, beta, d_out, solved.u, d_rows, states, d_states, pairs)
     taken = (dq, dk, by_key, total, end, kept)
-    _keys[(count * parts,)](*read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
+    launch(_keys, count * parts, *read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
     sums = (by_value, by_pair, by_key, total, end, kept)
     types = dict(C=CHUNK, GATE=s.gate, PACKED=layout.packed)
-    _gates[(count,)](*sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
+    launch(_gates, count, *sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
     return dq, dk, dv, dg, dbeta

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from .triton_layout import COUNTS, Cuts, Layout, segment_at
@@ -214,11 +215,12 @@ def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:
     """
     batch, heads, key_dim, value_dim = state.shape
     starts = state.new_empty(cuts.total, *state.shape[1:])
-    grid = (batch * heads * triton.cdiv(value_dim, 16),)
+    programs = batch * heads * triton.cdiv(value_dim, 16)
     sizes = (cuts.each, heads, key_dim, value_dim)
     packed = cuts.firsts is not None
     firsts = cuts.firsts if packed else state
-    _join[grid](state, ends, starts, firsts, *sizes, BK=s.key_block, BV=16, PACKED=packed, num_warps=4)
+    blocks = dict(BK=s.key_block, BV=16, PACKED=packed, num_warps=4)
+    launch(_join, programs, state, ends, starts, firsts, *sizes, **blocks)
     return starts
 
 
@@ -245,10 +247,10 @@ class Walk:
         starts = self.state if cuts.total == lay.sequences else self._starts(cuts, sizes)
         final = torch.empty_like(self.state)
         x = self.solved
-        grid = (cuts.total * lay.heads * triton.cdiv(value_dim, self.cut.columns),)
-        _walk[grid](
-            self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out, cuts.given(self.k),
-            scale, *sizes, READ=read, **self._blocks(),
+        programs = cuts.total * lay.heads * triton.cdiv(value_dim, self.cut.columns)
+        launch(
+            _walk, programs, self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out,
+            cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(),
         )  # fmt: skip
         return final
 
@@ -256,10 +258,11 @@ class Walk:
         """The true start of every segment, [segments, H, Dk, Dv]."""
         x, (key_dim, value_dim), columns = self.solved, sizes[-2:], self.cut.columns
         ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
-        grid = (cuts.total * self.layout.heads * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns)),)
+        programs = cuts.total * self.layout.heads * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns))
         stages = self.cut.stages if self.s.key_block <= 64 else self.s.stages  # two programs run at once
         blocks = self._blocks() | dict(STAGES=stages)
-        _ends[grid](self.k, x.w, x.u, x.fade, x.keep, self.state, ends, cuts.given(self.k), *sizes, **blocks)
+        read = (self.k, x.w, x.u, x.fade, x.keep, self.state)
+        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, **blocks)
         return join(self.state, ends, cuts, self.s)
 
     def _blocks(self) -> dict[str, Any]:

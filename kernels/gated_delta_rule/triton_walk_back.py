@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from . import triton_walk
@@ -119,10 +120,11 @@ def walk_back(
     parts, starts = triton.cdiv(value_dim, cut.columns), d_final
     if cuts.total > layout.sequences:
         ends = d_final.new_empty(cuts.total, heads, key_dim, value_dim + key_dim)
-        grid = (cuts.total * heads * (parts + triton.cdiv(key_dim, cut.columns)),)
-        _ends_back[grid](*read, d_final, ends, cuts.given(q), *sizes, **blocks)
+        programs = cuts.total * heads * (parts + triton.cdiv(key_dim, cut.columns))
+        launch(_ends_back, programs, *read, d_final, ends, cuts.given(q), *sizes, **blocks)
         starts = join(d_final, ends, cuts, s)
     d_states = torch.empty(rows, chunks, key_dim, value_dim, dtype=s.kept, device=k.device)
     d_start = torch.empty_like(d_final)
-    _walk_back[(cuts.total * heads * parts,)](*read, starts, d_states, d_start, cuts.given(q), *sizes, **blocks)
+    programs = cuts.total * heads * parts
+    launch(_walk_back, programs, *read, starts, d_states, d_start, cuts.given(q), *sizes, **blocks)
     return d_states, d_start

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import launch
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 from .reference import L2_EPS
@@ -162,8 +163,9 @@ def gated_delta_step_triton(
     dtype = v.dtype if gate is None or fused else torch.float32
     out = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=q.device)
     strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
-    _step[(rows * triton.cdiv(value_dim, tile.BV),)](
-        q, k, v, g, beta, z, w, start, out, final, scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
+    launch(
+        _step, rows * triton.cdiv(value_dim, tile.BV), q, k, v, g, beta, z, w, start, out, final,
+        scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
         DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
         EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
     )  # fmt: skip
@@ -171,9 +173,10 @@ def gated_delta_step_triton(
         y, out = out, torch.empty_like(out, dtype=v.dtype)
         sizes = (batch * tokens * heads, tokens, heads, *z.stride()[:3])
         block = triton.next_power_of_2(value_dim)
-        _norm[(triton.cdiv(sizes[0], NORM_ROWS),)](
-            y, z, w, out, eps, *sizes, DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1
-        )
+        launch(
+            _norm, triton.cdiv(sizes[0], NORM_ROWS), y, z, w, out, eps, *sizes,
+            DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1,
+        )  # fmt: skip
     if not in_place:
         return out, final
     return out, state if final is state else state.copy_(final)
