@@ -54,6 +54,7 @@ class Setting:
     dot: Any  # type of the operands of products
     gate: Any  # type in which g is summed
     precision: str  # of products of float32 operands
+    walk_precision: str  # of those of the walks
     kept: torch.dtype  # of U, W, P, V', dR, states, pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int  # of the walks
@@ -73,9 +74,10 @@ class Setting:
         )
 
 
-def setting_for(q: Tensor, v: Tensor) -> Setting:
+def setting_for(q: Tensor, v: Tensor, *, tf32: bool = False) -> Setting:
     """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
-    float32: three tf32 products for one, and g summed in float64. q and v as `as_kernels_take` returns them.
+    float32: three tf32 products for one, and g summed in float64; with tf32 one, but in the walks, whose errors add up
+    from chunk to chunk. q and v as `as_kernels_take` returns them.
 
     Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
@@ -93,7 +95,8 @@ def setting_for(q: Tensor, v: Tensor) -> Setting:
         key_part=min(64, key_block),
         dot=tl.bfloat16 if bfloat16_products else tl.float32,
         gate=tl.float32 if narrow else tl.float64,
-        precision="tf32" if narrow else "tf32x3",
+        precision="tf32" if narrow or tf32 else "tf32x3",
+        walk_precision="tf32" if narrow else "tf32x3",
         kept=torch.bfloat16 if bfloat16_products else torch.float32,
         stages=2 if key_block <= 128 else 1,
         warps=4,
