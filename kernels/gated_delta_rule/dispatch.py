@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tcal_compiler.kernels.launch import compiled_at_once
+from tcal_compiler.kernels.registration import on_device
 from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_tf32, takes_triton
 
 from .chunked import gated_delta_rule_chunked
@@ -22,7 +23,7 @@ def forward(*inputs: Tensor, scale: float, bounds: tuple[int, ...] | None = None
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_forward import gated_delta_rule_triton
 
-        with torch.cuda.device(inputs[0].device):
+        with on_device(inputs[0].device):
             return gated_delta_rule_triton(*inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return forward_each(gated_delta_rule_chunked, bounds, *inputs, scale=scale)
@@ -36,7 +37,7 @@ def backward(
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_backward import gated_delta_rule_triton_backward
 
-        with torch.cuda.device(d_out.device):
+        with on_device(d_out.device):
             return gated_delta_rule_triton_backward(d_out, d_state, *inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return backward_each(gated_delta_rule_chunked_backward, bounds, d_out, d_state, *inputs, scale=scale)

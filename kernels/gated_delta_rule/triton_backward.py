@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import launch
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.self_check import takes_tf32
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
@@ -222,7 +222,7 @@ def _at_all_chunks(
     q, k, v, g, beta, d_out = inputs
     states, d_rows, d_states = walked
     rows, num_chunks = layout.rows, layout.chunks
-    count, parts = rows * num_chunks, triton.cdiv(q.shape[3], s.key_part)
+    count, parts = rows * num_chunks, cdiv(q.shape[3], s.key_part)
     sizes = (layout.tokens, num_chunks, layout.heads, *k.shape[2:], v.shape[3])
     one_head, table = k.shape[2] == q.shape[2], layout.given(q)
 

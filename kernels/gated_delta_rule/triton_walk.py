@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import launch
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from .triton_layout import COUNTS, Cuts, Layout, segment_at
@@ -194,10 +194,10 @@ def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.de
 def _cut(chunks: int, rows: int, value_dim: int, columns: int, at_once: int, device: torch.device) -> tuple[int, int]:
     """Segments and columns. Without segments, fewer columns while the programs do not fill the card."""
     count = processors(device)
-    segments = min(MOST, chunks // SHORTEST, at_once * count // (rows * triton.cdiv(value_dim, columns)))
+    segments = min(MOST, chunks // SHORTEST, at_once * count // (rows * cdiv(value_dim, columns)))
     if segments >= at_once * WORTH:
         return segments, columns
-    while columns > 32 and rows * triton.cdiv(value_dim, columns) <= count:
+    while columns > 32 and rows * cdiv(value_dim, columns) <= count:
         columns //= 2
     return 1, columns
 
@@ -215,7 +215,7 @@ def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:
     """
     batch, heads, key_dim, value_dim = state.shape
     starts = state.new_empty(cuts.total, *state.shape[1:])
-    programs = batch * heads * triton.cdiv(value_dim, 16)
+    programs = batch * heads * cdiv(value_dim, 16)
     sizes = (cuts.each, heads, key_dim, value_dim)
     packed = cuts.firsts is not None
     firsts = cuts.firsts if packed else state
@@ -247,7 +247,7 @@ class Walk:
         starts = self.state if cuts.total == lay.sequences else self._starts(cuts, sizes)
         final = torch.empty_like(self.state)
         x = self.solved
-        programs = cuts.total * lay.heads * triton.cdiv(value_dim, self.cut.columns)
+        programs = cuts.total * lay.heads * cdiv(value_dim, self.cut.columns)
         launch(
             _walk, programs, self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out,
             cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(),
@@ -258,7 +258,7 @@ class Walk:
         """The true start of every segment, [segments, H, Dk, Dv]."""
         x, (key_dim, value_dim), columns = self.solved, sizes[-2:], self.cut.columns
         ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
-        programs = cuts.total * self.layout.heads * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns))
+        programs = cuts.total * self.layout.heads * (cdiv(value_dim, columns) + cdiv(key_dim, columns))
         stages = self.cut.stages if self.s.key_block <= 64 else self.s.stages  # two programs run at once
         blocks = self._blocks() | dict(STAGES=stages)
         read = (self.k, x.w, x.u, x.fade, x.keep, self.state)

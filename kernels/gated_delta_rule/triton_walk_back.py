@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import launch
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from . import triton_walk
@@ -117,10 +117,10 @@ def walk_back(
     blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.walk_precision)
     blocks |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
     read = (q, k, d_out, solved.w, d_fresh, solved.into, solved.fade, solved.keep)
-    parts, starts = triton.cdiv(value_dim, cut.columns), d_final
+    parts, starts = cdiv(value_dim, cut.columns), d_final
     if cuts.total > layout.sequences:
         ends = d_final.new_empty(cuts.total, heads, key_dim, value_dim + key_dim)
-        programs = cuts.total * heads * (parts + triton.cdiv(key_dim, cut.columns))
+        programs = cuts.total * heads * (parts + cdiv(key_dim, cut.columns))
         launch(_ends_back, programs, *read, d_final, ends, cuts.given(q), *sizes, **blocks)
         starts = join(d_final, ends, cuts, s)
     d_states = torch.empty(rows, chunks, key_dim, value_dim, dtype=s.kept, device=k.device)

@@ -14,6 +14,7 @@ from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chun
 from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm_reference
 from tcal_compiler.kernels.gates import l2_normalize
 from tcal_compiler.kernels.launch import compiled_at_once
+from tcal_compiler.kernels.registration import on_device, without_autocast
 from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
 from tcal_compiler.kernels.shapes import Shapes
 
@@ -104,7 +105,7 @@ def _run(
     scale: float, normalize: bool, eps: float, *, in_place: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Checks the inputs and takes Triton on CUDA once it has proved itself there, else PyTorch."""
-    tokens = SHAPES.check(q, k, v, g, beta, state, gate, weight)["T"]
+    tokens = SHAPES.check_numbers(q, k, v, g, beta, state, gate, weight)["T"]
     if tokens > MOST_TOKENS:
         raise ValueError(
             f"gated_delta_step: {tokens} tokens, and it takes 1 to {MOST_TOKENS}; gated_delta_rule is for longer ones"
@@ -112,11 +113,11 @@ def _run(
     if (gate is None) != (weight is None):
         raise ValueError("gated_delta_step: the norm needs both gate and weight; one of them is missing")
     given: dict[str, Any] = dict(scale=scale, normalize=normalize, eps=eps, in_place=in_place)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if _takes_triton(q, v, state, normalize, gate is not None):
             from .triton_kernel import gated_delta_step_triton
 
-            with torch.cuda.device(q.device):
+            with on_device(q.device):
                 return gated_delta_step_triton(q, k, v, g, beta, state, gate, weight, **given)
         out, new = gated_delta_step_pytorch(q, k, v, g, beta, state, gate, weight, **given)
     return out.contiguous(), new if in_place else new.contiguous()

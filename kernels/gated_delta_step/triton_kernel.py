@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import launch
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 from .reference import L2_EPS
@@ -123,7 +123,7 @@ def tiles(key_dim: int, value_dim: int, *, whole: bool, measured: Fields | None 
 
 def choose_tile(options: list[Tile], rows: int, value_dim: int) -> Tile:
     """Few states are cut finer, so that every multiprocessor gets some."""
-    return next((t for t in options if rows * triton.cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
+    return next((t for t in options if rows * cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
 
 
 def gated_delta_step_triton(
@@ -164,7 +164,7 @@ def gated_delta_step_triton(
     out = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=q.device)
     strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
     launch(
-        _step, rows * triton.cdiv(value_dim, tile.BV), q, k, v, g, beta, z, w, start, out, final,
+        _step, rows * cdiv(value_dim, tile.BV), q, k, v, g, beta, z, w, start, out, final,
         scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
         DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
         EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
@@ -174,7 +174,7 @@ def gated_delta_step_triton(
         sizes = (batch * tokens * heads, tokens, heads, *z.stride()[:3])
         block = triton.next_power_of_2(value_dim)
         launch(
-            _norm, triton.cdiv(sizes[0], NORM_ROWS), y, z, w, out, eps, *sizes,
+            _norm, cdiv(sizes[0], NORM_ROWS), y, z, w, out, eps, *sizes,
             DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1,
         )  # fmt: skip
     if not in_place:
