@@ -12,20 +12,24 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, *, products: torch.dtype | None = None) -> Tensor:
     """The nearest semi-orthogonal matrices U V^T of matrices = U S V^T [L, R, C], roughly, by Newton-Schulz iteration.
 
     Coefficients: Keller Jordan et al., Muon (2024). Singular values of the result lie in about 0.7 to 1.2, and those
     far below the largest are smaller still; an all-zero matrix stays zero.
+
+    products: their dtype; by default bfloat16 on CUDA, which turns the result by some hundredths of its norm and leaves
+    its singular values in that range, else that of matrices.
     """
     a, b, c = QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    x = x.to(products or (torch.bfloat16 if x.is_cuda else x.dtype))
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class StackedMuon(torch.optim.Optimizer):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
+from tcal_compiler.kernels.launch import compiled_at_once
+from tcal_compiler.kernels.registration import on_device
+from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_tf32, takes_triton
 
 from .chunked import gated_delta_rule_chunked
 from .chunked_backward import gated_delta_rule_chunked_backward
@@ -19,7 +23,7 @@ def forward(*inputs: Tensor, scale: float, bounds: tuple[int, ...] | None = None
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_forward import gated_delta_rule_triton
 
-        with torch.cuda.device(inputs[0].device):
+        with on_device(inputs[0].device):
             return gated_delta_rule_triton(*inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return forward_each(gated_delta_rule_chunked, bounds, *inputs, scale=scale)
@@ -33,7 +37,7 @@ def backward(
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_backward import gated_delta_rule_triton_backward
 
-        with torch.cuda.device(d_out.device):
+        with on_device(d_out.device):
             return gated_delta_rule_triton_backward(d_out, d_state, *inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return backward_each(gated_delta_rule_chunked_backward, bounds, d_out, d_state, *inputs, scale=scale)
@@ -42,51 +46,99 @@ def backward(
 
 def _takes_triton(q: Tensor, v: Tensor, *, packed: bool = False) -> bool:
     op, check = ("packed gated_delta_rule", packed_self_check) if packed else ("gated_delta_rule", self_check)
-    return takes_triton(op, check, q, q.shape[-1], v.shape[-1])
+    return takes_triton(op, check, q, q.shape[-1], v.shape[-1], tf32=takes_tf32(q))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one comparison with float64."""
+
+    batch: int
+    tokens: int
+    heads: int = 1
+    bounds: tuple[int, ...] | None = None  # of sequences in a batch of one
+    packed: bool = False  # the sequences of the batch one after another in one row, for Triton alone
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens" if self.batch == 1 else f"{self.batch} x {self.tokens} tokens"
+
+    def given(self, tensors: list[Tensor]) -> list[Tensor]:
+        """As Triton takes them: all but the last, the state."""
+        return [x.flatten(0, 1).unsqueeze(0) for x in tensors[:-1]] + tensors[-1:] if self.packed else tensors
+
+    @property
+    def triton_bounds(self) -> tuple[int, ...] | None:
+        return tuple(range(0, self.batch * self.tokens + 1, self.tokens)) if self.packed else self.bounds
 
 
 def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
-    """rms error over rms of Triton's results against float64: 131 tokens, two query heads on one key head; steps.
-
-    Where launch settings come from the table (`tuning`), also as many tokens as are cut into segments, since those take
-    the widest programs and kernels of their own.
-    """
+    """rms error over rms of Triton's results against float64, of every kernel that a call with these dims may take."""
     from tcal_compiler.kernels.gated_delta_step import op as step
 
     found = step.self_check(device, dtype, key_dim, value_dim, normalize=False, normed=False)
-    for tokens in _lengths(device, dtype, key_dim, value_dim):
-        errors = _errors(device, dtype, key_dim, value_dim, tokens, None)
-        found |= {f"{name} of {tokens} tokens": error for name, error in errors.items()}
-    return found
+    return found | _errors(device, dtype, key_dim, value_dim, packed=False)
 
 
 def packed_self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
     """As `self_check`, the tokens in packed sequences."""
-    found: dict[str, float] = {}
-    for tokens in _lengths(device, dtype, key_dim, value_dim):
-        errors = _errors(device, dtype, key_dim, value_dim, tokens, (0, 5, 5, tokens - 1, tokens))
-        found |= {f"{name} of {tokens} tokens": error for name, error in errors.items()}
-    return found
+    return _errors(device, dtype, key_dim, value_dim, packed=True)
 
 
-def _lengths(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> list[int]:
-    """Tokens that a proof takes."""
-    from .triton_tiles import CHUNK, as_kernels_take, measured_for, setting_for
-    from .triton_walk import least_cut
+def cases(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> list[Case]:
+    """Few programs, two query heads on one key head; more sequences than the card has processors, whose programs take
+    all their columns; and a sequence that is cut into segments, where one can be.
+    """
+    from .triton_tiles import CHUNK, as_kernels_take, setting_for
+    from .triton_walk import cut_for, cut_to_read, least_cut, processors
 
     dims = (key_dim, key_dim, value_dim)
     q, _, v = as_kernels_take(tuple(torch.empty(1, 1, 1, dim, dtype=dtype, device=device) for dim in dims))
-    return [131, CHUNK * (least_cut(setting_for(q, v)) + 1)] if measured_for(q, v) else [131]
+    s = setting_for(q, v)
+    few = Case(1, 131, 2, bounds=(0, 5, 5, 130, 131) if packed else None)
+    found = [few, Case(processors(device) + 1, CHUNK + 1, packed=packed)]
+    long = least_cut(s) + 1
+    cuts = (cut_to_read(long, 1, value_dim, s, device), cut_for(long, 1, value_dim, s, device, wide=True))
+    if any(cut.segments > 1 for cut in cuts):
+        found.append(Case(1, CHUNK * long, packed=packed))
+    return found
 
 
 def _errors(
-    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, tokens: int, bounds: tuple[int, ...] | None
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool
 ) -> dict[str, float]:
     from .triton_backward import gated_delta_rule_triton_backward
     from .triton_forward import gated_delta_rule_triton
 
-    gen = torch.Generator().manual_seed(0)
     scale = key_dim**-0.5
+    found: dict[str, float] = {}
+    tried = cases(device, dtype, key_dim, value_dim, packed=packed)
+    made = [_made(device, dtype, key_dim, value_dim, case) for case in tried]
+
+    def run() -> list[tuple[Tensor, ...]]:
+        results: list[tuple[Tensor, ...]] = []
+        for case, tensors in zip(tried, made, strict=True):
+            inputs, seeds = (case.given(x) for x in tensors)
+            out = gated_delta_rule_triton(*inputs, scale=scale, bounds=case.triton_bounds)
+            grads = gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=case.triton_bounds)
+            results.append((*out, *grads))
+        return results
+
+    for case, tensors, actual in zip(tried, made, compiled_at_once(run, device), strict=True):
+        inputs, seeds = map(exactly, tensors)  # float64, which goes to PyTorch
+        exact = (
+            *forward(*inputs, scale=scale, bounds=case.bounds),
+            *backward(*seeds, *inputs, scale=scale, bounds=case.bounds),
+        )
+        flat = [x.view(y.shape) for x, y in zip(actual, exact, strict=True)]
+        found |= relative_errors([f"{name} of {case}" for name in NAMES], flat, exact)
+    return found
+
+
+def _made(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, case: Case
+) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k (unit), v, g, beta, state; gradients of outputs and final state."""
+    gen = torch.Generator().manual_seed(0)
 
     def randn(*size: int, as_dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*size, generator=gen).to(device, as_dtype)
@@ -94,19 +146,9 @@ def _errors(
     def unit(*size: int) -> Tensor:
         return torch.nn.functional.normalize(randn(*size), dim=-1).to(dtype)
 
-    q, k, v = unit(1, tokens, 2, key_dim), unit(1, tokens, 1, key_dim), randn(1, tokens, 1, value_dim, as_dtype=dtype)
-    g, beta = -torch.nn.functional.softplus(randn(1, tokens, 2) - 2), randn(1, tokens, 2).sigmoid()
-    states = (1 if bounds is None else len(bounds) - 1, 2, key_dim, value_dim)
-    inputs = (q, k, v, g, beta, randn(*states))
-    seeds = (randn(1, tokens, 2, value_dim, as_dtype=dtype), randn(*states))
-
-    actual = [
-        *gated_delta_rule_triton(*inputs, scale=scale, bounds=bounds),
-        *gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=bounds),
-    ]
-    wide, wide_seeds = exactly(inputs), exactly(seeds)  # float64, which goes to PyTorch
-    exact = [
-        *forward(*wide, scale=scale, bounds=bounds),
-        *backward(*wide_seeds, *wide, scale=scale, bounds=bounds),
-    ]
-    return relative_errors(NAMES, actual, exact)
+    each, heads = (case.batch, case.tokens), case.heads
+    q, k, v = unit(*each, heads, key_dim), unit(*each, 1, key_dim), randn(*each, 1, value_dim, as_dtype=dtype)
+    g, beta = -torch.nn.functional.softplus(randn(*each, heads) - 2), randn(*each, heads).sigmoid()
+    state = (case.batch if case.bounds is None else len(case.bounds) - 1, heads, key_dim, value_dim)
+    inputs = [q, k, v, g, beta, randn(*state)]
+    return inputs, [randn(*each, heads, value_dim, as_dtype=dtype), randn(*state)]

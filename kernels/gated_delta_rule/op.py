@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.registration import register
+from tcal_compiler.kernels.registration import register, without_autocast
 from tcal_compiler.kernels.shapes import Shapes
 
 from . import dispatch
@@ -29,9 +29,9 @@ def _check(*tensors: Tensor | None) -> tuple[int, ...] | None:
     """The bounds of packed sequences, None where they are not. Raises ValueError."""
     *others, cu_seqlens = tensors
     if cu_seqlens is None:
-        SHAPES.check(*others)
+        SHAPES.check_numbers(*others)
         return None
-    sizes = PACKED.check(*tensors)
+    sizes = PACKED.check_numbers(*tensors)
     return read_bounds(cu_seqlens, sizes["B"], sizes["T"], sizes["N"])
 
 
@@ -46,7 +46,7 @@ def _forward(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     bounds = _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out, state = dispatch.forward(q, k, v, g, beta, initial_state, scale=scale, bounds=bounds)
     return out.contiguous(), state.contiguous()
 
@@ -82,7 +82,7 @@ def _backward(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     bounds = None if cu_seqlens is None else _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         grads = dispatch.backward(d_out, d_state, q, k, v, g, beta, initial_state, scale=scale, bounds=bounds)
     dq, dk, dv, dg, dbeta, dstate = grads
     return dq, dk, dv, dg, dbeta, dstate

@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import cdiv, launch
+from tcal_compiler.kernels.self_check import takes_tf32
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
-from .triton_layout import Layout, chunk_at, layout_of
+from .triton_layout import COUNTS, Layout, chunk_at, layout_of
 from .triton_solve import Solved, solve_chunks
 from .triton_tiles import (
     CHUNK,
@@ -37,7 +39,7 @@ from .triton_walk import walk_states
 from .triton_walk_back import walk_back
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _inward(
     q, k, g, d_out, d_fresh, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -54,7 +56,7 @@ def _inward(
         store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pairs(
     q, k, v, g, beta, d_out, inverse, fresh, d_rows, pairs, dv, d_rate, d_total, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -95,7 +97,7 @@ def _pairs(
     store_gate(d_total + pid * C, tl.sum(moved, 1) - tl.sum(moved, 0), 0, 1, C, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _keys(
     q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs, dq, dk, d_rate, d_total, d_end, d_kept, chunks,
     scale, T, N, H, K, DK, DV, count,
@@ -147,7 +149,7 @@ def _keys(
     store_rows(dk + h * DK, by_key + by_scaled * rate[:, None], t0, H * DK, end, k0, DK, C, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gates(
     by_value, by_pair, by_key, total, at_ends, kept, dg, dbeta, chunks, T, N, H, parts, count,
     C: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
@@ -197,13 +199,14 @@ def gated_delta_rule_triton_backward(
     inputs = (q, k, v, g, beta, initial_state)
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
-    s, layout = setting_for(q, v), layout_of(q, bounds)
+    s, layout = setting_for(q, v, tf32=takes_tf32(inputs[0])), layout_of(q, bounds)
     solved = solve_chunks(q, k, v, g, beta, layout, s, inverse=True)
     states, _ = walk_states(k, solved, state, layout, s)
     d_rows = torch.empty_like(solved.u)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
     blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
-    _inward[(layout.rows * layout.chunks,)](q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
+    programs = layout.rows * layout.chunks
+    launch(_inward, programs, q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
     d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
     walked = (states, d_rows, d_states)
     grads = _at_all_chunks((q, k, v, g, beta, d_out), solved, walked, layout, scale, s)
@@ -219,7 +222,7 @@ def _at_all_chunks(
     q, k, v, g, beta, d_out = inputs
     states, d_rows, d_states = walked
     rows, num_chunks = layout.rows, layout.chunks
-    count, parts = rows * num_chunks, triton.cdiv(q.shape[3], s.key_part)
+    count, parts = rows * num_chunks, cdiv(q.shape[3], s.key_part)
     sizes = (layout.tokens, num_chunks, layout.heads, *k.shape[2:], v.shape[3])
     one_head, table = k.shape[2] == q.shape[2], layout.given(q)
 
@@ -239,12 +242,12 @@ def _at_all_chunks(
     by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
     kept = floats(parts, rows, num_chunks)
     given = (q, k, v, g, beta, d_out, solved.inverse, solved.u, d_rows)
-    _pairs[(count,)](*given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
+    launch(_pairs, count, *given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
     read = (q, k, g, beta, d_out, solved.u, d_rows, states, d_states, pairs)
     taken = (dq, dk, by_key, total, end, kept)
-    _keys[(count * parts,)](*read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
+    launch(_keys, count * parts, *read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
     sums = (by_value, by_pair, by_key, total, end, kept)
     types = dict(C=CHUNK, GATE=s.gate, PACKED=layout.packed)
-    _gates[(count,)](*sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
+    launch(_gates, count, *sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
     return dq, dk, dv, dg, dbeta

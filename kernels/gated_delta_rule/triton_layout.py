@@ -17,9 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import cdiv
+
 from .triton_tiles import CHUNK
 
 COLUMNS = tl.constexpr(7)  # of the table of segments
+# Arguments whose value kernels are not compiled for, so that one call's kernels serve for all lengths and heads.
+COUNTS = ("T", "N", "LENGTH", "SEGMENTS", "H", "K", "parts", "count")
 
 
 @triton.jit
@@ -92,13 +96,13 @@ class Layout:
     @property
     def whole_rows(self) -> int:
         """As many rows of the longest sequence have as many chunks."""
-        return triton.cdiv(self.rows * self.chunks, self.longest)
+        return cdiv(self.rows * self.chunks, self.longest)
 
     def cuts(self, segments: int) -> Cuts:
         """The longest sequence in `segments` segments at most, the others in segments as long."""
-        length = triton.cdiv(self.longest, segments)
+        length = cdiv(self.longest, segments)
         if self.bounds is None:
-            each = triton.cdiv(self.longest, length)
+            each = cdiv(self.longest, length)
             return Cuts(length, each, self.sequences * each, None, None)
         table, firsts = _segments(self.bounds, length, self.device)
         return Cuts(length, 0, len(table), table, firsts)
@@ -107,7 +111,7 @@ class Layout:
 def layout_of(q: Tensor, bounds: tuple[int, ...] | None) -> Layout:
     batch, tokens, heads = q.shape[:3]
     if bounds is None:
-        chunks = triton.cdiv(tokens, CHUNK)
+        chunks = cdiv(tokens, CHUNK)
         return Layout(batch, tokens, heads, batch * heads, chunks, chunks, None, q.device, None)
     table, longest = _chunks(bounds, q.device)
     return Layout(len(bounds) - 1, tokens, heads, heads, len(table), longest, bounds, q.device, table)
@@ -116,7 +120,7 @@ def layout_of(q: Tensor, bounds: tuple[int, ...] | None) -> Layout:
 @lru_cache(maxsize=16)  # a model's layers, forward and backward, ask for the same
 def _chunks(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
     rows = [(t, end) for start, end in pairwise(bounds) for t in range(start, end, CHUNK)]
-    longest = max(triton.cdiv(end - start, CHUNK) for start, end in pairwise(bounds))
+    longest = max(cdiv(end - start, CHUNK) for start, end in pairwise(bounds))
     return torch.tensor(rows).to(device), longest
 
 
@@ -126,8 +130,8 @@ def _segments(bounds: tuple[int, ...], length: int, device: torch.device) -> tup
     rows: list[tuple[int, ...]] = []
     firsts, chunk = [0], 0
     for b, (start, end) in enumerate(pairwise(bounds)):
-        count = triton.cdiv(end - start, CHUNK)
-        segments = max(1, triton.cdiv(count, length))
+        count = cdiv(end - start, CHUNK)
+        segments = max(1, cdiv(count, length))
         rows += [(b, start, end - start, chunk, count, s, segments) for s in range(segments)]
         firsts.append(len(rows))
         chunk += count

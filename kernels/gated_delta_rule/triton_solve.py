@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
-from .triton_layout import Layout, chunk_at
+from .triton_layout import COUNTS, Layout, chunk_at
 from .triton_tiles import CHUNK, Setting, decay_sums, exp32, pair_decay
 
 
@@ -67,7 +68,7 @@ def _inverse(low, PRECISION: tl.constexpr):
     return _whole(a, -_dot(b, _dot(corner, a, PRECISION), PRECISION), b, 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _solve(
     q, k, v, g, beta, inverse, scores, w, u, into, fade, keep, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -148,8 +149,8 @@ def solve_chunks(
         keep=empty(),
     )
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], value_dim)
-    _solve[(layout.rows * layout.chunks,)](
-        q, k, v, g, beta, *vars(solved).values(), layout.given(q), scale, *sizes,
+    launch(
+        _solve, layout.rows * layout.chunks, q, k, v, g, beta, *vars(solved).values(), layout.given(q), scale, *sizes,
         C=CHUNK, BK=s.solve_keys, BV=min(32, s.value_block), DOT=s.dot, GATE=s.gate, PRECISION=s.precision,
         PACKED=layout.packed, INVERSE=inverse, SCORES=not inverse, num_warps=s.solve_warps,
     )  # fmt: skip

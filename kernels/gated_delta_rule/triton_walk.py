@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
-from .triton_layout import Cuts, Layout, segment_at
+from .triton_layout import COUNTS, Cuts, Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
 
@@ -72,7 +73,7 @@ def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.con
     store_rows(to, state, 0, width, DK, tl.where(unit, DV, 0) + v0, tl.where(unit, width, DV), BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _ends(
     k, w, u, fade, keep, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,7 +96,7 @@ def _ends(
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr):
     parts = tl.cdiv(DV, BV)
     pid = tl.program_id(0).to(tl.int64)
@@ -120,7 +121,7 @@ def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV
         store_rows(starts + (index + H) * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _walk(
     k, w, u, fade, keep, starts, states, final, q, scores, into, out, cuts, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -192,17 +193,17 @@ def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.de
 
 def _cut(chunks: int, rows: int, value_dim: int, columns: int, at_once: int, device: torch.device) -> tuple[int, int]:
     """Segments and columns. Without segments, fewer columns while the programs do not fill the card."""
-    processors = _processors(device)
-    segments = min(MOST, chunks // SHORTEST, at_once * processors // (rows * triton.cdiv(value_dim, columns)))
+    count = processors(device)
+    segments = min(MOST, chunks // SHORTEST, at_once * count // (rows * cdiv(value_dim, columns)))
     if segments >= at_once * WORTH:
         return segments, columns
-    while columns > 32 and rows * triton.cdiv(value_dim, columns) <= processors:
+    while columns > 32 and rows * cdiv(value_dim, columns) <= count:
         columns //= 2
     return 1, columns
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -214,11 +215,12 @@ def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:
     """
     batch, heads, key_dim, value_dim = state.shape
     starts = state.new_empty(cuts.total, *state.shape[1:])
-    grid = (batch * heads * triton.cdiv(value_dim, 16),)
+    programs = batch * heads * cdiv(value_dim, 16)
     sizes = (cuts.each, heads, key_dim, value_dim)
     packed = cuts.firsts is not None
     firsts = cuts.firsts if packed else state
-    _join[grid](state, ends, starts, firsts, *sizes, BK=s.key_block, BV=16, PACKED=packed, num_warps=4)
+    blocks = dict(BK=s.key_block, BV=16, PACKED=packed, num_warps=4)
+    launch(_join, programs, state, ends, starts, firsts, *sizes, **blocks)
     return starts
 
 
@@ -245,10 +247,10 @@ class Walk:
         starts = self.state if cuts.total == lay.sequences else self._starts(cuts, sizes)
         final = torch.empty_like(self.state)
         x = self.solved
-        grid = (cuts.total * lay.heads * triton.cdiv(value_dim, self.cut.columns),)
-        _walk[grid](
-            self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out, cuts.given(self.k),
-            scale, *sizes, READ=read, **self._blocks(),
+        programs = cuts.total * lay.heads * cdiv(value_dim, self.cut.columns)
+        launch(
+            _walk, programs, self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out,
+            cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(),
         )  # fmt: skip
         return final
 
@@ -256,15 +258,17 @@ class Walk:
         """The true start of every segment, [segments, H, Dk, Dv]."""
         x, (key_dim, value_dim), columns = self.solved, sizes[-2:], self.cut.columns
         ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
-        grid = (cuts.total * self.layout.heads * (triton.cdiv(value_dim, columns) + triton.cdiv(key_dim, columns)),)
+        programs = cuts.total * self.layout.heads * (cdiv(value_dim, columns) + cdiv(key_dim, columns))
         stages = self.cut.stages if self.s.key_block <= 64 else self.s.stages  # two programs run at once
         blocks = self._blocks() | dict(STAGES=stages)
-        _ends[grid](self.k, x.w, x.u, x.fade, x.keep, self.state, ends, cuts.given(self.k), *sizes, **blocks)
+        read = (self.k, x.w, x.u, x.fade, x.keep, self.state)
+        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, **blocks)
         return join(self.state, ends, cuts, self.s)
 
     def _blocks(self) -> dict[str, Any]:
-        blocks = dict(C=CHUNK, BK=self.s.key_block, BV=self.cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
-        return blocks | dict(STAGES=self.cut.stages, PACKED=self.layout.packed, num_warps=self.cut.warps)
+        s, cut = self.s, self.cut
+        blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.walk_precision)
+        return blocks | dict(STAGES=cut.stages, PACKED=self.layout.packed, num_warps=cut.warps)
 
 
 def walk_states(k: Tensor, solved: Solved, state: Tensor, layout: Layout, s: Setting) -> tuple[Tensor, Tensor]:

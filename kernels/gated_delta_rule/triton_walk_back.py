@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from . import triton_walk
-from .triton_layout import Layout, segment_at
+from .triton_layout import COUNTS, Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
 from .triton_walk import end_is_read, end_start, join, store_end
@@ -40,7 +41,7 @@ def _chunk_back(
     return new, state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _ends_back(
     q, k, d_out, w, d_fresh, into, fade, keep, start, ends, cuts, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,7 +67,7 @@ def _ends_back(
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _walk_back(
     q, k, d_out, w, d_fresh, into, fade, keep, starts, d_states, d_start, cuts, scale, T, N, LENGTH, SEGMENTS,
     H, K, DK, DV,
@@ -113,16 +114,17 @@ def walk_back(
     cut = triton_walk.cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=True)
     cuts = layout.cuts(cut.segments)
     sizes = (scale, layout.tokens, chunks, cuts.length, cuts.each, heads, *k.shape[2:], value_dim)
-    blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
+    blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.walk_precision)
     blocks |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
     read = (q, k, d_out, solved.w, d_fresh, solved.into, solved.fade, solved.keep)
-    parts, starts = triton.cdiv(value_dim, cut.columns), d_final
+    parts, starts = cdiv(value_dim, cut.columns), d_final
     if cuts.total > layout.sequences:
         ends = d_final.new_empty(cuts.total, heads, key_dim, value_dim + key_dim)
-        grid = (cuts.total * heads * (parts + triton.cdiv(key_dim, cut.columns)),)
-        _ends_back[grid](*read, d_final, ends, cuts.given(q), *sizes, **blocks)
+        programs = cuts.total * heads * (parts + cdiv(key_dim, cut.columns))
+        launch(_ends_back, programs, *read, d_final, ends, cuts.given(q), *sizes, **blocks)
         starts = join(d_final, ends, cuts, s)
     d_states = torch.empty(rows, chunks, key_dim, value_dim, dtype=s.kept, device=k.device)
     d_start = torch.empty_like(d_final)
-    _walk_back[(cuts.total * heads * parts,)](*read, starts, d_states, d_start, cuts.given(q), *sizes, **blocks)
+    programs = cuts.total * heads * parts
+    launch(_walk_back, programs, *read, starts, d_states, d_start, cuts.given(q), *sizes, **blocks)
     return d_states, d_start

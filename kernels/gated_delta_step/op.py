@@ -13,6 +13,8 @@ from torch import Tensor
 from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked
 from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm_reference
 from tcal_compiler.kernels.gates import l2_normalize
+from tcal_compiler.kernels.launch import compiled_at_once
+from tcal_compiler.kernels.registration import on_device, without_autocast
 from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
 from tcal_compiler.kernels.shapes import Shapes
 
@@ -65,22 +67,37 @@ def self_check(
         return torch.randn(*size, generator=gen).to(device)
 
     given: dict[str, Any] = dict(scale=key_dim**-0.5, normalize=normalize)
-    found: dict[str, float] = {}
     like = (torch.empty(dim, dtype=dtype, device=device) for dim in (key_dim, value_dim))
-    for tile in tiles(key_dim, value_dim, whole=normed, measured=measured_for(*like, normed=normed)):
-        state = randn(3, 4, key_dim, value_dim)
-        exact_state = state.double()
-        for tokens in (3, 1):
-            q, k, v = randn(3, tokens, 4, key_dim), randn(3, tokens, 2, key_dim), randn(3, tokens, 2, value_dim)
-            q, k, v = q.to(dtype), (k / key_dim**0.5).to(dtype), v.to(dtype)
-            inputs = (q, k, v, -randn(3, tokens, 4).exp(), randn(3, tokens, 4).sigmoid())
-            norm = (randn(3, tokens, 4, value_dim).to(dtype), randn(4, value_dim).to(dtype)) if normed else ()
-            out, state = gated_delta_step_triton(*inputs, state, *norm, **given, in_place=tokens > 1, tile=tile)
-            exact_inputs = (*exactly(inputs), exact_state, *exactly(norm))
-            exact, exact_state = gated_delta_step_reference(*exact_inputs, **given)
-            names = (f"{name} of {tokens} tokens in {tile.BV} columns" for name in ("y", "state"))
-            found |= relative_errors(tuple(names), (out, state), (exact, exact_state))
-    return found
+    options = tiles(key_dim, value_dim, whole=normed, measured=measured_for(*like, normed=normed))
+    made: list[tuple[Any, ...]] = []
+    for tokens in (3, 1):
+        q, k, v = randn(3, tokens, 4, key_dim), randn(3, tokens, 2, key_dim), randn(3, tokens, 2, value_dim)
+        q, k, v = q.to(dtype), (k / key_dim**0.5).to(dtype), v.to(dtype)
+        norm = (randn(3, tokens, 4, value_dim).to(dtype), randn(4, value_dim).to(dtype)) if normed else ()
+        made.append((q, k, v, -randn(3, tokens, 4).exp(), randn(3, tokens, 4).sigmoid(), *norm))
+    start = randn(3, 4, key_dim, value_dim)
+
+    def run() -> list[Tensor]:
+        results: list[Tensor] = []
+        for tile in options:
+            state = start.clone()
+            for inputs in made:
+                in_place = inputs is made[0]
+                args = (*inputs[:5], state, *inputs[5:])
+                y, state = gated_delta_step_triton(*args, **given, in_place=in_place, tile=tile)
+                results += [y, state.clone()]
+        return results
+
+    actual = compiled_at_once(run, device)
+    exact: list[Tensor] = []
+    state = start.double()
+    for inputs in made:
+        q, k, v, g, beta, *given_norm = exactly(inputs)
+        y, state = gated_delta_step_reference(q, k, v, g, beta, state, *given_norm, **given)
+        exact += [y, state]
+    names = [f"{name} of {tokens} tokens in {tile.BV} columns"
+             for tile in options for tokens in (3, 1) for name in ("y", "state")]  # fmt: skip
+    return relative_errors(names, actual, exact * len(options))
 
 
 def _run(
@@ -88,7 +105,7 @@ def _run(
     scale: float, normalize: bool, eps: float, *, in_place: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Checks the inputs and takes Triton on CUDA once it has proved itself there, else PyTorch."""
-    tokens = SHAPES.check(q, k, v, g, beta, state, gate, weight)["T"]
+    tokens = SHAPES.check_numbers(q, k, v, g, beta, state, gate, weight)["T"]
     if tokens > MOST_TOKENS:
         raise ValueError(
             f"gated_delta_step: {tokens} tokens, and it takes 1 to {MOST_TOKENS}; gated_delta_rule is for longer ones"
@@ -96,11 +113,11 @@ def _run(
     if (gate is None) != (weight is None):
         raise ValueError("gated_delta_step: the norm needs both gate and weight; one of them is missing")
     given: dict[str, Any] = dict(scale=scale, normalize=normalize, eps=eps, in_place=in_place)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if _takes_triton(q, v, state, normalize, gate is not None):
             from .triton_kernel import gated_delta_step_triton
 
-            with torch.cuda.device(q.device):
+            with on_device(q.device):
                 return gated_delta_step_triton(q, k, v, g, beta, state, gate, weight, **given)
         out, new = gated_delta_step_pytorch(q, k, v, g, beta, state, gate, weight, **given)
     return out.contiguous(), new if in_place else new.contiguous()

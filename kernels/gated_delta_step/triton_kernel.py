@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 from .reference import L2_EPS
@@ -32,7 +33,7 @@ def _vector(ptr, i, D):
     return tl.load(ptr + i, mask=i < D, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "K"], do_not_specialize_on_alignment=["T"])
 def _step(
     q, k, v, g, beta, gate, weight, start, out, final, scale, eps, l2_eps, T, H, K,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, zb, zt, zh,
@@ -70,7 +71,7 @@ def _step(
     tl.store(final + at, state.to(final.dtype.element_ty), mask=there, eviction_policy=EVICTION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "H"])
 def _norm(
     y, gate, weight, out, eps, N, T, H, zb, zt, zh, DV: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -122,7 +123,7 @@ def tiles(key_dim: int, value_dim: int, *, whole: bool, measured: Fields | None 
 
 def choose_tile(options: list[Tile], rows: int, value_dim: int) -> Tile:
     """Few states are cut finer, so that every multiprocessor gets some."""
-    return next((t for t in options if rows * triton.cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
+    return next((t for t in options if rows * cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
 
 
 def gated_delta_step_triton(
@@ -162,8 +163,9 @@ def gated_delta_step_triton(
     dtype = v.dtype if gate is None or fused else torch.float32
     out = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=q.device)
     strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
-    _step[(rows * triton.cdiv(value_dim, tile.BV),)](
-        q, k, v, g, beta, z, w, start, out, final, scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
+    launch(
+        _step, rows * cdiv(value_dim, tile.BV), q, k, v, g, beta, z, w, start, out, final,
+        scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
         DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
         EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
     )  # fmt: skip
@@ -171,9 +173,10 @@ def gated_delta_step_triton(
         y, out = out, torch.empty_like(out, dtype=v.dtype)
         sizes = (batch * tokens * heads, tokens, heads, *z.stride()[:3])
         block = triton.next_power_of_2(value_dim)
-        _norm[(triton.cdiv(sizes[0], NORM_ROWS),)](
-            y, z, w, out, eps, *sizes, DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1
-        )
+        launch(
+            _norm, cdiv(sizes[0], NORM_ROWS), y, z, w, out, eps, *sizes,
+            DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1,
+        )  # fmt: skip
     if not in_place:
         return out, final
     return out, state if final is state else state.copy_(final)

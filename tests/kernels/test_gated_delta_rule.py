@@ -165,6 +165,14 @@ def test_views_and_repeatability():
         assert torch.equal(first[name], second[name]) and torch.equal(first[name], third[name])
 
 
+def test_autocast_changes_nothing():
+    args = make_args((1, 70, 2, 1, 16, 16), torch.float32)
+    plain = with_gradients(op, args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = with_gradients(op, args)
+    assert all(torch.equal(x, under[name]) for name, x in plain.items())
+
+
 def test_inputs_are_left_alone():
     for tokens in (1, 70):
         args = make_args((1, tokens, 2, 2, 8, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,8 +62,9 @@ def test_sees_a_wrong_gradient_of_the_rule(monkeypatch):
 
     monkeypatch.setattr(triton_forward, "gated_delta_rule_triton", rule.forward)
     monkeypatch.setattr(triton_backward, "gated_delta_rule_triton_backward", wrong)
-    only_wrong(rule.self_check(CPU, torch.float32, 8, 8), "dg of 131 tokens")
-    only_wrong(rule.packed_self_check(CPU, torch.float32, 8, 8), "dg of 131 tokens")
+    everywhere = ("dg of 131 tokens", "dg of 2 x 65 tokens")
+    only_wrong(rule.self_check(CPU, torch.float32, 8, 8), *everywhere)
+    only_wrong(rule.packed_self_check(CPU, torch.float32, 8, 8), *everywhere)
 
 
 @interpreted
@@ -138,6 +140,35 @@ def test_a_launch_that_fails_says_why_and_falls_back(monkeypatch):
         assert not self_check.proved("another_op", too_large, 0, torch.float32, 256, 256)
 
 
+@pytest.mark.parametrize("how", ["set_float32_matmul_precision", "fp32_precision"])
+def test_takes_tf32_where_torch_may(how):
+    """Either way of allowing it; the getters of the older way raise after the newer one."""
+    x, matmul = SimpleNamespace(is_cuda=True, dtype=torch.float32), torch.backends.cuda.matmul
+    assert not self_check.takes_tf32(x)
+    try:
+        if how == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert self_check.takes_tf32(x)
+        for other in ({"is_cuda": False}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}):
+            assert not self_check.takes_tf32(SimpleNamespace(**(vars(x) | other)))
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_proved_apart(monkeypatch):
+    """Within bounds of its own, and not by a proof of products that are exact."""
+    errors = {"o": 1e-3}
+    monkeypatch.setattr(self_check.torch.cuda, "device", lambda index: contextlib.nullcontext())
+    given = ("an op that takes tf32", lambda *_: errors, 0, torch.float32, 64)
+    pytest.importorskip("triton")
+    assert self_check.proved(*given, tf32=True)
+    with pytest.warns(UserWarning, match="more than 1e-04: o 1.0e-03"):
+        assert not self_check.proved(*given)
+
+
 def test_cpu_tensors_never_take_triton():
     x = torch.zeros(1, 5, 2, 64)
     assert not rule._takes_triton(x, x) and not statistics._takes_triton(x, x) and not norm._takes_triton(x)
@@ -147,18 +178,20 @@ def test_cpu_tensors_never_take_triton():
 READS = {"read_columns": 128, "read_warps": 8}
 
 
-def test_proves_what_the_table_gives_uncut_and_cut(monkeypatch):
-    """A table's fields are proved at a length that is cut on a large card, where programs have all their columns."""
+def test_proves_every_kernel_that_a_call_may_take(monkeypatch):
+    """Few columns a program, all of them, and segments; also of what a table gives."""
     pytest.importorskip("triton")
     from tcal_compiler.kernels.gated_delta_rule import triton_tiles, triton_walk
 
     given = (CPU, torch.float32, 128, 128)
-    assert rule._lengths(*given) == [131]
+    assert [case.tokens for case in rule.cases(*given, packed=False)] == [131, 65]
+    monkeypatch.setattr(triton_walk, "processors", lambda device: 132)
+    assert [case.batch for case in rule.cases(*given, packed=True)] == [1, 133, 1]
     monkeypatch.setattr(triton_tiles, "tuned", lambda *_: READS)
-    monkeypatch.setattr(triton_walk, "_processors", lambda device: 132)
-    short, long = rule._lengths(*given)
+    short, _, long = (case.tokens for case in rule.cases(*given, packed=False))
     setting = triton_tiles.setting_for(*(torch.empty(1, 1, 1, 128) for _ in range(2)))
     assert triton_walk.cut_to_read(short // 64 + 1, 2, 128, setting, CPU).segments == 1
+    assert triton_walk.cut_to_read(2, 133, 128, setting, CPU).columns == 128
     cut = triton_walk.cut_to_read(long // 64, 2, 128, setting, CPU)
     assert cut.segments > 1 and (cut.columns, cut.warps) == (128, 8)
     assert all(triton_walk.cut_for(long // 64, 2, 128, setting, CPU, wide=wide).segments > 1 for wide in (True, False))
@@ -173,7 +206,7 @@ def test_sees_what_is_wrong_in_segments_alone(monkeypatch):
     monkeypatch.setattr(triton_tiles, "tuned", lambda *_: {"read_columns": 32, "read_warps": 8})
     monkeypatch.setattr(triton_walk, "SHORTEST", 1)
     monkeypatch.setattr(triton_walk, "WORTH", 1)
-    monkeypatch.setattr(triton_walk, "_processors", lambda device: 8)
+    monkeypatch.setattr(triton_walk, "processors", lambda device: 8)
     with interpreter_or_skip():
         only_wrong(rule.self_check(CPU, torch.float32, 8, 40))
     join = triton_walk.join

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from inspect import getsource, signature
+
 import pytest
 import torch
 from interpreter import interpreted, interpreter_or_skip
@@ -76,6 +79,32 @@ def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
         assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=3)
 
 
+@interpreted
+@pytest.mark.parametrize("file", ["triton_backward", "triton_solve", "triton_walk", "triton_walk_back"])
+def test_kernels_are_compiled_for_no_count(file):
+    """Of the integers that a launch takes, only the head dims have a say in what is compiled."""
+    module = importlib.import_module(f"tcal_compiler.kernels.gated_delta_rule.{file}")
+    launched = [x for x in vars(module).values() if hasattr(x, "kwargs") and "tl.program_id" in getsource(x.fn)]
+    assert launched
+    for kernel in launched:
+        names = {name for name, p in signature(kernel.fn).parameters.items() if p.annotation is p.empty}
+        counts = {n for n in names if n.isupper() or n in ("parts", "count")} - {"DK", "DV"}
+        assert counts and counts <= set(kernel.kwargs["do_not_specialize"]), kernel.fn.__name__
+
+
+@pytest.mark.gpu
+def test_another_length_compiles_nothing():
+    from tcal_compiler.kernels.gated_delta_rule import triton_backward, triton_solve
+
+    here = torch.cuda.current_device()
+    kernels = (triton_solve._solve, *(getattr(triton_backward, f"_{n}") for n in ("inward", "pairs", "keys", "gates")))
+    found = []
+    for shape in ((1, 130, 2, 1, 32, 32), (3, 1024, 16, 4, 32, 32), (2, 17, 6, 2, 32, 32)):
+        results(make_args(shape, torch.bfloat16), device="cuda")
+        found.append([len(kernel.device_caches[here][0]) for kernel in kernels])
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_long_sequence_is_cut_on_the_gpu(dtype):
@@ -109,6 +138,32 @@ def test_on_the_gpu(shape, dtype, decay):
         naive = plain[name] if dtype == torch.float32 else exact[name].to(dtype)
         factor = {torch.float32: 4.0, torch.bfloat16: 2.5, torch.float16: 2.0}[dtype]
         assert_within_budget(name, actual=x.to(dtype), exact=exact[name], naive=naive, factor=factor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", WIDER[2:5], ids=str)
+def test_float32_takes_tf32_products_where_torch_may(shape):
+    """Errors are at most twice those of plain PyTorch that may take them too."""
+    from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked
+    from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
+
+    args = make_args(shape, torch.float32, decay=0.05)
+    exact = with_gradients(op, exactly(args))
+    usual = results(args, device="cuda")
+    given = [x.cuda() for x in args]
+    gen = torch.Generator().manual_seed(99)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        actual = results(args, device="cuda")
+        outputs = gated_delta_rule_chunked(*given, scale=SCALE)
+        seeds = [(torch.randint(-16, 17, x.shape, generator=gen) / 8).to(x) for x in outputs]
+        plain = (*outputs, *gated_delta_rule_chunked_backward(*seeds, *given, scale=SCALE))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not torch.equal(actual["o"], usual["o"])
+    for (name, x), naive in zip(actual.items(), plain, strict=True):
+        assert_within_budget(name, actual=x.cpu(), exact=exact[name], naive=naive.cpu(), factor=2.0)
 
 
 @pytest.mark.gpu

@@ -20,6 +20,16 @@ def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape):
     assert values[:, :-2].min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(3, 48, 96), (2, 64, 64)])
+def test_bfloat16_products_turn_the_result_a_little(shape):
+    matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalize(matrices, products=torch.float64)
+    found = orthogonalize(matrices, products=torch.bfloat16)
+    assert found.dtype == torch.float32 and exact.dtype == torch.float32
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.03
+    assert (torch.linalg.svdvals(found) - torch.linalg.svdvals(exact)).abs().max() < 0.03
+
+
 def test_orthogonalize_ignores_scale_and_keeps_zero():
     matrices = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(orthogonalize(1e-6 * matrices), orthogonalize(matrices), rtol=1e-3, atol=1e-4)
