@@ -55,7 +55,6 @@ class Setting:
     dot: Any  # type of the operands of products
     gate: Any  # type in which g is summed
     precision: str  # of products of float32 operands
-    walk_precision: str  # of those of the walks
     kept: torch.dtype  # of U, W, P, V', dR, states, pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int  # of the walks
@@ -75,22 +74,21 @@ class Setting:
         )
 
 
-def setting_for(q: Tensor, v: Tensor, *, tf32: bool = False) -> Setting:
+def setting_for(q: Tensor, v: Tensor) -> Setting:
     """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
-    float32: three tf32 products for one, and g summed in float64; with tf32 one, but in the walks, whose errors add up
-    from chunk to chunk. q and v as `as_kernels_take` returns them.
+    float32: three tf32 products for one, and g summed in float64. q and v as `as_kernels_take` returns them.
 
     Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
     What `tuning` has for this card is taken instead.
     """
-    usual = _usual_setting(q.shape[-1], v.shape[-1], narrow=q.dtype == torch.bfloat16, cuda=q.is_cuda, tf32=tf32)
+    usual = _usual_setting(q.shape[-1], v.shape[-1], narrow=q.dtype == torch.bfloat16, cuda=q.is_cuda)
     measured: dict[str, Any] = measured_for(q, v)
     return replace(usual, **measured) if measured else usual
 
 
 @lru_cache(maxsize=64)  # each call asks for it
-def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
+def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool) -> Setting:
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
     value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
@@ -101,8 +99,7 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         key_part=min(64, key_block),
         dot=tl.bfloat16 if bfloat16_products else tl.float32,
         gate=tl.float32 if narrow else tl.float64,
-        precision="tf32" if narrow or tf32 else "tf32x3",
-        walk_precision="tf32" if narrow else "tf32x3",
+        precision="tf32" if narrow else "tf32x3",
         kept=torch.bfloat16 if bfloat16_products else torch.float32,
         stages=2 if key_block <= 128 else 1,
         warps=4,

@@ -266,9 +266,8 @@ class Walk:
         return join(self.state, ends, cuts, self.s)
 
     def _blocks(self) -> dict[str, Any]:
-        s, cut = self.s, self.cut
-        blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.walk_precision)
-        return blocks | dict(STAGES=cut.stages, PACKED=self.layout.packed, num_warps=cut.warps)
+        blocks = dict(C=CHUNK, BK=self.s.key_block, BV=self.cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
+        return blocks | dict(STAGES=self.cut.stages, PACKED=self.layout.packed, num_warps=self.cut.warps)
 
 
 def walk_states(k: Tensor, solved: Solved, state: Tensor, layout: Layout, s: Setting) -> tuple[Tensor, Tensor]:

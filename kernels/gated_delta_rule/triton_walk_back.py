@@ -114,7 +114,7 @@ def walk_back(
     cut = triton_walk.cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=True)
     cuts = layout.cuts(cut.segments)
     sizes = (scale, layout.tokens, chunks, cuts.length, cuts.each, heads, *k.shape[2:], value_dim)
-    blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.walk_precision)
+    blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
     blocks |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
     read = (q, k, d_out, solved.w, d_fresh, solved.into, solved.fade, solved.keep)
     parts, starts = cdiv(value_dim, cut.columns), d_final
