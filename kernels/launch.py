@@ -42,7 +42,7 @@ def _compiling() -> Iterator[None]:
     compiled: list[Any] = []
     token = _compiled.set(compiled)
     try:
-        with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
             with triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
             kernels = (f.kernel if isinstance(f, triton.FutureKernel) else f for f in compiled)
