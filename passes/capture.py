@@ -181,7 +181,7 @@ def capture_program(
             hint = "export the model yourself with dynamic batch and length and pass the .pt2 file"
             if random := _random(gm):
                 what += f"; it draws random numbers: {random}"
-                hint = "a model that does so in training only: F.dropout(x, p, self.training)"
+                hint = "model.eval() before it is exported, and F.dropout(x, p, self.training) in its code"
             elif written := sorted(functional(program).graph_signature.buffers_to_mutate.values()):
                 what += f"; it writes to its buffer {written[0]}, so that one call depends on those before"
             elif _equals_when_exporting(gm, teacher, args):

@@ -40,7 +40,7 @@ from .pack import pack_tokens, unpack_logits
 from .positions import promote_positions, token_free
 from .softmax_attention import ANCHORS, sinks_of
 from .to_sdpa import to_sdpa
-from .types import AttentionSite, Capture, Check
+from .types import AttentionSite, Capture, Check, SiteScan
 
 RULE = torch.ops.tcal.gated_delta_rule.default
 ATTENTION = torch.ops.tcal.cached_attention.default
@@ -113,6 +113,14 @@ class StatefulGraph:
         return tuple(torch.zeros(s, dtype=dtype) for s in shapes)
 
 
+def require_states(scan: SiteScan, hint: str = "") -> None:
+    """Raises UnsupportedModelError, with the reasons, when there is an attention core that is no site."""
+    if scan.rejected:
+        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
+        what = f"{len(scan.rejected)} attention cores cannot carry a state ({reasons})"
+        raise UnsupportedModelError("student", what, hint)
+
+
 def make_stateful(
     capture: Capture, *, verify: bool = True, max_length: int = 8192, check_length: int = 24, bounded: bool = True
 ) -> StatefulGraph:
@@ -128,9 +136,7 @@ def make_stateful(
     """
     scan = find_attention(capture)
     plain = to_sdpa(capture)[0]
-    if scan.rejected:
-        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
-        raise UnsupportedModelError("student", f"{len(scan.rejected)} attention cores cannot carry a state ({reasons})")
+    require_states(scan)
     sites = {s.anchor: s for s in scan.sites}
     stateful = _add_state(plain, sites, max_length, bounded)
     if not verify:
@@ -258,7 +264,7 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
                 hidden = next(n for n in source.graph.nodes if n.name == site.x)
                 apart = value(core).dtype != value(hidden).dtype  # a core in another precision than the rest
                 rotary = find_rotary(capture, site, rows=max_length) if layer.grows and not apart else None
-                qkv = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
+                qkv: tuple[Node, ...] = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
                 like = qkv[0] if apart else None
                 if apart:
                     qkv = tuple(graph.call_function(aten.to.dtype, (n, _dtype(source))) for n in qkv)

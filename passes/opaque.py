@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -50,26 +51,31 @@ def _length_axis(t: TokenGraph, tensor: Tensor) -> int | None:
 
 
 def _mixes_tokens(capture: Capture, t: TokenGraph, node: Node) -> bool:
-    """Whether the outputs of later tokens change with what the first token is given; also where that cannot be seen."""
+    """Whether the outputs of later tokens change with what the first token is given.
+
+    Where that cannot be seen, as with a router's offsets among the arguments: whether two values of all tokens meet.
+    """
+    axes = {i: _length_axis(t, value(i)) for i in t.tokens(node) if isinstance(value(i), Tensor)}
+    rows = {i: axis for i, axis in axes.items() if axis is not None and value(i).is_floating_point()}
+    if len(rows) == len(t.tokens(node)):
+        with suppress(Exception):  # an operator of the model's own may raise anything
+            return _later_tokens_change(capture, t, node, rows)
+    return len(rows) > 1
+
+
+def _later_tokens_change(capture: Capture, t: TokenGraph, node: Node, rows: dict[Node, int]) -> bool:
     before, after = {}, {}
     generator = torch.Generator().manual_seed(0)
-    for i in t.tokens(node):
-        if not isinstance(value(i), Tensor) or (axis := _length_axis(t, value(i))) is None:
-            return True
+    for i, axis in rows.items():
         shape = [concrete(d, {t.batch: BATCH, t.length: LENGTH}) for d in value(i).shape]
-        before[i], other = (torch.randn(shape, generator=generator).to(value(i)) for _ in range(2))
+        before[i], other = (torch.randn(shape, generator=generator).to(value(i).dtype) for _ in range(2))
         after[i] = before[i].clone()
         after[i].select(axis, 0).copy_(other.select(axis, 0))
-    try:
-        old, new = (Evaluator(capture, LENGTH, known, batch=BATCH)(node) for known in (before, after))
-    except Exception:  # an operator of the user's may raise anything
-        return True
-    outs = [v for v in torch.utils._pytree.tree_leaves(value(node)) if isinstance(v, Tensor)]
-    pairs = zip(
-        *([x for x in torch.utils._pytree.tree_leaves(o) if isinstance(x, Tensor)] for o in (old, new)), strict=True
-    )
-    for out, (a, b) in zip(outs, pairs, strict=True):
-        axis = _length_axis(t, out)
-        if axis is None or not torch.equal(a.narrow(axis, 1, a.shape[axis] - 1), b.narrow(axis, 1, b.shape[axis] - 1)):
-            return True
+    old, new = (Evaluator(capture, LENGTH, known, batch=BATCH)(node) for known in (before, after))
+    leaves = (torch.utils._pytree.tree_leaves(x) for x in (value(node), old, new))
+    for out, a, b in zip(*leaves, strict=True):
+        if isinstance(out, Tensor):
+            row = _length_axis(t, out)
+            if row is None or not torch.equal(*(x.narrow(row, 1, x.shape[row] - 1) for x in (a, b))):
+                return True
     return False
