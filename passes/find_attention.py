@@ -28,17 +28,11 @@ from .graph import (
     value,
 )
 from .masks import Evaluator, MaskFacts, probe_mask
+from .opaque import hides_attention
 from .softmax_attention import ANCHORS, sinks_of
 from .to_sdpa import sdpa_name, to_sdpa
 from .types import AttentionSite, Capture, Rejection, SiteScan
 from .written_attention import SOFTMAX, Unfit, pairs_without_softmax, reaches_softmax_over_tokens, token_graph
-
-OPAQUE = {  # part of an op's name: why its attention is not looked into
-    "_scaled_dot_product": "a lowered attention kernel; export without run_decompositions",
-    "flex_attention": "flex_attention, whose mask and scores are functions; call scaled_dot_product_attention instead",
-    "_native_multi_head_attention": "a fused kernel of PyTorch; export with strict=False",
-    "_transformer_encoder_layer_fwd": "a fused kernel of PyTorch; export with strict=False",
-}
 
 
 @dataclass
@@ -230,6 +224,9 @@ def _site(t: _Tokens, anchor: Node, index: int, *, written: bool) -> AttentionSi
     heads, kv_heads = shapes[0][1], shapes[1][1]
     if shapes[2][1] != kv_heads or heads % kv_heads:
         raise Unfit(f"{heads} query heads, {kv_heads} key heads and {shapes[2][1]} value heads do not group")
+    tokens = [str(s[2]) for s in shapes]
+    if len(set(tokens)) > 1:
+        raise Unfit(f"its queries, keys and values are of {', '.join(tokens)} tokens, want as many of each")
     scale = argument(anchor, "scale")
     if isinstance(scale, Node):
         raise Unfit("its scale is computed from the length")
@@ -293,8 +290,7 @@ def find_attention(capture: Capture) -> SiteScan:
         elif pairs_without_softmax(tokens, n):
             reason = "a product of all tokens with all tokens that no softmax follows"
             index += 1
-        elif opaque := [why for name, why in OPAQUE.items() if name in str(n.target)]:
-            reason = opaque[0]
+        elif reason := hides_attention(capture, tokens, n):
             index += 1
         if reason:
             rejected.append(Rejection(n.name, module_path(n), reason))

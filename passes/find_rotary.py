@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from tcal_compiler.errors import UnsupportedModelError
 from tcal_compiler.kernels.cached_attention.onnx_rule import can_rotate, is_fused
 from tcal_compiler.kernels.cached_attention.reference import rotate
 
 from .graph import backward_slice, by_name, inputs, placeholders, taint, value
-from .masks import Evaluator
+from .masks import SHORT, Evaluator
 from .positions import token_free
 from .types import AttentionSite, Capture
 
@@ -52,7 +53,8 @@ class _Turn:
 def find_rotary(capture: Capture, site: AttentionSite, *, rows: int) -> Rotary | None:
     """The rotary positions of a site, with tables of `rows` positions.
 
-    None when q and k are made in another way, or in sizes that the fused attention does not rotate.
+    None when q and k are made in another way, or in sizes that the fused attention does not rotate. Raises
+    UnsupportedModelError when the angles of a position differ between a short sequence and one of `rows` tokens.
     """
     if not is_fused(site.key_dim, site.value_dim):
         return None
@@ -103,9 +105,14 @@ def _find_turn(capture: Capture, node: Node, x: Node, rows: int) -> _Turn | None
         return Evaluator(capture, probe.shape[2], known)(node)
 
     try:
-        return _read_tables(turned, source.name, axis, (1, heads, rows, width), value(node).dtype)
+        found = _read_tables(turned, source.name, axis, (1, heads, rows, width), value(node).dtype)
+        short = _read_tables(turned, source.name, axis, (1, heads, min(rows, SHORT), width), value(node).dtype)
     except (RuntimeError, IndexError):  # a table of positions with fewer rows
         return None
+    if found and short and not torch.allclose(found.cos[: len(short.cos)], short.cos, rtol=0, atol=1e-4):
+        what = f"its rotary angles change with the length of the sequence, between {len(short.cos)} and {rows} tokens"
+        raise UnsupportedModelError(node.name, what, "export.max_length, the longest sequence up to which they stay")
+    return found
 
 
 def _read_tables(

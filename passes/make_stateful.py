@@ -40,7 +40,7 @@ from .pack import pack_tokens, unpack_logits
 from .positions import promote_positions, token_free
 from .softmax_attention import ANCHORS, sinks_of
 from .to_sdpa import to_sdpa
-from .types import AttentionSite, Capture, Check
+from .types import AttentionSite, Capture, Check, SiteScan
 
 RULE = torch.ops.tcal.gated_delta_rule.default
 ATTENTION = torch.ops.tcal.cached_attention.default
@@ -113,6 +113,14 @@ class StatefulGraph:
         return tuple(torch.zeros(s, dtype=dtype) for s in shapes)
 
 
+def require_states(scan: SiteScan, hint: str = "") -> None:
+    """Raises UnsupportedModelError, with the reasons, when there is an attention core that is no site."""
+    if scan.rejected:
+        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
+        what = f"{len(scan.rejected)} attention cores cannot carry a state ({reasons})"
+        raise UnsupportedModelError("student", what, hint)
+
+
 def make_stateful(
     capture: Capture, *, verify: bool = True, max_length: int = 8192, check_length: int = 24, bounded: bool = True
 ) -> StatefulGraph:
@@ -128,9 +136,7 @@ def make_stateful(
     """
     scan = find_attention(capture)
     plain = to_sdpa(capture)[0]
-    if scan.rejected:
-        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
-        raise UnsupportedModelError("student", f"{len(scan.rejected)} attention cores cannot carry a state ({reasons})")
+    require_states(scan)
     sites = {s.anchor: s for s in scan.sites}
     stateful = _add_state(plain, sites, max_length, bounded)
     if not verify:
@@ -255,8 +261,13 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
                 present.append(_carry_rule(graph, old[core], past[f"{layer.index}.recurrent_state"], packing.valid))
             else:
                 site = sites[core.name]
-                rotary = find_rotary(capture, site, rows=max_length) if layer.grows else None
-                qkv = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
+                hidden = next(n for n in source.graph.nodes if n.name == site.x)
+                apart = value(core).dtype != value(hidden).dtype  # a core in another precision than the rest
+                rotary = find_rotary(capture, site, rows=max_length) if layer.grows and not apart else None
+                qkv: tuple[Node, ...] = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
+                like = qkv[0] if apart else None
+                if apart:
+                    qkv = tuple(graph.call_function(aten.to.dtype, (n, _dtype(source))) for n in qkv)
                 kv = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
                 slopes, sinks = map(tables.vector, _head_values(capture, core, site))
                 scores: Any = Scores(site.scale, site.window or 0, site.softcap, slopes, sinks)  # type: ignore[arg-type]
@@ -264,7 +275,7 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
                 if layer.grows:
                     sizes = packing.past_lengths, packing.total, *tables.of(rotary)
                 target = ATTENTION if layer.grows else windowed_attention
-                present += _carry_attention(graph, old[core], target, (*qkv, *kv, *sizes, *scores.flat))
+                present += _carry_attention(graph, old[core], target, (*qkv, *kv, *sizes, *scores.flat), like)
     graph.output((unpack_logits(graph, logits, packing), *present))
     for unused in ins[1:]:
         graph.erase_node(unused)
@@ -293,8 +304,7 @@ def _head_values(capture: Capture, core: Node, site: AttentionSite) -> tuple[Ten
     slopes = None
     if site.slopes:
         found = probe_mask(capture, argument(core, "attn_mask")).slopes
-        dtype = next(p.dtype for p in capture.gm.parameters() if p.is_floating_point())
-        slopes = torch.tensor(found * (site.num_heads // len(found)), dtype=dtype)
+        slopes = torch.tensor(found * (site.num_heads // len(found)), dtype=_dtype(capture.gm))
     return slopes, sinks_of(capture, core)
 
 
@@ -344,10 +354,15 @@ def _core_inputs(
     return q, k, nodes[site.v]
 
 
-def _carry_attention(graph: Graph, core: Node, target: Any, args: tuple[Any, ...]) -> list[Node]:
-    """Attention over the past and the new tokens, in place of `core`; returns the next keys and values."""
+def _carry_attention(graph: Graph, core: Node, target: Any, args: tuple[Any, ...], like: Node | None) -> list[Node]:
+    """Attention over the past and the new tokens, in place of `core`; returns the next keys and values.
+
+    like: what has the precision that the result is to have, where that is not the caches'.
+    """
     new = graph.call_function(target, args)
     context, *caches = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
+    if like is not None:
+        context = graph.call_function(aten.type_as.default, (context, like))
     context.meta = dict(core.meta)
     core.replace_all_uses_with(context)
     graph.erase_node(core)
@@ -370,7 +385,7 @@ def export_stateful(stateful: StatefulGraph) -> torch.export.ExportedProgram:
     batch, sequence, past = dim("batch"), dim("sequence"), dim("past_sequence")
     gen = torch.Generator().manual_seed(0)
     ids = torch.randint(0, stateful.vocab_size, (2, 3), generator=gen)
-    args = (ids, torch.ones(2, 8, dtype=torch.int64), *stateful.empty_state(2, past=6, dtype=_state_dtype(stateful)))
+    args = (ids, torch.ones(2, 8, dtype=torch.int64), *stateful.empty_state(2, past=6, dtype=_dtype(stateful.gm)))
     shapes: list[dict[int, Any]] = [{0: batch, 1: sequence}, {0: batch, 1: dim.DYNAMIC}]
     for layer in stateful.layers:
         shapes += [{0: batch, 2: past} if layer.grows else {0: batch} for _ in layer.parts]
@@ -378,5 +393,6 @@ def export_stateful(stateful: StatefulGraph) -> torch.export.ExportedProgram:
         return torch.export.export(stateful.gm, args, dynamic_shapes=(tuple(shapes)), strict=False)
 
 
-def _state_dtype(stateful: StatefulGraph) -> torch.dtype:
-    return next(p.dtype for p in stateful.gm.parameters() if p.is_floating_point())
+def _dtype(gm: GraphModule) -> torch.dtype:
+    """Of weights, and so of states."""
+    return next(p.dtype for p in gm.parameters() if p.is_floating_point())

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from .graph import get_tensor, inputs, placeholders
 from .types import Capture
 
+SHORT, LONG = 48, 603  # lengths at which every mask is evaluated
 MAX_PROBE = 8192  # longest length at which a mask is evaluated: its L x L values must fit in memory
 
 
@@ -62,6 +63,8 @@ class Evaluator:
 def classify_mask(mask: Tensor) -> MaskFacts:
     """mask [..., L, L], boolean (True = visible) or additive."""
     length = mask.shape[-1]
+    if mask.shape[-2] not in (1, length):
+        return MaskFacts("other", None, f"is of {mask.shape[-2]} x {length} tokens, want as many keys as queries")
     rows = mask.reshape(-1, length, length)
     if mask.dtype == torch.bool:
         visible, finite = rows, rows.new_zeros(1, dtype=torch.float32)
@@ -118,38 +121,44 @@ def _classify_visible(visible: Tensor) -> MaskFacts:
     return MaskFacts("other", None, f"hides past tokens in a pattern that is no window, at T={length}")
 
 
-def _constants(node: Node) -> set[int]:
-    """Whole numbers in the mask's sub-graph: a window among them decides how long a probe must be."""
+def _constants(capture: Capture, mask: Node) -> tuple[set[int], set[int]]:
+    """Whole numbers in the mask's sub-graph, and sizes of its tables: windows among them decide how long to probe."""
     seen: set[Node] = set()
     found: set[int] = set()
-    stack = [node]
+    sizes: set[int] = set()
+    stack = [mask]
     while stack:
         n = stack.pop()
         if n in seen:
             continue
         seen.add(n)
         stack += inputs(n)
-        for a in torch.utils._pytree.tree_leaves((n.args, n.kwargs)):
+        values = torch.utils._pytree.tree_leaves((n.args, n.kwargs))
+        if n.op == "get_attr":
+            table = get_tensor(capture.gm, str(n.target))
+            sizes |= {size for size in table.shape[-2:] if 1 < size <= MAX_PROBE} if table.ndim > 1 else set()
+            values = table.flatten().tolist() if table.numel() <= 64 else []
+        for a in values:
             if isinstance(a, int | float) and not isinstance(a, bool) and a == a and 1 < abs(a) < 2**31:
                 found.add(int(abs(a)))
-    return found
+    return found, sizes
 
 
 def probe_mask(capture: Capture, mask: Node) -> MaskFacts:
-    """Evaluates the mask at a short length and at one beyond every constant of its sub-graph."""
-    consts = _constants(mask)
+    """Evaluates the mask at short lengths, at its tables' sizes and at one beyond every constant of its sub-graph."""
+    consts, sizes = _constants(capture, mask)
     far = max((c for c in consts if c <= MAX_PROBE), default=0)
-    facts = None
-    for length in sorted({48, far + 3} if far >= 46 else {48}):
+    facts, why = None, ""
+    for length in sorted({SHORT, LONG, *sizes} | ({far + 3} if far >= SHORT - 2 else set())):
         try:
             facts = classify_mask(Evaluator(capture, length)(mask))
-        except RuntimeError as e:  # a table of fixed size ends here
-            if facts is None:
-                return MaskFacts("other", None, f"its mask cannot be evaluated at {length} tokens: {e}")
-            break
+        except RuntimeError as e:  # a table of fixed size ends before
+            why = why or f"cannot be evaluated at {length} tokens: {e}"
+            continue
         if facts.kind != "causal":
             return facts
-    assert facts is not None
+    if facts is None:
+        return MaskFacts("other", None, why)
     if any(facts.slopes):  # in few bits slopes times positions are a line at first only
         with suppress(RuntimeError):  # a table of fixed size ends before
             facts = classify_mask(Evaluator(capture, 300)(mask))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tcal_compiler.errors import TcalError, TeacherError, UnsupportedModelError
-from tcal_compiler.passes.capture import SHAPES, canonical, capture_program, export_module
-from tcal_compiler.passes.graph import placeholders
+from tcal_compiler.passes.capture import SHAPES, canonical, capture_program, export_module, logits_of
+from tcal_compiler.passes.graph import is_tensor, placeholders, value
 from tcal_compiler.passes.types import Capture
 
+from .program_file import upper_bound
 from .teacher import Teacher, fingerprint
 
 _PART = 1 << 22  # values that are looked at together
@@ -34,10 +36,6 @@ def _is_transformers(module: nn.Module) -> bool:
     return hasattr(module, "config") and any("PreTrainedModel" in c.__name__ for c in type(module).__mro__)
 
 
-def _first(out: Any) -> Tensor:
-    return torch.utils._pytree.tree_leaves(getattr(out, "logits", out))[0]
-
-
 def _is_finite(p: Tensor) -> bool:
     """Part by part, since a sum in float64 makes a float64 copy first."""
     return all(bool(part.sum(dtype=torch.float64).isfinite()) for part in p.reshape(-1).split(_PART))
@@ -52,12 +50,13 @@ def _require_finite(model: nn.Module | torch.export.ExportedProgram, source: str
             raise TeacherError(source, what, "a checkpoint that was saved whole, from training that did not diverge")
 
 
-def _program(teacher: Teacher) -> tuple[torch.export.ExportedProgram, nn.Module]:
-    """The teacher as a program, and what to compare its graph with."""
+def _program(teacher: Teacher) -> tuple[torch.export.ExportedProgram, Callable[..., Any]]:
+    """The teacher as a program, and what to compare its graph with: (ids, positions if it takes them) -> its output."""
     if teacher.program is not None:
-        return teacher.program, teacher.program.module()
+        return teacher.program, _as_exported(teacher.program)
     assert teacher.module is not None
-    module, has_positions = teacher.module, "position_ids" in inspect.signature(teacher.module.forward).parameters
+    module = getattr(teacher.module, "_orig_mod", teacher.module)  # what torch.compile wraps
+    has_positions = "position_ids" in inspect.signature(module.forward).parameters
     if _is_transformers(module):
         module, has_positions = _Logits(module).eval(), True
     vocab = teacher.info.get("vocab_size") or 2
@@ -68,10 +67,39 @@ def _program(teacher: Teacher) -> tuple[torch.export.ExportedProgram, nn.Module]
     except Exception as e:  # torch.export fails in many ways, each with a type of its own
         raise UnsupportedModelError(
             teacher.source,
-            f"torch.export cannot capture it: {type(e).__name__}: {str(e).splitlines()[0][:300]}",
+            f"torch.export cannot capture it: {type(e).__name__}: {_reason(e)}",
             "export it yourself with dynamic batch and length, torch.export.save, and pass the .pt2 file",
         ) from e
-    return program, module
+    return program, lambda ids, *positions: module(ids, **dict(zip(("position_ids",), positions, strict=False)))
+
+
+def _reason(error: Exception) -> str:
+    """Its message in one line, without the advice on how torch logs more."""
+    lines = [line for line in str(error).splitlines() if not line.lstrip().startswith("For more information")]
+    return " ".join(" ".join(lines).replace('For more information, run with TORCH_LOGS="+dynamic".', "").split())[:300]
+
+
+def _as_exported(program: torch.export.ExportedProgram) -> Callable[..., Any]:
+    """The program's module, called with tensors alone, whatever names it was exported with."""
+    run, spec = program.module(), program.call_spec.in_spec
+
+    ids = {n.name for n in program.graph.nodes if n.op == "placeholder" and is_tensor(n)}
+
+    def call(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if name in ids else name for name in program.graph_signature.user_inputs]
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, spec)
+        return run(*args, **kwargs)
+
+    return call
+
+
+def _bound_context(teacher: Teacher, program: torch.export.ExportedProgram) -> None:
+    """Lengths above which the model's code does something else than was captured are beyond its context."""
+    ids = next(n for n in program.graph.nodes if n.name == program.graph_signature.user_inputs[0])
+    bound, known = upper_bound(program, value(ids).shape[1]), teacher.info.get("context_length")
+    if bound is not None and (known is None or bound < known):
+        teacher.info["context_length"] = bound
 
 
 def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Capture:
@@ -82,10 +110,12 @@ def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = S
     """
     _require_finite(teacher.program or teacher.module, teacher.source)  # type: ignore[arg-type]
     program, run = _program(teacher)
+    if teacher.module is not None:
+        _bound_context(teacher, program)
     longest = teacher.info.get("context_length") or max(t for _, t in shapes)
     shapes = tuple((b, min(t, longest)) for b, t in shapes)
     capture = capture_program(
-        program, teacher=lambda *args: _first(run(*args)), implementation=teacher.kind, shapes=shapes
+        program, teacher=lambda *args: logits_of(run(*args)), implementation=teacher.kind, shapes=shapes
     )
     if len(placeholders(capture.gm)) > 2:
         names = [n.name for n in placeholders(capture.gm)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .calibrate import initialise
 from .capture_teacher import capture_teacher
 from .config import AlignConfig, InitName
 from .run_folder import RunFolder
-from .student import Student, make_student
+from .student import Student, make_student, require_sites
 from .taps import collect_taps
 from .teacher import live_teacher
 from .weights import load_weights
@@ -55,7 +56,21 @@ def capture_live(module: nn.Module) -> Capture:
         tensors = [*module.parameters(), *module.buffers()]
         here = {id(t): _on_cpu(t) for t in tensors}
         module = copy.deepcopy(module, dict(here))
-    return capture_teacher(live_teacher(module, WHERE))
+    with _as_written(module):
+        return capture_teacher(live_teacher(module, WHERE))
+
+
+@contextmanager
+def _as_written(module: nn.Module) -> Iterator[None]:
+    """Without what module.compile() put in place of its forward, and of those of modules inside of it."""
+    compiled = {m: m._compiled_call_impl for m in module.modules() if m._compiled_call_impl is not None}
+    for m in compiled:
+        m._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for m, call in compiled.items():
+            m._compiled_call_impl = call
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -114,7 +129,8 @@ def student_of_batches(
     if int(ids.min()) < 0 or int(ids.max()) >= capture.vocab_size:
         what = f"hold ids {ids.min()} to {ids.max()}, but the vocabulary has {capture.vocab_size}"
         raise DataError(BATCHES, what, BATCHES_HINT)
-    student = make_student(capture, scan := find_attention(capture), choose(scan, policy))
+    require_sites(scan := find_attention(capture))
+    student = make_student(capture, scan, choose(scan, policy))
     require_causal(capture)
     for gm in (capture.gm, student.gm):
         move_to(gm, device_of(module))

@@ -16,6 +16,7 @@ import torch
 from torch.export import ExportedProgram
 
 from tcal_compiler.errors import TeacherError
+from tcal_compiler.passes.capture import logits_of
 
 from .program_archive import check_archive
 
@@ -30,6 +31,9 @@ EXPORT_HINT = """export the model where its class can be imported:
     save(program, "teacher.pt2")"""
 
 _OP_MODULES = ("tcal_compiler.kernels.gated_delta_rule", "tcal_compiler.kernels.gated_rms_norm")
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -199,16 +203,25 @@ def check_program(program: ExportedProgram, where: str) -> ProgramFacts:
         fixed = ["batch and length are one and the same dimension"]
     if fixed:
         raise TeacherError(where, f"{' and '.join(fixed)} ({seen}); both must be dynamic", EXPORT_HINT)
-    outs = [n for n in signature.user_outputs if isinstance(n, str) and isinstance(vals.get(n), torch.Tensor)]
-    out = vals[outs[0]] if outs else None
-    if out is None or out.dim() != 3 or not out.is_floating_point() or _dims(out)[:2] != _dims(inputs[0][1]):
-        raise TeacherError(where, f"its first output is {_describe(out)}; expected logits float [B, T, V]", EXPORT_HINT)
+    out = vals.get(logits_of(torch.utils._pytree.tree_unflatten(signature.user_outputs, program.call_spec.out_spec)))
+    if (
+        not isinstance(out, torch.Tensor)
+        or out.dim() != 3
+        or not out.is_floating_point()
+        or _dims(out)[:2] != _dims(inputs[0][1])
+    ):
+        raise TeacherError(
+            where,
+            f"its first output is {_describe(out)}; expected logits float [B, T, V]",
+            EXPORT_HINT,
+        )
     if not isinstance(out.shape[2], int):
         raise TeacherError(where, f"its vocabulary size is not fixed: output {_describe(out)}", EXPORT_HINT)
-    wide = sorted(k for k, v in program.state_dict.items() if v.dtype == torch.float64)
-    if wide:
-        raise TeacherError(where, f"{len(wide)} weights are float64, such as {wide[0]}", "model.float() before export")
-    return ProgramFacts(out.shape[2], _upper_bound(program, length), len(inputs) == 2)
+    floats = {k: v.dtype for k, v in program.state_dict.items() if v.dtype in (torch.float64, *_HALF)}
+    if other := sorted(k for k, dtype in floats.items() if dtype == torch.float64 or k in signature.parameters):
+        what = f"{len(other)} weights are {str(floats[other[0]]).removeprefix('torch.')}, such as {other[0]}"
+        raise TeacherError(where, what, "model.float() before export")
+    return ProgramFacts(out.shape[2], upper_bound(program, length), len(inputs) == 2)
 
 
 def _dims(t: torch.Tensor) -> list[str]:
@@ -219,7 +232,7 @@ def _describe(t: Any) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} [{', '.join(_dims(t))}]" if isinstance(t, torch.Tensor) else str(t)
 
 
-def _upper_bound(program: ExportedProgram, dim: Any) -> int | None:
+def upper_bound(program: ExportedProgram, dim: Any) -> int | None:
     bounds = {str(symbol): str(r.upper) for symbol, r in program.range_constraints.items()}
     upper = bounds.get(str(dim), "")
     return int(upper) if upper.isdigit() and int(upper) < 1 << 40 else None

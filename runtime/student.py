@@ -56,15 +56,20 @@ class Student:
         return export_module(self.gm, has_positions=self.capture.has_positions, vocab_size=self.capture.vocab_size)
 
 
+def require_sites(scan: SiteScan) -> None:
+    """Raises UnsupportedModelError, with the reasons, when there is no attention core that can be converted."""
+    if not scan.sites:
+        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
+        what = f"has no attention core that can be converted ({reasons or 'no softmax attention found'})"
+        raise UnsupportedModelError("teacher", what, "tcal inspect TEACHER lists every core with its reason")
+
+
 def make_student(capture: Capture, scan: SiteScan, plan: Plan) -> Student:
     """Copies the teacher's graph and puts a GdnMixer in each planned site.
 
     Raises UnsupportedModelError when the teacher has no attention core that can be converted.
     """
-    if not scan.sites:
-        reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:4])
-        what = f"has no attention core that can be converted ({reasons or 'no softmax attention found'})"
-        raise UnsupportedModelError("teacher", what, "tcal inspect TEACHER lists every core with its reason")
+    require_sites(scan)
     gm = copy_module(capture.gm)
     if plan.convert:  # cores that stay keep the teacher's spelling, and so its bits
         written = {s.written for s in scan.sites if s.index in plan.convert and s.written}

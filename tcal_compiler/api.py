@@ -15,6 +15,7 @@ from .conversion import Conversion
 from .errors import ConfigError, TcalError
 from .inputs import check_names
 from .passes.capture import require_causal
+from .passes.make_stateful import require_states
 from .passes.types import Plan
 from .progress import Progress
 from .recorded import reading
@@ -95,6 +96,8 @@ def prepare(
     ids = text.sequences(source.tokenizer, count=calib.rows, length=calib.length, progress=progress.bar)
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
+    if until == "export":
+        require_states(source.scan, "tcal align or tcal distill --no-export, which stop before the ONNX model")
     return Job(source, record, text, ids, chosen, place)
 
 

@@ -44,7 +44,8 @@ class BackendOptions(StrictModel):
     Attributes:
         student: run folder of a conversion that is aligned.
         policy: which attention layers stay softmax, as for tcal-compile.
-        calibrate: int64 token ids [B, T], all of one length T; the last eighth of the sequences only scores.
+        calibrate: int64 token ids [B, T], all of one length T; the last eighth of the sequences only scores. Before a
+            model is compiled with other ones, call torch._dynamo.reset(): torch cannot compare the two.
         init, seed, align: as in the configuration of a conversion.
         compiler: what compiles the student's graph. inductor_mode: the mode of torch.compile, for inductor.
     """
@@ -83,6 +84,9 @@ def read_options(options: dict[str, Any] | None, mode: str | None = None) -> Bac
             raise ConfigError(where, f"unknown option {name}", hint) from None
         what = f"{name} = {str(first['input'])[:80]!r}: {first['msg']}"
         raise ConfigError(where, what, "help(tcal_compiler.backend.BackendOptions)") from None
+    if found.compiler != "inductor" and found.inductor_mode != "default":
+        what = f"inductor_mode = {found.inductor_mode!r} is for inductor, but compiler = {found.compiler!r}"
+        raise ConfigError(where, what, "one of the two")
     given = [n for n in ("student", "policy", "calibrate") if getattr(found, n) is not None]
     if given not in (["student"], ["policy", "calibrate"]):
         what = f"of student, policy and calibrate, {' and '.join(given) or 'none'} given"
@@ -170,13 +174,16 @@ class StudentCall:
     def __call__(self, *args: Any) -> tuple[Tensor]:
         module = self.call.module()
         assert module is not None, "a call of a module that is gone"
+        from torch._dynamo.convert_frame import compile_lock
+
         ids, positions, mask = self.call.arguments(args)
         with torch.no_grad():
-            prepared = self._prepared(module, [args[i] for i in self.call.weights])
-            inputs = prepared.arguments(ids, positions)
-            if self.unchecked is not None:
-                _check_logits(self.unchecked(*args)[0], prepared.capture.gm(*inputs), mask)
-                self.unchecked = None
+            with compile_lock:  # neither torch.export nor Dynamo is for two threads at a time
+                prepared = self._prepared(module, [args[i] for i in self.call.weights])
+                inputs = prepared.arguments(ids, positions)
+                if self.unchecked is not None:
+                    _check_logits(self.unchecked(*args)[0], prepared.capture.gm(*inputs), mask)
+                    self.unchecked = None
             return (prepared.forward(*inputs),)
 
     def _prepared(self, module: nn.Module, weights: Sequence[Tensor]) -> Prepared:

@@ -43,7 +43,12 @@ class Call:
     weights: tuple[int, ...]
 
     def arguments(self, args: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """ids, positions and mask of a call. Raises UnsupportedModelError for padding that is not at the end."""
+        """ids, positions and mask of a call.
+
+        Raises UnsupportedModelError when there are no tokens, or padding that is not at the end.
+        """
+        if not args[self.ids].numel():
+            raise UnsupportedModelError(WHERE, f"passes {list(args[self.ids].shape)} token ids", "one token at least")
         mask = None if self.mask is None else args[self.mask] != 0
         if mask is not None and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])

@@ -304,6 +304,7 @@ def test_run_folders(tiny, shared_run, tmp_path):
     [
         ({"studnet": "run"}, ("unknown option studnet", "did you mean student")),
         ({"compiler": "tvm"}, ("compiler = 'tvm'", "aot_eager")),
+        ({"inductor_mode": "max-autotune"}, ("'max-autotune' is for inductor", "'eager'")),
         ({"inductor_mode": "fast"}, ("inductor_mode = 'fast'", "max-autotune")),
         ({"policy": "none"}, ("student and policy",)),
         ({"student": None}, ("none given",)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import ASSETS, BYTES, TINY, call, compile_, done, refused
+from command_line import ASSETS, BYTES, SMALL, TINY, call, compile_, done, refused
 from tiny_models import VOCAB, Bag, TinyModel, program_of
 
 from tcal_compiler import api
@@ -240,3 +240,12 @@ def test_names_and_sizes_beyond_any_machine(tmp_path, monkeypatch, words, expect
         expected,
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_core_that_no_onnx_model_can_hold_is_told_before_anything_is_done(tmp_path):
+    model = TinyModel(("is_causal", "quadratic bias"), vocab=256)
+    torch.export.save(program_of(model, 256), tmp_path / "t.pt2")
+    words = (tmp_path / "t.pt2", "--tokenizer", "bytes", "-o", tmp_path / "out", *SMALL)
+    message = refused(call("tcal-compile", *words), "UnsupportedModelError", "1 attention cores cannot carry a state")
+    assert "blocks.1.attn: a position bias on the scores" in message and "tcal align" in message
+    assert not (tmp_path / "out").exists() and call("tcal", "plan", *words).code == 0

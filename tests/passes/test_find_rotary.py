@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tcal_compiler.errors import UnsupportedModelError
 from tcal_compiler.passes.capture import capture_program, export_module
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.find_rotary import Rotary, find_rotary
@@ -42,6 +43,14 @@ def before_heads(x: Tensor) -> Tensor:
     return turned.transpose(1, 2)
 
 
+def slower_when_long(x: Tensor) -> Tensor:
+    """Half the angles for sequences of more than 60 tokens, as longrope does."""
+    steps = torch.arange(x.shape[2])
+    a = angles(x.shape[2], DIM) * torch.where(steps.max() > 60, 0.5, 1.0)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * a.cos() - second * a.sin(), second * a.cos() + first * a.sin()), -1)
+
+
 TURNS = {
     "half split": half_split,
     "interleaved": interleaved,
@@ -52,6 +61,7 @@ TURNS = {
     "scaled by position": lambda x: x * (1 + angles(x.shape[2], 2 * DIM)),
     "head dependent": lambda x: torch.cat((half_split(x[:, :1]), x[:, 1:]), 1),
     "norm behind": lambda x: F.normalize(half_split(x), dim=-1),
+    "slower when long": slower_when_long,
     "8 of 16 channels": lambda x: half_split(x, 8),
 }
 
@@ -101,3 +111,11 @@ def test_near_misses(turn: str):
 def test_q_and_k_must_turn_alike():
     assert found("half split", "stretched") is None and found("half split", "no positions") is None
     assert math.prod((ROWS, DIM // 2)) == found("half split").cos.numel()  # type: ignore[union-attr]
+
+
+def test_angles_that_change_with_the_length_are_no_table():
+    with pytest.raises(
+        UnsupportedModelError, match=r"angles change with the length of the sequence, .*48 and 100"
+    ) as e:
+        found("slower when long")
+    assert "max_length" in e.value.hint

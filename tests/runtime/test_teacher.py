@@ -153,6 +153,11 @@ def test_float64_weights_are_refused_in_a_program_and_converted_in_a_module(tmp_
     assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_program_of_half_precision_is_refused(tmp_path, dtype):
+    refused(saved(tmp_path / "t.pt2", Tiny(dtype=dtype)), f"weights are {str(dtype)[6:]}, such as")
+
+
 def test_a_program_cut_at_any_point_is_refused(tmp_path):
     whole = saved(tmp_path / "t.pt2", Tiny()).read_bytes()
     file = tmp_path / "cut.pt2"
