@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
 from .base import PassResult, run_passes
@@ -132,7 +133,7 @@ class _Rewrite:
         self.made.append(n)
         n.meta = {k: m for k, m in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
         fake = value(placeholders(self.capture.gm)[0]).fake_mode
-        with fake, torch.no_grad():
+        with fake, enable_python_dispatcher(), torch.no_grad():  # without it torch 2.11 takes sizes for numbers
             values = torch.fx.node.map_arg((args, kwargs), value)
             n.meta["val"] = target(*values[0], **values[1])
         return n
