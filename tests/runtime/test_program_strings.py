@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TinyModel, program_of
+from torch.export import pt2_archive
 
 from tcal_compiler.errors import TeacherError
 from tcal_compiler.runtime.program_file import load_program, save_program
@@ -190,7 +191,8 @@ def test_entries_that_torch_runs_are_refused(program, tmp_path, edit, name):
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.load(bad)
-    assert proof.exists() or edit is compiled, "torch itself no longer runs this: the check may go"
+    unknown = edit is constant and not hasattr(pt2_archive.constants, "OPAQUE_OBJ_FILENAME_PREFIX")  # torch 2.11
+    assert proof.exists() or edit is compiled or unknown, "torch itself no longer runs this: the check may go"
 
 
 def test_an_archive_that_torch_reads_otherwise_than_python(program, tmp_path):
