@@ -37,6 +37,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "measure_dry_run": "docs/results.md",
     "estimate_conversion": "test_estimate",
     "rank_sets": "docs/results.md",
+    "time_alignment": "docs/kernels.md",
     "time_planning": "docs/results.md",
     "published_recipe": "test_measure_conversion",
 }
