@@ -11,13 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from tcal_compiler.errors import UnsupportedModelError
 
-from .graph import argument, aten, backward_slice, inputs, taint, value
+from .graph import argument, aten, backward_slice, inputs, placeholders, taint, value
+from .masks import Evaluator
+from .types import Capture
 
 _ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 _BROADCAST = {
@@ -74,6 +77,40 @@ def _is_source(n: Node, length_symbol: str) -> bool:
         return False
     dim = int(_option(n, "dim", 0))
     return _dims(n)[dim] == length_symbol != _dims(n.args[0])[dim]  # type: ignore[arg-type]
+
+
+def longest_positions(capture: Capture) -> int | None:
+    """The most tokens for which every table whose rows positions choose has a row for each; None without such a table.
+
+    How an index grows with the length is read off two short ones.
+    """
+    graph = capture.gm.graph
+    data = taint(graph.nodes, placeholders(capture.gm)[:1])
+    short, long = Evaluator(capture, 2), Evaluator(capture, 9)
+    found = []
+    for n in graph.nodes:
+        if (pair := _looked_up(n)) is None or pair[1] in data:
+            continue
+        rows, index = pair
+        low, high = int(short(index).max()), int(long(index).max())
+        if step := (high - low) // 7:
+            found.append(2 + (rows - 1 - low) // step)
+    return min(found, default=None)
+
+
+def _looked_up(n: Node) -> tuple[int, Node] | None:
+    """Rows of a table, and the node of indices that chooses among them."""
+    if n.target is aten.embedding.default:
+        table, index, dim = argument(n, "weight"), argument(n, "indices"), 0
+    elif n.target is aten.index_select.default:
+        table, index, dim = argument(n, "self"), argument(n, "index"), int(argument(n, "dim"))
+    elif n.target is aten.index.Tensor and len(n.args[1]) == 1:  # type: ignore[arg-type]
+        table, index, dim = argument(n, "self"), n.args[1][0], 0  # type: ignore[index]
+    else:
+        return None
+    rows = value(table).shape[dim]
+    integers = isinstance(index, Node) and not value(index).is_floating_point() and value(index).dtype != torch.bool
+    return (rows, index) if integers and isinstance(rows, int) else None
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tcal_compiler.errors import TcalError, TeacherError, UnsupportedModelError
 from tcal_compiler.passes.capture import SHAPES, canonical, capture_program, export_module, logits_of
 from tcal_compiler.passes.graph import is_tensor, placeholders, value
+from tcal_compiler.passes.positions import longest_positions
 from tcal_compiler.passes.types import Capture
 
 from .program_file import upper_bound
@@ -97,7 +98,12 @@ def _as_exported(program: torch.export.ExportedProgram) -> Callable[..., Any]:
 def _bound_context(teacher: Teacher, program: torch.export.ExportedProgram) -> None:
     """Lengths above which the model's code does something else than was captured are beyond its context."""
     ids = next(n for n in program.graph.nodes if n.name == program.graph_signature.user_inputs[0])
-    bound, known = upper_bound(program, value(ids).shape[1]), teacher.info.get("context_length")
+    _shorten(teacher, upper_bound(program, value(ids).shape[1]))
+
+
+def _shorten(teacher: Teacher, bound: int | None) -> None:
+    """No context longer than the bound."""
+    known = teacher.info.get("context_length")
     if bound is not None and (known is None or bound < known):
         teacher.info["context_length"] = bound
 
@@ -120,6 +126,7 @@ def capture_teacher(teacher: Teacher, *, shapes: tuple[tuple[int, int], ...] = S
     if len(placeholders(capture.gm)) > 2:
         names = [n.name for n in placeholders(capture.gm)]
         raise UnsupportedModelError(teacher.source, f"takes {names}; want input_ids and at most position_ids")
+    _shorten(teacher, longest_positions(capture))
     weights = dict(capture.gm.named_parameters()) | dict(capture.gm.named_buffers())
     return replace(capture, fingerprint=fingerprint(weights, ""))
 

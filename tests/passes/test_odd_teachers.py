@@ -266,3 +266,40 @@ def test_a_kept_core_in_another_precision(monkeypatch, dtype):
     logits, state = run_chunks(stateful, IDS, (5, 1, 3), dtype=torch.float32)
     assert {s.dtype for s in state} == {torch.float32}
     torch.testing.assert_close(logits, capture.gm(IDS), rtol=0, atol=2e-3)
+
+
+# Tables of positions
+
+
+class Placed(nn.Embedding):
+    """Adds the rows of a table that a rule of the ids chooses."""
+
+    def __init__(self, tokens: nn.Embedding, rows: int, index: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(rows, tokens.embedding_dim)
+        self.tokens, self.index = tokens, index
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.tokens(input) + super().forward(self.index(input))
+
+
+@pytest.mark.parametrize(
+    "index, context",
+    [
+        (lambda ids: torch.arange(ids.shape[1]), 40),
+        (lambda ids: torch.arange(ids.shape[1]) + 2, 38),
+        (lambda ids: 2 * torch.arange(ids.shape[1]), 20),
+        (lambda ids: torch.zeros_like(ids), None),
+        (lambda ids: ids % 40, None),
+    ],
+    ids=["rows from 0", "rows from 2", "every second", "always row 0", "rows of tokens"],
+)
+def test_a_table_of_positions_ends_the_context(index, context):
+    model = TinyModel(layers=1)
+    model.embed = Placed(model.embed, 40, index)
+    teacher = Teacher("odd", "factory", model, None, None, {"vocab_size": VOCAB})
+    capture_teacher(teacher, shapes=((2, 9), (1, 1)))
+    assert teacher.info.get("context_length") == context
+    if context:
+        assert model(torch.zeros(1, context, dtype=torch.int64)).shape[1] == context
+        with pytest.raises(IndexError):
+            model(torch.zeros(1, context + 1, dtype=torch.int64))
