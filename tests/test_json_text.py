@@ -72,6 +72,7 @@ def test_what_json_takes_is_bounded_before(kind):
     text = WORST[kind].encode()
     took = added(lambda: json.loads(text))
     assert SIZE // 2 < took <= parsed_bytes(text) + (1 << 20)  # of the process itself
+    assert added(lambda: parsed_bytes(text)) <= len(text) + (1 << 20)
 
 
 def test_text_that_takes_more_is_refused_and_none_else():
