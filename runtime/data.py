@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import zlib
 from array import array
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tcal_compiler.errors import DataError
+from tcal_compiler.passes.json_text import TEXTS, read_json
 
 from .tokenizer import TokenizerLike, encode_each, prompt_start
 
@@ -176,9 +176,9 @@ def _json_objects(text: str, path: Path, hint: str) -> Iterable[tuple[str, dict[
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = read_json(line, times=TEXTS)
         except (ValueError, RecursionError) as e:
-            raise DataError(where, f"is not JSON: {e}", hint) from e
+            raise DataError(where, f"cannot be read as JSON: {e}", hint) from e
         if not isinstance(row, dict):
             raise DataError(where, f"is no object; seen: {type(row).__name__}", hint)
         yield where, row

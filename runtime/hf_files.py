@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from tcal_compiler.errors import RunFolderError
 from tcal_compiler.passes.capture import capture_program
+from tcal_compiler.passes.json_text import read_json
 from tcal_compiler.passes.types import Capture
 
 from .durable import remove_tree
@@ -145,7 +146,7 @@ def load_student(folder: Path, *, context: int) -> OpenStudent:
             raise RunFolderError(str(file), "is missing", AGAIN)
     tensors, note = load_hashed(weights, hint=AGAIN)
     try:
-        noted = json.loads(note)
+        noted = read_json(note)
         known, longest = noted["graph"], noted["context"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise RunFolderError(str(weights), f"was not written with a graph: {type(e).__name__}", AGAIN) from e

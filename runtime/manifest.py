@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from tcal_compiler.errors import RunFolderError
+from tcal_compiler.passes.json_text import read_json
 
 from .migrate import migrate
 
@@ -20,6 +21,9 @@ MANIFEST_NAME = "tcal.json"
 SCHEMA_VERSION = 2  # what each version holds: migrate.py
 STAGE_NAME = r"^[a-z][a-z0-9_-]*$"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
+_COPIES = 2  # of its JSON: while it is checked, as the checker's own objects and as Python's
+_MOST_ENTRIES = 5000  # a run of fifteen stages has some hundreds
+_DEPTH, _ANY_JSON = 3, {(0, "config"), (0, "plan"), (2, "evidence")}  # by depth
 
 
 def check_relative(name: str) -> str:
@@ -151,6 +155,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _typed_entries(value: Any, depth: int = 0) -> int:
+    """Of which each could be an error of its own, some kilobytes: all but what may be any JSON."""
+    if depth > _DEPTH or not isinstance(value, dict | list):
+        return 0
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    below = (_typed_entries(v, depth + 1) for key, v in items if (depth, key) not in _ANY_JSON)
+    return len(value) + sum(below)
+
+
 def parse_manifest(text: bytes, where: str) -> Manifest:
     """The manifest in text, in the present schema version whatever earlier one it was written in.
 
@@ -159,17 +172,20 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     """
     hint = "restore the file, or use another output folder"
     try:
-        data = json.loads(text)
+        data = read_json(text, copies=_COPIES)
     except (ValueError, RecursionError) as e:
-        raise RunFolderError(where, f"the manifest is damaged: not JSON ({e})", hint) from e
+        raise RunFolderError(where, f"the manifest is damaged: cannot be read as JSON ({e})", hint) from e
     version = data.get("schema_version") if isinstance(data, Mapping) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         what = f"schema version {version} is newer than {SCHEMA_VERSION}, the newest that this program reads"
         raise RunFolderError(where, what, "a newer tcal-compile")
+    if (entries := _typed_entries(data)) > _MOST_ENTRIES:
+        raise RunFolderError(where, f"the manifest is damaged: its stages have {entries} entries", hint)
+    del data
     try:
         return migrate(Manifest.model_validate_json(text))
     except ValidationError as e:
-        first = e.errors()[0]
+        first = e.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(p) for p in first["loc"])
         what = f"the manifest is damaged: {e.error_count()} errors; at {place or 'top'}: {first['msg']}"
         raise RunFolderError(where, what, hint) from e

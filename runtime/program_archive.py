@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import re
 import zipfile
 import zlib
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from tcal_compiler.errors import TeacherError
+from tcal_compiler.passes.json_text import TABLES, read_json
 
 from .program_strings import unsafe_text
 
@@ -110,7 +110,7 @@ def _check_text(name: str, content: bytes, path: Path) -> None:
     try:
         unsafe = unsafe_text(content)
     except (ValueError, RecursionError) as e:
-        raise TeacherError(str(path), f"is damaged: {name} is not JSON: {e}", "copy the file again") from e
+        raise TeacherError(str(path), f"is damaged: {name} cannot be read as JSON: {e}", "copy the file again") from e
     if unsafe:
         what = f"{name} holds text that torch never writes and that could run as code: {unsafe[:3]}"
         raise TeacherError(str(path), what, "export the model again from a source that you trust")
@@ -126,7 +126,7 @@ def _pickled_in(name: str, content: bytes) -> list[str]:
     if not name.endswith("_config.json"):
         return []
     try:
-        entries = json.loads(content)["config"]
+        entries = read_json(content, times=TABLES)["config"]
         return sorted(k for k, v in entries.items() if v["use_pickle"] or not _TENSOR.fullmatch(v["path_name"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return ["a table that cannot be read"]

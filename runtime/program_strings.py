@@ -8,12 +8,13 @@ let through.
 from __future__ import annotations
 
 import ast
-import json
 import re
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
+
+from tcal_compiler.passes.json_text import TABLES, read_json, too_much
 
 _NAME = re.compile(r"[\w.:+\-]*")  # names, paths of parameters, devices, versions
 _SPEC = re.compile(r"[\w\s.:+\-,\[\]{}\"\\]*")  # a pytree: JSON inside a string, without anything that can be called
@@ -46,10 +47,11 @@ def unsafe_text(content: bytes) -> list[str]:
     """Places in a JSON entry of a program's archive, with their text, that torch would never write.
 
     Raises:
-        ValueError: it is not JSON. RecursionError: it is nested too deeply.
+        ValueError: it is not JSON, or JSON that takes far more memory than a program's. RecursionError: it is nested
+            too deeply.
     """
     found: list[str] = []
-    _walk(json.loads(content), "", found)
+    _walk(read_json(content, times=TABLES), "", found)
     return found
 
 
@@ -73,7 +75,8 @@ def _harmless(key: str, text: str) -> bool:
     if key == "guards_code":
         return is_plain_guard(text)
     if key in ("in_spec", "out_spec"):
-        return "__enum__" not in text and bool(_SPEC.fullmatch(text))
+        plain = "__enum__" not in text and bool(_SPEC.fullmatch(text))
+        return plain and not too_much(text.encode(), times=TABLES)
     if key in ("target", "as_operator"):
         return bool(_ON_SIZES.fullmatch(text)) or is_operator(text)
     if key == "forward_arg_names":

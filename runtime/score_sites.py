@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from tcal_compiler.errors import RunFolderError, StageError
 from tcal_compiler.passes.files import read_small
 from tcal_compiler.passes.graph import aten, by_name, fresh, move_to, output_node
+from tcal_compiler.passes.json_text import read_json
 from tcal_compiler.passes.types import AttentionSite, Capture, Plan, SiteScan
 
 from .calibrate import initialise
@@ -124,7 +125,7 @@ def _read(cache: Path) -> dict[int, SiteScore]:
     if not cache.is_file():
         return {}
     try:
-        return {row["index"]: SiteScore(**row) for row in json.loads(read_small(cache))}
+        return {row["index"]: SiteScore(**row) for row in read_json(read_small(cache))}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise RunFolderError(str(cache), f"cannot be read: {e}", "delete it: the sites are then measured again") from e
 

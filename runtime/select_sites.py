@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcal_compiler.errors import RunFolderError, StageError
 from tcal_compiler.passes.files import read_small
+from tcal_compiler.passes.json_text import read_json
 from tcal_compiler.passes.types import Capture, Plan, SiteScan
 
 from .align import align
@@ -146,7 +147,7 @@ def _read(cache: Path) -> Sets:
     if not cache.is_file():
         return {}
     try:
-        return sets_from_rows(json.loads(read_small(cache)))
+        return sets_from_rows(read_json(read_small(cache)))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise RunFolderError(str(cache), f"cannot be read: {e}", "delete it: the sets are then measured again") from e
 

@@ -6,7 +6,6 @@ B rows of a batch, T new tokens, P tokens seen before, V entries of the vocabula
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from tcal_compiler.errors import ConfigError, DataError, ExportError
 from tcal_compiler.passes.files import read_small
+from tcal_compiler.passes.json_text import read_json
 
 from .onnx_export import CONFIG_FILE, FINGERPRINT, LOWERINGS, MODEL_FILE, runtime_version
 from .sampling import Sampler
@@ -296,7 +296,7 @@ def read_genai_config(path: Path) -> tuple[dict[str, Any], bool]:
     if not path.is_file():
         return {}, False
     try:
-        config = json.loads(read_small(path))
+        config = read_json(read_small(path))
         model, search = config["model"], config.get("search", {})
         for name in ("context_length", "vocab_size"):
             if type(model[name]) is not int or not 0 < model[name] < 1 << 40:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tcal_compiler.errors import DataError
+from tcal_compiler.passes.json_text import TABLES, read_json
 
 _MOST_GROWTH = 64.0  # rules that spell out a character in others make a few of it
 
@@ -19,7 +19,7 @@ def check_growth(folder: Path) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
-    body = json.loads(file.read_bytes())
+    body = read_json(file.read_bytes(), times=TABLES)
     parts = [body.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")] if isinstance(body, dict) else []
     for part in parts:
         if (growth := _growth(part)) > _MOST_GROWTH:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tcal_compiler.errors import RunFolderError
+from tcal_compiler.passes.json_text import read_json
 
 from .config import TrainConfig
 from .hashed_tensors import load_hashed, save_hashed
@@ -77,7 +78,7 @@ class Checkpoint:
         hint = "delete it: the stage then starts over"
         tensors, text = load_hashed(self.path, hint=hint)
         try:
-            meta = json.loads(text)
+            meta = read_json(text)
             state = TrainState(int(meta["step"]), tensors, [dict(p) for p in meta["curve"]])
             if not state.curve or state.step < 0 or not all(type(p["step"]) is int for p in state.curve):
                 raise ValueError(f"no state of a training: step {state.step}, a curve of {len(state.curve)} points")

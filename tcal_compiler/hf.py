@@ -11,7 +11,6 @@ B rows of a batch, T new tokens, P tokens in the cache, padding included in both
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .errors import ConfigError, DataError, RunFolderError
 from .passes.files import read_small
 from .passes.graph import move_to
+from .passes.json_text import read_json
 from .passes.make_stateful import make_stateful
 from .runtime.hf_cache import StudentCache, full_mask
 from .runtime.hf_files import (
@@ -354,7 +354,7 @@ def _read_generation_config(folder: Path) -> GenerationConfig:
 def _read_config(folder: Path) -> StudentConfig:
     """Of config.json only what says something of a student: transformers takes any other value for its own."""
     try:
-        known = json.loads(read_small(folder / "config.json"))
+        known = read_json(read_small(folder / "config.json"))
         kind, sizes = known["model_type"], {n: known[n] for n in ("vocab_size", "max_position_embeddings")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         what = f"its configuration is damaged or missing: {type(e).__name__}: {str(e)[:200]}"

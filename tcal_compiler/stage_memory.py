@@ -7,7 +7,6 @@ they hold them.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from .dry_run import size_text, stand_in
 from .passes.capture import SHAPES
 from .passes.choose import choose, scored_by
 from .passes.find_attention import find_attention
+from .passes.json_text import read_json
 from .passes.make_stateful import check_tokens
 from .passes.types import Plan, SiteScan
 from .progress import Parts, Progress
@@ -239,7 +239,7 @@ def loading_bytes(teacher: Teacher, weights: int) -> int:
 
 def _stored(teacher: Teacher) -> torch.dtype:
     """Of the weights in a transformers folder, as its configuration has it."""
-    config = json.loads((Path(teacher.source) / "config.json").read_text(encoding="utf-8"))
+    config = read_json((Path(teacher.source) / "config.json").read_bytes())
     name = config.get("dtype", config.get("torch_dtype")) or "float32"
     found = getattr(torch, str(name), None)
     return found if isinstance(found, torch.dtype) else torch.float32

@@ -157,7 +157,40 @@ def forty_times(rule: object) -> Case:
     return Case("tokenizer", json_edit("tokenizer.json", normalizer=rules), "DataError")
 
 
+NESTED: list[object] = [json.loads("[" * 100 + "]" * 100)] * 5000  # 1 MB of JSON, and some fifty times that as objects
+NESTED_TEXT = json.dumps(NESTED).encode()
+LONG_KEYS = b"".join(b"[k%d%s]\n" % (i, b".a" * 50) for i in range(1000))
+
+
+def in_program(behind: bytes, put: Callable[[bytes], bytes]) -> Edit:
+    """NESTED in a program's tables, as the value behind a text."""
+
+    def change(name: str, content: bytes) -> bytes:
+        head, found, tail = content.partition(behind)
+        return head + found + put(tail) if found and name.endswith("model.json") else content
+
+    return lambda files: rezip(files, change)
+
+
 CASES = {
+    "lists in lists in a manifest": Case("manifest", json_edit("tcal.json", config={"x": NESTED}), "RunFolderError"),
+    "lists in lists in the settings of a tokenizer": Case(
+        "tokenizer", json_edit("tokenizer_config.json", x=NESTED), "DataError"
+    ),
+    "lists in lists in a tokenizer": Case("tokenizer", json_edit("tokenizer.json", x=NESTED), "DataError"),
+    "lists in lists in a configuration": Case("checkpoint", json_edit("config.json", x=NESTED), "TeacherError"),
+    "lists in lists in a session's": Case("onnx", json_edit("genai_config.json", x=NESTED), "ExportError"),
+    "lists in lists in a row": Case("text", lambda files: {"a.jsonl": b'{"text": "a"}\n' + NESTED_TEXT}, "DataError"),
+    "lists in lists in a program": Case(
+        "pt2", in_program(b"{", lambda tail: b'"x": ' + NESTED_TEXT + b", " + tail), "TeacherError"
+    ),
+    "lists in lists in a text in a program": Case(
+        "pt2", in_program(b'"in_spec": "', lambda tail: NESTED_TEXT + tail[tail.index(b'", "') :]), "TeacherError"
+    ),
+    "a manifest of many names": Case(
+        "manifest", json_edit("tcal.json", **{str(i): i for i in range(100_000)}), "RunFolderError"
+    ),
+    "many keys of many parts": Case("plan.toml", lambda files: {"plan.toml": LONG_KEYS}, "ConfigError"),
     "a manifest of 1 TiB": Case("manifest", dict, "RunFolderError", sparse="tcal.json"),
     "a plan of 1 TiB": Case("plan.toml", dict, "ConfigError", sparse="plan.toml"),
     "a key of many parts": Case("plan.toml", lambda files: {"plan.toml": b"a." * 30_000 + b"a=1"}, "ConfigError"),

@@ -70,7 +70,7 @@ def test_a_compressed_file_cut_at_any_point_is_refused(tmp_path):
         ("a.txt", b" \n\t", "holds no text"),
         ("a.txt", b"good\nb\xff", "not UTF-8: byte 0xff at offset 6, line 2"),
         ("a.jsonl", b"\n\n", "holds no text"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": "x"', r"line 3: is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "x"', r"line 3: cannot be read as JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "x"}', r"line 2: has no string under \"text\"; seen: keys \['body'\]"),
         ("a.jsonl", b'["x"]', "line 1: .*seen: list"),
         ("a.jsonl", b'{"text": 3}', "line 1: has no string"),

@@ -215,7 +215,7 @@ def test_truncated_manifests(tmp_path):
     whole = file.read_bytes().rstrip()
     for cut in range(0, len(whole), 7):
         file.write_bytes(whole[:cut])
-        with pytest.raises(RunFolderError, match="not JSON"):
+        with pytest.raises(RunFolderError, match="cannot be read as JSON"):
             create(tmp_path / "run")
     file.write_bytes(b"[]")
     with pytest.raises(RunFolderError, match="damaged"):
