@@ -1,8 +1,9 @@
-"""Memory that text takes once it is parsed: `python tests/fuzz/parsed_memory.py [FOLDER OF A TOKENIZER ...]`.
+"""Memory that text takes once it is parsed: `python tests/fuzz/parsed_memory.py [FOLDER OR FILE ...]`.
 
 For the worst JSON known, of a million characters a kind: what json.loads takes and the bound told before. For text of
-16 MB: reading it, and its tokens. For tokenizers: their tokenizer.json through json.loads, and all that reading one
-takes. Linux only.
+17 MB: reading it, and its tokens. For a tokenizer of many numbers, and for given folders of tokenizers: their
+tokenizer.json through json.loads, and all that reading one takes. For given manifests and exported programs: what is
+told before. Linux only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,15 +27,33 @@ def line(what: str, size: int, call: Callable[[], object], bound: str = "") -> N
     print(f"| {what} | {size} | {took / 2**20:.1f} | {took / size:.1f} | {bound} |", flush=True)
 
 
+def told(what: str, text: bytes) -> None:
+    """Prints a row of text that is not parsed."""
+    from tcal_compiler.passes.json_text import parsed_bytes
+
+    print(f"| {what} | {len(text)} | | | {parsed_bytes(text) / len(text):.1f} |", flush=True)
+
+
+def tokenizer(file: Path) -> None:
+    """Prints two rows of a tokenizer.json."""
+    from tcal_compiler.passes.json_text import parsed_bytes
+    from tcal_compiler.runtime.tokenizer import read_tokenizer
+
+    size, name, bound = file.stat().st_size, file.parent.name, parsed_bytes(file.read_bytes())
+    line(f"{name}: json.loads", size, lambda: json.loads(file.read_bytes()), f"{bound / size:.1f}")
+    line(f"{name}: read_tokenizer", size, lambda: read_tokenizer(file.parent))
+
+
 def main() -> None:
     """Prints the table."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/fuzz"), str(ROOT)]
+    from fuzz_targets import small_tokenizer
     from test_json_text import WORST
     from transformers import AutoTokenizer
 
     from tcal_compiler.passes.json_text import parsed_bytes
     from tcal_compiler.runtime.data import encode_documents, read_text
-    from tcal_compiler.runtime.tokenizer import ByteTokenizer, read_tokenizer
+    from tcal_compiler.runtime.tokenizer import ByteTokenizer
 
     assert AutoTokenizer  # loaded before memory is measured
     print("| text | bytes | MiB | times | bound, times |\n|---|---|---|---|---|")
@@ -48,11 +68,24 @@ def main() -> None:
             line(f"{name}, read", len(text), lambda file=file: read_text(file))
             tokens = lambda file=file: encode_documents(read_text(file), ByteTokenizer(), None)  # noqa: E731
             line(f"{name}, read and its bytes as tokens", len(text), tokens)
-    for given in sys.argv[1:]:
-        file = Path(given) / "tokenizer.json"
-        size = file.stat().st_size
-        line(f"{given}: json.loads", size, lambda file=file: json.loads(file.read_bytes()))
-        line(f"{given}: read_tokenizer", size, lambda given=given: read_tokenizer(Path(given)))
+        small_tokenizer(Path(folder) / "numbers")
+        file = Path(folder) / "numbers" / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()), separators=(",", ":")))
+        file.write_text(file.read_text().replace('"model":{', '"model":{"x":[' + "999," * 1_000_000 + "0],", 1))
+        tokenizer(file)
+    for given in map(Path, sys.argv[1:]):
+        if given.is_dir():
+            tokenizer(given / "tokenizer.json")
+            content = json.loads((given / "tokenizer.json").read_bytes())
+            dense = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+            told(f"{given.name}, without a space", dense.encode())
+        elif given.suffix == ".json":
+            told(given.name, given.read_bytes())
+        else:
+            with zipfile.ZipFile(given) as archive:
+                for name in archive.namelist():
+                    if name.endswith(".json"):
+                        told(f"{given.name}, {name}", archive.read(name))
 
 
 if __name__ == "__main__":
