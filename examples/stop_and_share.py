@@ -18,7 +18,7 @@ policy = "keep=0"
 sequences = 8
 length = 64
 [align]
-steps = 60
+steps = 200
 batch = 4
 checkpoint_every = 5
 [distill]
