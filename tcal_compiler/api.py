@@ -93,7 +93,9 @@ def prepare(
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)
     check_length(calib.length, source, "calib.length")
-    ids = text.sequences(source.tokenizer, count=calib.rows, length=calib.length, progress=progress.bar)
+    ids = text.sequences(
+        source.tokenizer, count=calib.rows, length=calib.length, holdout=calib.holdout, progress=progress.bar
+    )
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
     if until == "export":
