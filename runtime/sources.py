@@ -7,6 +7,7 @@ stretch of rows, the held-out slice too, holds the files in proportion.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,14 @@ class CalibrationText:
             what = f"{texts} names no file" if not sources else f"{texts} names a file twice"
             raise ConfigError(WHERE, what, '["a.jsonl:0.7", "b.txt:0.3"], every file once')
         return cls(sources, repeats)
+
+    def check(self) -> None:
+        """Raises DataError for a file that is missing or empty; reads none."""
+        for path in (s.path for s in self.sources):
+            if not os.path.lexists(path):
+                raise DataError(str(path), "no such file", "check the path")
+            if path.is_file() and not path.stat().st_size:
+                raise DataError(str(path), "holds no text (0 bytes)", "a file with text")
 
     @property
     def name(self) -> str:
