@@ -227,3 +227,13 @@ def test_what_typer_makes_of_ctrl_c_says_how_to_go_on(words, goes_on, capsys, mo
     with pytest.raises(SystemExit) as other:
         cli._run(lambda: sys.exit(2))
     assert other.value.code == 2 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("longest", "more"), [(8192, False), (9000, True), (None, True)])
+def test_a_larger_context_is_suggested_where_the_teacher_has_one(longest, more, finished):
+    manifest = json.loads((finished / "tcal.json").read_text())
+    manifest["stages"]["plan"]["evidence"]["info"]["context_length"] = longest
+    (finished / "tcal.json").write_text(json.dumps(manifest))
+    said = call("tcal", "generate", finished, "The old man", "--max-new-tokens", "9000")
+    assert "context: 11 tokens of prompt and 9000 new ones do not fit in the context of 8192" in said.err
+    assert "Try: at most 8182 new tokens" in said.err and ("export.max_length above 8192" in said.err) is more
