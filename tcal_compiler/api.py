@@ -166,6 +166,8 @@ def convert(
         for name in STAGES[: STAGES.index(until) + 1]:
             _guarded(name, getattr(work, name))
         _guarded("report", lambda: write_report(run, progress))
+        if not run.ran:
+            progress.say(f"{out}: every stage was complete already, nothing was to do")
     return out
 
 

@@ -10,10 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import ASSETS, BYTES, HELD_OUT, SMALL, TINY, call, contents, done
 
 from tcal_compiler import cli, runs
+from tcal_compiler.progress import Progress
+from tcal_compiler.resume import resuming
+from tcal_compiler.runtime.run_folder import Stage
 from tcal_compiler.runtime.tokenizer import ByteTokenizer
+from tcal_compiler.runtime.training import TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,8 +51,9 @@ def test_the_same_command_again_does_nothing(finished):
     before = contents(finished)
     stamps = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
     options = (*BYTES, "--policy", "keep=0", "--align-steps", "6", *SMALL)
-    printed = done("tcal-compile", TINY, "-o", finished, *options)
-    assert "export is complete" in printed
+    result = call("tcal-compile", TINY, "-o", finished, *[w for w in options if w != "--quiet"])
+    printed = result.out
+    assert "export is complete" in printed and "every stage was complete already, nothing was to do" in result.err
     assert printed.splitlines()[-1].startswith(
         "Converted layers know little of the teacher's on unseen text (mean held"
     )
@@ -237,3 +243,18 @@ def test_a_larger_context_is_suggested_where_the_teacher_has_one(longest, more, 
     said = call("tcal", "generate", finished, "The old man", "--max-new-tokens", "9000")
     assert "context: 11 tokens of prompt and 9000 new ones do not fit in the context of 8192" in said.err
     assert "Try: at most 8182 new tokens" in said.err and ("export.max_length above 8192" in said.err) is more
+
+
+def test_a_stop_says_from_which_step_the_next_run_goes_on(tmp_path, capsys):
+    stage = Stage("align", False, tmp_path, tmp_path)
+    for before, saved, says in (
+        (None, None, "stage align has no checkpoint yet: it begins anew"),
+        (None, 50, "stage align is kept up to step 50 of 120"),
+        (50, None, "stage align goes on from step 50 of 120\nstage align is kept up to step 50 of 120"),
+    ):
+        with pytest.raises(KeyboardInterrupt), resuming(stage, Progress(), 120) as (state, save):
+            assert (state and state.step) == before
+            if saved:
+                save(TrainState(saved, {"x": torch.zeros(1)}, [{"step": 0}]))
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err == f"{says}\n"
