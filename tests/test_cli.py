@@ -78,7 +78,8 @@ def test_eval_and_report(finished):
 
 def test_verify_repeats_every_check_and_finds_a_changed_byte(finished):
     printed = done("tcal", "verify", finished, "--quiet")
-    lines = printed.splitlines()
+    *lines, last = printed.splitlines()
+    assert last == f"{len(lines)} of {len(lines)} hold"
     assert len(lines) > 15 and all(line.startswith("ok ") for line in lines)
     for what in ("capture equals teacher", "nothing converted", "student.pt2", "ONNX logits", "greedy tokens"):
         assert what in printed
