@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -95,9 +97,22 @@ def choose(
     elif policy.startswith("keep="):
         keep = _explicit(policy.removeprefix("keep="), indices, policy)
     else:
-        where = f"--policy {policy if policy.strip() else repr(policy)}"
-        raise ConfigError(where, "unknown policy", f"policies: {POLICIES}")
+        raise _unknown(policy)
     return plan_that_keeps(keep, scan, policy, found)
+
+
+def check_policy(policy: str) -> None:
+    """Raises ConfigError for a policy that no teacher has; its budget or layers are not looked at."""
+    if policy not in ("all", "none") and not policy.startswith(("uniform:", "keep=")) and scored_by(policy) is None:
+        raise _unknown(policy)
+
+
+def _unknown(policy: str) -> ConfigError:
+    word = re.split("[:=]", policy)[0].lower()
+    near = difflib.get_close_matches(word, ("all", "none", "uniform", "keep", *MEASURED), 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    where = f"--policy {policy if policy.strip() else repr(policy)}"
+    return ConfigError(where, "unknown policy", f"{meant}policies: {POLICIES}")
 
 
 def plan_that_keeps(keep: Iterable[int], scan: SiteScan, policy: str, scores: Mapping[int, float]) -> Plan:

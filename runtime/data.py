@@ -311,11 +311,8 @@ def pack(tokens: Tensor, *, sequences: int, length: int, what: str, start: Seque
     have, need = tokens.numel(), sequences * own
     if have < need:
         fit = have // own
-        hint = (
-            f"at most {fit} sequences, those that only score (calib.holdout) among them, or a longer text"
-            if fit
-            else f"a length of at most {have}, or a longer text"
-        )
+        shorter = f"a length of at most {have + len(start)}, or " if have + len(start) > 1 else ""
+        hint = f"at most {fit} sequences, or a longer text" if fit else f"{shorter}a longer text"
         raise DataError(
             what,
             f"has {have} tokens, but {sequences} sequences of {length} tokens need {need}; {fit} such sequences fit",

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from tcal_compiler.errors import RunFolderError, StageError
@@ -15,6 +16,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122", "os error 27")
 _WRITER_WORDS = ("PytorchStreamWriter failed writing", "unexpected pos")
 _ALMOST_FULL = 1 << 22  # bytes
+_NAMED = 300  # bytes of a lock's holder
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -121,22 +123,21 @@ class FolderLock:
                     break
                 os.close(fd)
             except BlockingIOError as e:
-                holder = os.pread(fd, 32, 0).decode(errors="replace").strip()  # readers write none
-                os.close(fd)
-                raise RunFolderError(
-                    str(path.parent),
-                    "is in use by another process" + (f" (pid {holder})" if holder else ""),
-                    "wait for it, or stop it",
-                ) from e
+                pid, _, words = os.pread(fd, _NAMED, 0).decode(errors="replace").strip().partition(" ")
+                os.close(fd)  # readers write none
+                holder = (f" (pid {pid})" if pid else "") + (f": {words}" if words else "")
+                what = f"is in use by another process{holder}"
+                raise RunFolderError(str(path.parent), what, "wait for it, or stop it") from e
         else:
             raise RunFolderError(str(path.parent), "is being created and deleted by other processes", "try again")
         if not shared:
             if os.fstat(self._fd).st_nlink > 1:  # a hard link to a file that is not ours to overwrite
                 self.close()
                 raise RunFolderError(str(path), "is a second name of another file", "another output folder with -o")
-            with contextlib.suppress(OSError):  # the pid only serves the message above
+            with contextlib.suppress(OSError):  # pid and command only serve the message above
+                command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
                 os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+                os.pwrite(self._fd, f"{os.getpid()} {command}".encode(errors="replace")[:_NAMED], 0)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -100,7 +100,7 @@ class RunFolder:
         self._fresh = False  # made by this call
         self._made: list[Path] = []  # folders made by this call, innermost first
         self._redo = False
-        self._ran: set[str] = set()
+        self.ran: set[str] = set()  # stages that were completed since it was opened
         self._files = HashedFiles(path)
         self.on_again: Callable[[str, str], None] = lambda stage, why: None  # before a complete stage runs again
 
@@ -267,7 +267,7 @@ class RunFolder:
         key = hash_json(hashes)[:12]
         folder, scratch = self.path / f".tmp-{name}-{os.getpid()}", self.path / SCRATCH_NAME / name / key
         old = self.manifest.stages.get(name)
-        redo = self._redo and name not in self._ran
+        redo = self._redo and name not in self.ran
         if old:
             same = old.config_hash == hashes[0], old.inputs_hash == hashes[1], not self.changed(name), not redo
             if all(same):
@@ -344,7 +344,7 @@ class RunFolder:
         if stage.plan is not None:
             new["plan"] = as_json(stage.plan)
         self._write(self.manifest.model_copy(update=new))  # the commit point
-        self._ran.add(stage.name)
+        self.ran.add(stage.name)
         self._publish()
 
     def _note_made_from(self, name: str, record: StageRecord, inputs: Any) -> None:

@@ -179,7 +179,7 @@ class OnnxSession:
         sampler = Sampler(temperature, top_k, top_p)
         if len(ids) == 0:
             raise DataError("prompt", "is empty: there is no token to continue from", "at least one token")
-        self._check_room(len(ids) + max(0, max_new_tokens - 1))
+        self._check_room(len(ids), max_new_tokens)
         return self._generate(ids, max_new_tokens, eos, sampler, np.random.default_rng(seed))
 
     def _generate(
@@ -212,7 +212,7 @@ class OnnxSession:
             raise DataError("prompts", what, "at least one prompt of at least one token")
         self.reset(batch=len(prompts))
         longest = max(len(p) for p in prompts)
-        self._check_room(longest + max(0, max_new_tokens - 1))
+        self._check_room(longest, max_new_tokens)
         ids: NDArray[np.int64] = np.zeros((len(prompts), longest), np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -230,10 +230,15 @@ class OnnxSession:
             logits = self.forward(chosen[:, None], going[:, None])[:, -1] if going.any() else None
         return tokens
 
-    def _check_room(self, new: int) -> None:
-        if self.context_length is not None and self.length + new > self.context_length:
-            what = f"{self.length} tokens and {new} more do not fit in the context of {self.context_length}"
-            raise DataError("context", what, "a shorter prompt, fewer new tokens, or export with a larger max_length")
+    def _check_room(self, prompt: int, new: int = 0) -> None:
+        """The last of the new tokens is not read any more."""
+        if self.context_length is None or self.length + prompt + max(0, new - 1) <= self.context_length:
+            return
+        before, behind = f"{self.length} tokens seen, " if self.length else "", f" and {new} new ones" if new else ""
+        what = f"{before}{prompt} tokens of prompt{behind} do not fit in the context of {self.context_length}"
+        room = self.context_length - self.length - prompt + 1
+        hint = f"at most {room} new tokens" if new and room > 0 else "a shorter prompt"
+        raise DataError("context", what, hint)
 
     def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[Any]:
         """Runs all rows at once; the chunks behind the first of a batch row by row where there is attention.

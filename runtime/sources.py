@@ -7,6 +7,7 @@ stretch of rows, the held-out slice too, holds the files in proportion.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tcal_compiler.errors import ConfigError
+from tcal_compiler.errors import ConfigError, DataError
 
 from . import data
 from .repeats import repeat_stretches
@@ -22,6 +23,7 @@ from .tokenizer import TokenizerLike, prompt_start
 
 WHERE = "calib.text"
 LEAST = 1e-6  # weight
+LEAST_LENGTH = 8  # of calib.length
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ class CalibrationText:
             raise ConfigError(WHERE, what, '["a.jsonl:0.7", "b.txt:0.3"], every file once')
         return cls(sources, repeats)
 
+    def check(self) -> None:
+        """Raises DataError for a file that is missing or empty; reads none."""
+        for path in (s.path for s in self.sources):
+            if not os.path.lexists(path):
+                raise DataError(str(path), "no such file", "check the path")
+            if path.is_file() and not path.stat().st_size:
+                raise DataError(str(path), "holds no text (0 bytes)", "a file with text")
+
     @property
     def name(self) -> str:
         return ", ".join(str(s.path) for s in self.sources)
@@ -106,9 +116,18 @@ class CalibrationText:
         return files + ([["repeats", self.repeats]] if self.repeats else [])
 
     def sequences(
-        self, tokenizer: TokenizerLike, *, count: int, length: int, progress: data.Bar | None = None
+        self,
+        tokenizer: TokenizerLike,
+        *,
+        count: int,
+        length: int,
+        holdout: int = 0,
+        progress: data.Bar | None = None,
     ) -> Tensor:
-        """The first `count` rows [count, length]. Raises DataError when a file is too short for its share of them."""
+        """The first `count` rows [count, length], of which the last `holdout` only score.
+
+        Raises DataError when a file is too short for its share of them.
+        """
         order = self._order(count)
         parts: list[Tensor] = []
         start = prompt_start(tokenizer)
@@ -118,6 +137,11 @@ class CalibrationText:
                 bar = progress(f"tokens of {source.path.name}") if progress else None
                 most = share * length
                 tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=most, progress=bar)
+                fit = data.count_rows(tokens, length=length, start=start)
+                if fit < share:
+                    before = int((order == i).nonzero()[fit])  # rows in front of the first that is missing
+                    have, starts = len(tokens), len(start)
+                    raise _too_short(source.path, have, share, length, starts, (count, holdout, before))
                 parts.append(data.pack(tokens, sequences=share, length=length, what=str(source.path), start=start))
         return self._repeated(torch.cat(parts)[order.argsort(stable=True).argsort()], tokenizer)
 
@@ -150,3 +174,18 @@ class CalibrationText:
     def _order(self, count: int) -> Tensor:
         turns = mix([s.weight for s in self.sources])
         return torch.tensor([next(turns) for _ in range(count)])
+
+
+def _too_short(path: Path, have: int, share: int, length: int, start: int, rows: tuple[int, int, int]) -> DataError:
+    """A file of `have` tokens that lacks some for `share` sequences, each behind `start` tokens of the prompt's.
+
+    rows: of all files, those that were asked for, those of them that only score, and those that can be had.
+    """
+    count, holdout, fit = rows
+    need = share * (length - start)
+    what = f"has {have} tokens, but {share} sequences of {length} tokens need {need}"
+    what += f": of all {count}, {count - holdout} to train on + {holdout} held out (calib.holdout)"
+    more, shorter = f"{need - have} more tokens of text", have // share + start
+    if fit > holdout:
+        return DataError(str(path), what, f"--calib-sequences {fit - holdout}, or {more}")
+    return DataError(str(path), what, f"--calib-length {shorter}, or {more}" if shorter >= LEAST_LENGTH else more)

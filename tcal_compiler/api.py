@@ -15,6 +15,7 @@ from .conversion import Conversion
 from .errors import ConfigError, TcalError
 from .inputs import check_names
 from .passes.capture import require_causal
+from .passes.choose import check_policy
 from .passes.make_stateful import require_states
 from .passes.types import Plan
 from .progress import Progress
@@ -26,6 +27,7 @@ from .runtime.onnx_export import check_supported
 from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.sources import CalibrationText
+from .runtime.tokenizer import find_tokenizer
 from .scoring import scored_plan
 from .source import Source, check_device, check_length, choose_plan, open_source
 
@@ -85,15 +87,21 @@ def prepare(
     check_names(config.calib.text, teacher=teacher, tokenizer=tokenizer, out=out)
     place, calib = check_device(device), config.calib
     text = CalibrationText.of(calib.text, default=CALIBRATION_TEXT, repeats=calib.repeats)
+    text.check()
+    find_tokenizer(None, tokenizer)
     if until == "export":
         check_supported(config.export)
     check_output(out)
+    if config.policy is not None and plan is None and not (out / "plan.toml").exists():
+        check_policy(config.policy)
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
     assert source.tokenizer is not None
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)
     check_length(calib.length, source, "calib.length")
-    ids = text.sequences(source.tokenizer, count=calib.rows, length=calib.length, progress=progress.bar)
+    ids = text.sequences(
+        source.tokenizer, count=calib.rows, length=calib.length, holdout=calib.holdout, progress=progress.bar
+    )
     chosen = choose_plan(source.scan, config, out, plan)
     require_causal(source.capture)
     if until == "export":
@@ -158,6 +166,8 @@ def convert(
         for name in STAGES[: STAGES.index(until) + 1]:
             _guarded(name, getattr(work, name))
         _guarded("report", lambda: write_report(run, progress))
+        if not run.ran:
+            progress.say(f"{out}: every stage was complete already, nothing was to do")
     return out
 
 

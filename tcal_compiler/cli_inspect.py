@@ -92,8 +92,9 @@ def doctor(as_json: Json = False) -> None:
 
     ONNX Runtime's operators and every kernel, gradients included, are compared with float64.
     """
-    from .doctor import examine
+    from .doctor import conclusion, examine
 
     with Progress() as progress:
         findings = examine(progress)
-    print(json.dumps(findings, indent=1) if as_json else "\n".join(f"{n}: {v}" for n, v in findings.items()))
+    lines = [*(f"{n}: {v}" for n, v in findings.items()), conclusion(findings)]
+    print(json.dumps(findings, indent=1) if as_json else "\n".join(lines))

@@ -137,6 +137,7 @@ def verify(
     else:
         for c in checks:
             print(f"{'ok  ' if c.passed else 'FAIL'} {c.name}: {c.measured:.3g} (allowed {c.allowed:.3g}) {c.detail}")
+        print(f"{sum(c.passed for c in checks)} of {len(checks)} hold")
     hint = "the tcal-compile command of this run again, which makes anew what changed; tcal doctor checks this machine"
     require("verify", checks, hint)
 

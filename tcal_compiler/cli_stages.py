@@ -53,6 +53,8 @@ def _convert(
     from .api import convert, report_file
     from .dry_run import dry_run
     from .recorded import settings_before
+    from .report import verdict_of
+    from .runtime.run_files import read_manifest
 
     config_file, plan = options.pop("config"), options.pop("plan")
     run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device")}
@@ -76,6 +78,8 @@ def _convert(
         return
     print(f"{path}: {until} is complete. Report: {report_file(path)}")
     print(f'Try: tcal generate {path} "Once upon a time"' if until == "export" else f"Plan: {path / 'plan.toml'}")
+    if said := verdict_of(read_manifest(path)):
+        print(said)
 
 
 def _stage_command(until: str, description: str) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
 from .passes.types import Check, Plan
 from .progress import Parts, Progress
-from .resume import resume_stage
+from .resume import resuming
 from .runtime.align import align
 from .runtime.calibrate import half_lives, initialise
 from .runtime.distill import check_train
@@ -153,19 +153,19 @@ class Conversion:
             curve: list[dict[str, object]] = []
             stage.evidence = {"device": str(self.device)}
             if self.config.align.steps and self.chosen.convert:
-                resume, save = resume_stage(stage, self.progress)
                 every = self.config.calib.init_sequences is None
-                _, curve = align(
-                    self.student,
-                    self.groups,
-                    train=self.config.calib.kept,
-                    live=None if every else LivePairs(self.student, self.groups, self.ids[: self.train]),
-                    config=self.config.align,
-                    seed=self.config.seed,
-                    resume=resume,
-                    save=save,
-                    progress=self.progress.bar(f"alignment of {len(self.chosen.convert)} sites"),
-                )
+                with resuming(stage, self.progress, self.config.align.steps) as (resume, save):
+                    _, curve = align(
+                        self.student,
+                        self.groups,
+                        train=self.config.calib.kept,
+                        live=None if every else LivePairs(self.student, self.groups, self.ids[: self.train]),
+                        config=self.config.align,
+                        seed=self.config.seed,
+                        resume=resume,
+                        save=save,
+                        progress=self.progress.bar(f"alignment of {len(self.chosen.convert)} sites"),
+                    )
                 stage.evidence["half_life"] = half_lives(self.student, self.groups, batch=self.config.calib.batch)
             save_weights(self.student, stage.dir / "weights.safetensors")
             (stage.dir / "alignment.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")

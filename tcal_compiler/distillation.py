@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .passes.types import Check
-from .resume import resume_stage
+from .resume import resuming
 from .runtime.distill import distill, stopped_at
 from .runtime.flops import device_peak, distillation_flops
 from .runtime.parallel import current
@@ -101,26 +101,26 @@ def distill_stage(work: Conversion) -> None:
             return
         load_weights(work.student, work.run.path / ALIGNED)
         ids, counts, train = distillation_rows(work)
-        resume, save = resume_stage(stage, work.progress)
         group = current()
         sequences = min(config.batch, train)
         tokens, utilisation = sequences * calib.length, _utilisation(work, sequences / group.size)
         clock = StepClock(
             work.progress.bar("distillation", tokens=tokens, utilisation=utilisation, loss_name=config.divergence)
         )
-        started, begun = time.monotonic(), resume.step if resume else 0
-        _, curve = distill(
-            work.student,
-            ids,
-            counts,
-            train=train,
-            config=config,
-            seed=work.config.seed,
-            resume=resume,
-            save=save,
-            progress=clock,
-            group=group,
-        )
+        with resuming(stage, work.progress, config.steps) as (resume, save):
+            started, begun = time.monotonic(), resume.step if resume else 0
+            _, curve = distill(
+                work.student,
+                ids,
+                counts,
+                train=train,
+                config=config,
+                seed=work.config.seed,
+                resume=resume,
+                save=save,
+                progress=clock,
+                group=group,
+            )
         seconds, stopped = max(time.monotonic() - started, 1e-3), stopped_at(curve, config)
         save_weights(work.student, stage.dir / DISTILLED)
         (stage.dir / CURVE).write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,7 @@ OPTIONAL = {  # what each is for
     "onnxruntime-gpu": "ONNX Runtime on a GPU",
     "onnxruntime-genai": "examples/generate_genai.py",
 }
+FOR_GPU = ("triton", "onnxruntime-gpu")
 HEAD_DIM = 64
 OP_TOL = 1e-3  # of an error in float32; what is computed right is below a hundredth of it
 TRITON: dict[str, tuple[Check, tuple[int, ...]]] = {
@@ -48,6 +50,8 @@ TRITON: dict[str, tuple[Check, tuple[int, ...]]] = {
     "attention_statistics": (stats_op.self_check, (HEAD_DIM, HEAD_DIM)),
 }
 
+_WRONG = re.compile(r"WRONG: largest relative|FAILS with |^MISSING \(")  # see verdict, failure and onnx_verdict
+
 Run = Callable[..., tuple[Tensor, ...]]
 Case = tuple[dict[str, Tensor], Run, Run, tuple[str, ...]]  # float64 inputs, the op, its reference, names of results
 
@@ -57,6 +61,8 @@ def package(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        if name in FOR_GPU and not torch.cuda.is_available():
+            return f"not installed: for {OPTIONAL[name]}, which torch does not see"
         return f"not installed: pip install {name}" + (f", for {OPTIONAL[name]}" if name in OPTIONAL else "")
 
 
@@ -189,6 +195,12 @@ def _machine() -> dict[str, str]:
     if not torch.cuda.device_count():
         found["GPU"] = "none that torch sees; a conversion takes the CPU then"
     return found
+
+
+def conclusion(found: dict[str, str]) -> str:
+    """One line on what examine found; what is optional and not installed is all right."""
+    wrong = [n for n, v in found.items() if _WRONG.search(v) or (n in ALWAYS and v.startswith("not installed"))]
+    return f"{len(wrong)} not right: {', '.join(wrong)}" if wrong else "all right"
 
 
 def _checked(progress: Progress, work: str, checks: dict[str, Callable[[], str]]) -> dict[str, str]:

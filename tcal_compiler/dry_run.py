@@ -27,6 +27,7 @@ class DryRun:
     """sites, refused: as tcal inspect. stages: in the order in which they run, loading first. trial: what this cost.
 
     exact: the plan is the one that the run will have; else as many sites stay softmax, but the policy measures which.
+    idle: stages that have nothing to do; the process holds memory in them all the same.
     """
 
     teacher: str
@@ -36,6 +37,7 @@ class DryRun:
     exact: bool
     stages: list[StageCost]
     trial: Time
+    idle: tuple[str, ...] = ()
 
     @property
     def total(self) -> StageCost:
@@ -67,11 +69,12 @@ class DryRun:
         lines = [
             f"{self.teacher}: {len(self.sites)} attention cores can be converted, {len(self.refused)} cannot.",
             f"{self.plan.policy}: {turned} become Gated DeltaNet, {which} stay softmax.\n",
-            _row("stage", "time", "CPU time", "peak memory", "files", "for a while"),
+            _row("stage", "time", "CPU time", "peak memory", "files", "temporary"),
         ]
         for s in [*self.stages, self.total]:
             sizes = map(size_text, (s.peak, s.files, s.scratch))
-            lines.append(_row(s.stage, _time(s.time.seconds), _time(s.time.cpu_seconds), *sizes))
+            times = map(_time, (s.time.seconds, s.time.cpu_seconds))
+            lines.append(_row(s.stage, *("-" * 5 if s.stage in self.idle else (*times, *sizes))))
         took = clock(self.trial.seconds)
         return "\n".join([*lines, "", f"Measured in {took} on a piece of each stage. Nothing was written."])
 
@@ -168,4 +171,5 @@ def dry_run(
         stages.append(trial.report())
     sites = [s.summary() | {"becomes": "softmax" if s.index in chosen.keep else "gated delta net"} for s in scan.sites]
     refused = [asdict(r) for r in scan.rejected]
-    return DryRun(job.source.teacher.source, sites, refused, chosen, not models, stages, whole.time)
+    idle = () if config.distill.active and chosen.convert else ("distill",)
+    return DryRun(job.source.teacher.source, sites, refused, chosen, not models, stages, whole.time, idle)

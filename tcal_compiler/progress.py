@@ -127,7 +127,8 @@ class Progress:
             text = f"{what}: {done}/{total}"
             before = max(2 * seen[0] - seen[-1], 0) if len(seen) > 1 else seen[0] - 1  # the first call
             if (rate := (done - before) / max(now - started, 1e-9)) and (len(seen) > 1 or done == 1):
-                text += f", {rate:.3g}/s, {clock((total - done) / rate)} left"
+                text += f", {rate:.3g}/s" if rate >= 1 else f", {1 / rate:.3g} s each"
+                text += f", {clock((total - done) / rate)} left"
                 text += f", {rate * tokens:.0f} tokens/s" if tokens else ""
                 text += f", MFU {rate * utilisation:.1%}" if utilisation is not None else ""
             if not math.isnan(state["loss"]):
@@ -144,7 +145,7 @@ class Parts:
 
     A part whose length is known (`update`) is counted up at its own rate. The others are taken to need the shares of
     the stage's time that they usually have: a unit of them lasts what it did in the parts before, or `unit` seconds at
-    the beginning. Before anything is known, and where a last part takes longer than that, no time left is shown.
+    the beginning. Before anything is known no time left is shown, nor where a part takes longer than that.
     """
 
     def __init__(self, progress: Progress, stage: str, shares: Mapping[str, float], *, unit: float = math.nan) -> None:
@@ -173,6 +174,16 @@ class Parts:
         (start, first), (end, last) = self._lengths
         return (last - first) / max(end - start, 1e-9)
 
+    def _share_seconds(self) -> float:
+        """What a unit of the shares took in the parts before."""
+        behind = sum(self._shares[: self._at])
+        return (self._began - self._started) / behind if behind else self._unit
+
+    def _is_late(self) -> bool:
+        """The part takes longer than its share, and how long still is not known."""
+        spent = time.monotonic() - self._began
+        return not self._rate() > 0 and spent >= self._shares[self._at] * self._share_seconds() + 1
+
     def left(self) -> float:
         """Seconds to the end of the stage, 0 or more; NaN where nothing is known."""
         now, share, rate = time.monotonic(), self._shares[self._at], self._rate()
@@ -182,7 +193,7 @@ class Parts:
             at, done = self._lengths[-1]
             rest = max((self._total - done) / rate - (now - at), 0.0)
             return rest + ahead * (spent + part + rest) / (behind + share)
-        unit = spent / behind if behind else self._unit
+        unit = self._share_seconds()
         return max(share * unit - part, 0.0) + ahead * unit if math.isfinite(unit) else math.nan
 
     def so_far(self) -> str:
@@ -191,7 +202,11 @@ class Parts:
         if rate > 0:
             words = [f"{self._lengths[-1][1]:.4g}/{self._total:.4g}{self._of}", f"{rate:.3g}{self._of}/s"]
         words.append(f"{clock(time.monotonic() - self._started)} so far")
-        return ", ".join([*words, f"about {clock(left)} left"] if left >= 1 else words)
+        if self._is_late():
+            words.append("longer than expected")
+        elif left >= 1:
+            words.append(f"about {clock(left)} left")
+        return ", ".join(words)
 
 
 def clock(seconds: float) -> str:

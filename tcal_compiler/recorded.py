@@ -31,6 +31,7 @@ class TeacherInfo(_Record):
     tokenizer: str | None = None
     eos_token_id: int | None = None
     bos_token_id: int | None = None
+    context_length: int | None = None
 
 
 class _PlanEvidence(_Record):
@@ -131,7 +132,7 @@ def calibration_length(run: RunFolder) -> int:
 
 
 def teacher_info(run: RunFolder) -> TeacherInfo:
-    """The teacher's tokenizer kind and special tokens."""
+    """The teacher's tokenizer kind, special tokens and context."""
     return _read(run, _PlanEvidence, run.record("plan").evidence).info
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from .recorded import (
     plan_of,
     recorded_teacher,
     settings_before,
+    teacher_info,
     training_checks,
 )
 from .report import can_plot
@@ -215,15 +217,16 @@ def generate_text(
         tokenizer = run_tokenizer(run)
         session = OnnxSession(run.path / model_file(dtype))
         ids = [*prompt_start(tokenizer), *tokenizer.encode(prompt)]  # as the rows of training begin
-    stream = session.generate(
-        ids,
-        max_new_tokens,
-        eos=tokenizer.eos_token_id,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+        longest = teacher_info(run).context_length
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    try:
+        stream = session.generate(ids, max_new_tokens, eos=tokenizer.eos_token_id, **sampling)
+    except DataError as e:
+        room = session.context_length
+        if e.where != "context" or room is None or (longest is not None and longest <= room):
+            raise
+        more = f"export.max_length above {room} in --config FILE for tcal export"
+        raise DataError(e.where, e.what, f"{e.hint}, or {more}") from e
     text = TextStream(tokenizer, ids)
     for token in stream:
         if piece := text.push(token):

@@ -18,7 +18,7 @@ from .passes.graph import move_to
 from .passes.types import Plan
 from .progress import Progress
 from .recorded import reading
-from .resume import resume_stage
+from .resume import resuming
 from .runtime.manifest import hash_json
 from .runtime.run_folder import RunFolder, Stage
 from .runtime.score_sites import SiteScore, Trials, initial_student, score_sites
@@ -69,21 +69,21 @@ class Scoring:
         student = self.initial(stage.scratch)
         if not self.aligning.steps:
             return student
-        resume, save = resume_stage(stage, self.progress)
         train = self.config.calib.sequences
-        return aligned_student(
-            student,
-            self.ids[:train],
-            self.ids[train:],
-            kept=self.config.calib.kept,
-            config=self.aligning,
-            seed=self.config.seed,
-            batch=self.config.calib.batch,
-            cache=stage.scratch / "aligned.safetensors",
-            resume=resume,
-            save=save,
-            progress=self.progress.bar,
-        )
+        with resuming(stage, self.progress, self.aligning.steps) as (resume, save):
+            return aligned_student(
+                student,
+                self.ids[:train],
+                self.ids[train:],
+                kept=self.config.calib.kept,
+                config=self.aligning,
+                seed=self.config.seed,
+                batch=self.config.calib.batch,
+                cache=stage.scratch / "aligned.safetensors",
+                resume=resume,
+                save=save,
+                progress=self.progress.bar,
+            )
 
     def scores(self, measure: str, scratch: Path) -> list[SiteScore]:
         """Of each site on its own, of one of RULES or of RANKED."""

@@ -78,7 +78,7 @@ class Needs:
         lines = [
             f"{self.teacher}: {self.parameters / 1e9:.3g} billion weights, {size_text(self.weight_bytes)} in float32.",
             f"{self.policy}: {self.converted} layers become Gated DeltaNet, {self.kept} stay softmax.\n",
-            f"{'stage':10}{'peak memory':>14}{'files':>12}{'for a while':>14}",
+            f"{'stage':10}{'peak memory':>14}{'files':>12}{'temporary':>14}",
         ]
         for s in self.stages:
             peak, files, scratch = map(size_text, (s.peak_bytes, s.file_bytes, s.scratch_bytes))

@@ -131,6 +131,22 @@ def test_tokenizers(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "options, kind, words",
+    [
+        (("--policy", "unifrom:25%"), "ConfigError", "did you mean uniform?"),
+        (("--calib", "missing.txt"), "DataError", "no such file"),
+        (("--calib", "empty.txt"), "DataError", "holds no text"),
+        (("--tokenizer", "missing"), "DataError", "no such tokenizer"),
+    ],
+)
+def test_what_needs_no_teacher_is_refused_before_one_is_loaded(tmp_path, monkeypatch, options, kind, words):
+    monkeypatch.setattr(api, "open_source", lambda *_, **__: pytest.fail("a teacher is loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    refused(compile_(TINY, *options, out=tmp_path / "run"), kind, words)
+
+
 # Options, plans and calibration text: one folder that must stay empty for all of them.
 
 OPTIONS = [

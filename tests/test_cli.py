@@ -10,10 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import ASSETS, BYTES, HELD_OUT, SMALL, TINY, call, contents, done
 
 from tcal_compiler import cli, runs
+from tcal_compiler.progress import Progress
+from tcal_compiler.resume import resuming
+from tcal_compiler.runtime.run_folder import Stage
 from tcal_compiler.runtime.tokenizer import ByteTokenizer
+from tcal_compiler.runtime.training import TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +51,12 @@ def test_the_same_command_again_does_nothing(finished):
     before = contents(finished)
     stamps = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
     options = (*BYTES, "--policy", "keep=0", "--align-steps", "6", *SMALL)
-    assert "export is complete" in done("tcal-compile", TINY, "-o", finished, *options)
+    result = call("tcal-compile", TINY, "-o", finished, *[w for w in options if w != "--quiet"])
+    printed = result.out
+    assert "export is complete" in printed and "every stage was complete already, nothing was to do" in result.err
+    assert printed.splitlines()[-1].startswith(
+        "Converted layers know little of the teacher's on unseen text (mean held"
+    )
     assert contents(finished) == before
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
 
@@ -68,7 +78,8 @@ def test_eval_and_report(finished):
 
 def test_verify_repeats_every_check_and_finds_a_changed_byte(finished):
     printed = done("tcal", "verify", finished, "--quiet")
-    lines = printed.splitlines()
+    *lines, last = printed.splitlines()
+    assert last == f"{len(lines)} of {len(lines)} hold"
     assert len(lines) > 15 and all(line.startswith("ok ") for line in lines)
     for what in ("capture equals teacher", "nothing converted", "student.pt2", "ONNX logits", "greedy tokens"):
         assert what in printed
@@ -223,3 +234,28 @@ def test_what_typer_makes_of_ctrl_c_says_how_to_go_on(words, goes_on, capsys, mo
     with pytest.raises(SystemExit) as other:
         cli._run(lambda: sys.exit(2))
     assert other.value.code == 2 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("longest", "more"), [(8192, False), (9000, True), (None, True)])
+def test_a_larger_context_is_suggested_where_the_teacher_has_one(longest, more, finished):
+    manifest = json.loads((finished / "tcal.json").read_text())
+    manifest["stages"]["plan"]["evidence"]["info"]["context_length"] = longest
+    (finished / "tcal.json").write_text(json.dumps(manifest))
+    said = call("tcal", "generate", finished, "The old man", "--max-new-tokens", "9000")
+    assert "context: 11 tokens of prompt and 9000 new ones do not fit in the context of 8192" in said.err
+    assert "Try: at most 8182 new tokens" in said.err and ("export.max_length above 8192" in said.err) is more
+
+
+def test_a_stop_says_from_which_step_the_next_run_goes_on(tmp_path, capsys):
+    stage = Stage("align", False, tmp_path, tmp_path)
+    for before, saved, says in (
+        (None, None, "stage align has no checkpoint yet: it begins anew"),
+        (None, 50, "stage align is kept up to step 50 of 120"),
+        (50, None, "stage align goes on from step 50 of 120\nstage align is kept up to step 50 of 120"),
+    ):
+        with pytest.raises(KeyboardInterrupt), resuming(stage, Progress(), 120) as (state, save):
+            assert (state and state.step) == before
+            if saved:
+                save(TrainState(saved, {"x": torch.zeros(1)}, [{"step": 0}]))
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err == f"{says}\n"

@@ -30,7 +30,8 @@ def test_what_it_says_where_all_is_well():
         assert found[row].startswith("right: largest relative error "), row
     assert "GB free of" in found["memory"] and "free at" in found["disk"] and found["torch"] == torch.__version__
     assert "GPU" in found or "GPU 0" in found
-    plain = done("tcal", "doctor").splitlines()
+    *plain, last = done("tcal", "doctor").splitlines()
+    assert last == "all right"
     assert [line.split(": ")[0] for line in plain] == list(found)
 
 
@@ -49,6 +50,17 @@ def test_what_is_missing_is_said_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", none)
     assert doctor.package("gguf") == "not installed: pip install gguf, for GGUF teachers"
     assert doctor.package("onnx") == "not installed: pip install onnx"
+    for gpu, said in ((False, "which torch does not see"), (True, "pip install onnxruntime-gpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert said in doctor.package("onnxruntime-gpu")
+
+
+def test_what_is_not_right_is_counted_at_the_end():
+    errors = {"output": 1.0}
+    found = {"a": doctor.verdict(errors, 0.1), "b": doctor.failure(ValueError("x")), "c": "MISSING (x): y", "d": "x"}
+    found |= {"onnx": "not installed: pip install onnx", "gguf": "not installed: pip install gguf"}
+    found |= {"e": doctor.verdict(errors, 2.0), "f": f"float32 {found['a']}; it runs in plain PyTorch"}
+    assert doctor.conclusion(found) == "5 not right: a, b, c, onnx, f"
 
 
 def test_an_operator_that_onnxruntime_lacks(monkeypatch):

@@ -9,6 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import measure_dry_run
 
+from tcal_compiler.dry_run import DryRun
+from tcal_compiler.passes.types import Plan
+from tcal_compiler.runtime.meter import Time
+from tcal_compiler.trial import StageCost
+
 ROOT = Path(__file__).parents[1]
 
 # torch reads these settings when it is imported; the last line ends without a conversion.
@@ -52,3 +57,12 @@ def test_medians_of_memory_alone_and_of_dry_runs():
     for run in runs:
         del run["dry_run_seconds"]
     assert measure_dry_run.medians(runs) == runs[2]
+
+
+def test_a_stage_that_was_not_asked_for_has_no_figures():
+    stages = [StageCost("align", Time(3.0, 4.0), 10**9, 5, 6), StageCost("distill", Time(1.0, 1.0), 10**9)]
+    run = DryRun("x", [], [], Plan((), (0,), "none"), True, stages, Time(1.0, 1.0), ("distill",))
+    lines = run.text().splitlines()
+    assert next(line for line in lines if line.startswith("distill")).split() == ["distill", *"-----"]
+    assert next(line for line in lines if line.startswith("align")).split()[:3] == ["align", "3.0", "s"]
+    assert "temporary" in next(line for line in lines if line.startswith("stage"))

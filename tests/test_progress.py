@@ -139,10 +139,10 @@ def test_the_time_left_of_parts_with_and_without_a_length(monkeypatch):
     clock.wait(3)
     assert parts.left() == pytest.approx(3)
     clock.wait(30)  # longer than its share: it never is negative
-    assert parts.left() == pytest.approx(2)
+    assert parts.left() == pytest.approx(2) and parts.so_far() == "41 s so far, longer than expected"
     parts.begin("text")
     clock.wait(60)
-    assert parts.left() == 0 and parts.so_far() == "1 min 41 s so far"
+    assert parts.left() == 0 and parts.so_far() == "1 min 41 s so far, longer than expected"
 
 
 def test_a_stage_begins_with_the_unit_that_it_is_given(monkeypatch):
@@ -192,9 +192,9 @@ def test_loading_says_how_far_it_is(tmp_path):
 def test_the_rate_of_a_bar_that_goes_on_and_of_one_in_batches(monkeypatch):
     """Steps of one, four at a time, and steps of one that go on behind the hundredth: two seconds each."""
     for first, step, said in (
-        (1, 1, "2/4, 0.5/s, 4 s left"),
+        (1, 1, "2/4, 2 s each, 4 s left"),
         (4, 4, "8/16, 2/s, 4 s left"),
-        (101, 1, "102/104, 0.5/s"),
+        (101, 1, "102/104, 2 s each"),
     ):
         screen, clock = made(False, monkeypatch), Clock(monkeypatch)
         update = Progress(verbose=True).bar("work")

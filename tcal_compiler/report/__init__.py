@@ -12,7 +12,7 @@ from ..runtime.manifest import Manifest
 from . import markdown, page
 from .facts import Facts
 from .plots import shared_scales
-from .sections import sections
+from .sections import sections, verdict
 
 TITLE = "Conversion report"
 PLOTS_HINT = "report.html needs matplotlib: pip install matplotlib, then tcal report"
@@ -28,3 +28,8 @@ def render_report(manifest: Manifest, *, html: bool = False) -> str:
     run = Facts("", manifest)
     parts = sections(run, shared_scales([run]))
     return page.write(TITLE, parts) if html else markdown.write(TITLE, parts)
+
+
+def verdict_of(manifest: Manifest) -> str:
+    """sections.verdict of such a run folder: one line, or empty."""
+    return verdict(Facts("", manifest))

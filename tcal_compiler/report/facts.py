@@ -107,6 +107,18 @@ class Facts:
         return {int(i): (start[i], min(p["held_out"][i] for p in self.curve)) for i in start}
 
     @cached_property
+    def mean_errors(self) -> tuple[float, float, float] | None:
+        """Over the converted layers: held-out before and after alignment, and on the text trained on at the last step.
+
+        None before alignment.
+        """
+        if not self.held_out:
+            return None
+        layers, trained = len(self.held_out), sum(self.curve[-1]["train"].values())
+        before, after = (sum(e[part] for e in self.held_out.values()) / layers for part in (0, 1))
+        return before, after, trained / layers
+
+    @cached_property
     def scores(self) -> dict[str, dict[str, Any]]:
         """Model -> perplexity, kl and their errors; empty before tcal eval."""
         return self.evidence("eval").get("results", {})

@@ -35,6 +35,9 @@ MODELS = {  # that are scored beside the teacher
     "no linear": "the student with its converted layers giving 0",
 }
 
+LITTLE, SMALL = 0.5, 0.1  # mean held-out errors: from the first layers know little, up to the second all is well
+OVERFIT = 2.0  # times the error on the text that was trained on
+
 
 def number(x: Any, digits: int = 4) -> str:
     return f"{x:.{digits}g}" if finite(x) else "-"
@@ -58,6 +61,25 @@ def size(count: int) -> str:
     return f"{count / 2**20:.3g} MiB"
 
 
+def verdict(run: Facts) -> str:
+    """One line on converted layers that know little of the teacher's, or little beyond the text that they were
+    trained on; empty where neither is so, before alignment and after a distillation.
+    """
+    if run.mean_errors is None or run.distillation:
+        return ""
+    _, after, trained = run.mean_errors
+    where = f"mean held-out error {number(after, 3)}, {number(trained, 3)} on the text trained on"
+    if after > LITTLE:
+        return (
+            f"Converted layers know little of the teacher's on unseen text ({where}; 0 is the teacher, 1 is zeros): "
+            "more calibration text (--calib-sequences), more --align-steps, then --distill-tokens"
+        )
+    if after > max(OVERFIT * trained, SMALL):
+        what = "Converted layers know the text that they were trained on better than other text"
+        return f"{what} ({where}): more calibration text (--calib-sequences)"
+    return ""
+
+
 def summary(run: Facts, _: Scales) -> list[Block]:
     t, plan = run.manifest.teacher, run.manifest.plan
     kept = sum(s.kept for s in run.layers)
@@ -68,8 +90,8 @@ def summary(run: Facts, _: Scales) -> list[Block]:
         ["policy", f"{plan['policy']}. {why}".strip()],
         ["attention layers", f"{kept} stay softmax, {len(run.layers) - kept} become Gated DeltaNet"],
     ]
-    if run.held_out:
-        before, after = (sum(e[part] for e in run.held_out.values()) / len(run.held_out) for part in (0, 1))
+    if run.mean_errors:
+        before, after = run.mean_errors[:2]
         rows.append(["mean held-out error of a layer", f"{number(before)} before alignment, {number(after)} after"])
     if "student" in run.scores:
         base, mine = run.scores["teacher"]["perplexity"], run.scores["student"]
@@ -82,7 +104,8 @@ def summary(run: Facts, _: Scales) -> list[Block]:
     rows.append(["state and caches of the student", text])
     held = sum(c["measured"] <= c["allowed"] for _, c in run.checks)
     rows.append(["checks that hold", f"{held} of {len(run.checks)}"])
-    return [Table(["what", "value"], rows)]
+    said = verdict(run)
+    return [*[Paragraph(said)] * bool(said), Table(["what", "value"], rows)]
 
 
 def layers(run: Facts, _: Scales) -> list[Block]:

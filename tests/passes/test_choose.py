@@ -139,7 +139,8 @@ BAD = [
     ("keep=0,0", "twice"),
     ("keep=8", "has number"),
     ("keep=-1", "has number"),
-    ("unifrom:2", "unknown policy"),
+    ("unifrom:2", "unknown policy\n  Try: did you mean uniform? policies: "),
+    ("kept=2", "did you mean keep?"),
     ("", "unknown policy"),
     ("ALL", "unknown policy"),
 ]

@@ -43,4 +43,4 @@ def test_mfu_is_shown_beside_the_rate(capsys, monkeypatch):
     update = Progress().bar("distillation", tokens=100, utilisation=0.2)
     now[0] = 20.0
     update(1, 2, 0.5)
-    assert capsys.readouterr().err == "distillation: 1/2, 0.05/s, 20 s left, 5 tokens/s, MFU 1.0%, error 0.5000\n"
+    assert capsys.readouterr().err == "distillation: 1/2, 20 s each, 20 s left, 5 tokens/s, MFU 1.0%, error 0.5000\n"

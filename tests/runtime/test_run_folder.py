@@ -137,10 +137,12 @@ def test_checkpoints_survive_until_the_stage_completes(tmp_path):
     assert not (run.path / ".scratch").exists()
 
 
-def test_one_writer_many_readers(tmp_path):
+def test_one_writer_many_readers(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/tcal", "align", "embedded"])
     with create(tmp_path / "run") as run:
         run_stage(run, "a", {"a": "1"})
-        with pytest.raises(RunFolderError, match=f"in use by another process .pid {os.getpid()}"):
+        holder = rf"in use by another process \(pid {os.getpid()}\): tcal align embedded\n"
+        with pytest.raises(RunFolderError, match=holder):
             create(tmp_path / "run")
         with pytest.raises(RunFolderError, match="in use"):
             RunFolder.open_existing(tmp_path / "run")

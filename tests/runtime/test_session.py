@@ -180,7 +180,8 @@ def test_limits_are_told_before_anything_runs(session: OnnxSession):
         session.generate([], 3)
     with pytest.raises(DataError, match="is empty"):
         session.prefill([])
-    with pytest.raises(DataError, match=f"context of {CONTEXT}"):
+    asked = f"{len(PROMPT)} tokens of prompt and {CONTEXT} new ones do not fit in the context of {CONTEXT}"
+    with pytest.raises(DataError, match=f"^context: {asked}\n  Try: at most {CONTEXT - len(PROMPT) + 1} new tokens$"):
         session.generate(PROMPT, CONTEXT)
     with pytest.raises(DataError, match=f"context of {CONTEXT}"):
         session.prefill([1] * (CONTEXT + 1))

@@ -249,3 +249,22 @@ def test_a_row_that_is_filled_up_has_no_repeats(tmp_path):
     (plain, _), (rows, _) = (text.rows(ByteTokenizer(), length=64) for text in (own, again))
     assert plain[1].tolist() == [*b"abcdefghijklmnop", *[0] * 48]
     assert torch.equal(rows[1], plain[1]) and not torch.equal(rows[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "hint"),
+    [(60, 64, "--calib-sequences 17, or "), (8, 300, "--calib-length 100, or "), (3, 512, "--calib-length 145, or ")],
+)
+def test_what_is_suggested_for_a_short_text_fits(sequences, length, hint, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("a" * 1600)
+    with pytest.raises(DataError) as e:
+        text(file).sequences(ByteTokenizer(), count=sequences + 8, length=length, holdout=8)
+    assert f"{sequences} to train on + 8 held out (calib.holdout)" in e.value.what
+    assert e.value.hint == f"{hint}{(sequences + 8) * length - 1600} more tokens of text"
+    option, number = hint.split()[0], int(hint.split()[1].strip(","))
+    rows, length = (number + 8, length) if option == "--calib-sequences" else (sequences + 8, number)
+    assert text(file).sequences(ByteTokenizer(), count=rows, length=length, holdout=8).shape == (rows, length)
+    file.write_text("a" * 30)
+    with pytest.raises(DataError, match=r"Try: 370 more tokens of text$"):
+        text(file).sequences(ByteTokenizer(), count=10, length=40, holdout=8)
