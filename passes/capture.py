@@ -45,10 +45,15 @@ def example_ids(batch: int, length: int, vocab_size: int, seed: int = 0) -> Tens
 def export_module(module: nn.Module, *, has_positions: bool, vocab_size: int) -> torch.export.ExportedProgram:
     """Exports with dynamic batch and length. AUTO would silently specialise a batch of 1, hence DYNAMIC and 2 x 8."""
     ids = example_ids(2, 8, vocab_size)
-    named = {"position_ids": torch.arange(8).expand(2, 8).contiguous()} if has_positions else {}
-    shapes = (_DYNAMIC,) * (1 + len(named))
+    args: tuple[Tensor, ...] = (ids,)
+    named, positions = dict[str, Tensor](), torch.arange(8).expand(2, 8).contiguous()
+    if has_positions and isinstance(module, GraphModule):  # a student's, called as Capture.inputs says
+        args = (ids, positions)
+    elif has_positions:
+        named = {"position_ids": positions}
+    shapes = (_DYNAMIC,) * (1 + has_positions)
     with torch.no_grad(), _attributes_kept(module):
-        return torch.export.export(module, (ids,), named, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(module, args, named, dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager

@@ -160,6 +160,14 @@ def student(family: str, policy: str) -> tuple[Capture, StatefulGraph]:
     return capture, make_stateful(capture)
 
 
+def test_the_program_of_a_student_takes_positions_as_its_graph_does():
+    teacher = capture_of(transformer("llama"), has_positions=True)
+    scan = find_attention(teacher)
+    made = make_student(teacher, scan, choose(scan, "keep=0"))
+    args = teacher.inputs(example_ids(2, 7, VOCAB))
+    assert len(args) == 2 and torch.equal(made.export().module()(*args), made.gm(*args))
+
+
 def wide(capture: Capture) -> StatefulGraph:
     """The stateful graph of the capture in float64, rotary tables included."""
     return make_stateful(replace(capture, gm=widen_to_float64(capture.gm)), verify=False, max_length=TABLE)
