@@ -31,8 +31,8 @@ demo: env
 	$(VENV)/bin/tcal eval $(RUN) --text tcal_compiler/assets/text/heldout.txt --length 512
 	$(VENV)/bin/tcal verify $(RUN)
 	$(VENV)/bin/tcal generate $(RUN) "The old man"
-	cat $(RUN)/report.md
-	@echo "With plots: $(RUN)/report.html"
+	@sed '/^## Layers/,$$d' $(RUN)/report.md
+	@echo "All of it: $(RUN)/report.md; with plots: $(RUN)/report.html"
 
 test: env
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow" tests

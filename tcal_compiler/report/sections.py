@@ -288,7 +288,13 @@ def checks(run: Facts, _: Scales) -> list[Block]:
     for stage, c in run.checks:
         holds = "yes" if c["measured"] <= c["allowed"] else "NO"
         rows.append([stage, c["name"], number(c["measured"], 3), number(c["allowed"], 3), holds, c["detail"]])
-    return [Table(["stage", "check", "measured", "allowed", "holds", "detail"], rows)]
+    told = (
+        "allowed is the largest value that passes. Capture: logits of the graph that was taken from the model, against "
+        "the model's own, for B sequences of T tokens. Chunks: a text read in pieces of these lengths, with the state "
+        "between them, against one pass. ONNX: logits in ONNX Runtime against PyTorch's; greedy tokens: how many of the "
+        "likeliest next tokens differ. `tcal verify` repeats these and more."
+    )
+    return [Paragraph(told), Table(["stage", "check", "measured", "allowed", "holds", "detail"], rows)]
 
 
 def stages(run: Facts, _: Scales) -> list[Block]:
