@@ -291,8 +291,8 @@ def checks(run: Facts, _: Scales) -> list[Block]:
     told = (
         "allowed is the largest value that passes. Capture: logits of the graph that was taken from the model, against "
         "the model's own, for B sequences of T tokens. Chunks: a text read in pieces of these lengths, with the state "
-        "between them, against one pass. ONNX: logits in ONNX Runtime against PyTorch's; greedy tokens: how many of the "
-        "likeliest next tokens differ. `tcal verify` repeats these and more."
+        "between them, against one pass. ONNX: logits in ONNX Runtime against PyTorch's; greedy tokens: how many of "
+        "the likeliest next tokens differ. `tcal verify` repeats these and more."
     )
     return [Paragraph(told), Table(["stage", "check", "measured", "allowed", "holds", "detail"], rows)]
 
