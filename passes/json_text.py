@@ -40,7 +40,7 @@ def parsed_bytes(text: bytes) -> int:
     lists, objects = found["["], found["{"]
     characters = _TEXT * found['"'] + max(decoded, escaped) * inside
     if max(decoded, escaped) > 1:
-        characters += characters // 4 + len(text)  # texts that grow while they are read
+        characters += characters // 2 + len(text)  # texts that grow while they are read
     structure = _LIST * lists + _OBJECT * objects + _ELEMENT * (found[","] + lists + objects) + _PAIR * found[":"]
     return decoded * len(text) + structure + characters + (len(text) - inside) // 2  # digits
 

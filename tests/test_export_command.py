@@ -56,10 +56,9 @@ def test_another_process_makes_the_same_bytes(shared_run, tmp_path):
         (("--profile", "standard"), ("standard", 27)),
     ],
 )
-def test_profile_and_opset_reach_the_export(tmp_path, monkeypatch, options, expected):
+def test_profile_and_opset_reach_the_export(shared_run, tmp_path, monkeypatch, options, expected):
     seen = []
-    (tmp_path / "report.md").touch()
-    monkeypatch.setattr(api, "convert", lambda *_, config, **__: seen.append(config.export) or tmp_path)
+    monkeypatch.setattr(api, "convert", lambda *_, config, **__: seen.append(config.export) or shared_run)
     done("tcal", "export", TINY, "-o", tmp_path, *options)
     assert [(e.profile, e.opset) for e in seen] == [expected]
 
