@@ -121,7 +121,8 @@ def configured_path(spec: str) -> Path:
     path = (EMBEDDED_FOLDER if spec == EMBEDDED else Path(os.path.expanduser(spec))).resolve()
     if not path.is_dir() and not (path.is_file() and sniff(path) == "gguf"):
         what = "has no configuration that a model can be made of without its weights"
-        raise TeacherError(spec, what, "a transformers folder with config.json, or a .gguf file")
+        hint = "a transformers folder with config.json, or a .gguf file; for others tcal-compile --dry-run measures"
+        raise TeacherError(spec, what, hint)
     return path
 
 
