@@ -72,8 +72,8 @@ def verdict(run: Facts) -> str:
     if after > LITTLE:
         return (
             f"Converted layers know little of the teacher's on unseen text ({where}; 0 is the teacher, 1 is zeros): "
-            "more calibration text (--calib-sequences), more --align-steps, then --distill-tokens. The same command with "
-            "larger values makes this folder anew"
+            "more calibration text (--calib-sequences), more --align-steps, then --distill-tokens. The same command "
+            "with larger values makes this folder anew"
         )
     if after > max(OVERFIT * trained, SMALL):
         what = "Converted layers know the text that they were trained on better than other text"
