@@ -106,7 +106,7 @@ class AlignConfig(TrainConfig):
 
 
 # keys of DistillConfig that came when run folders had distilled students already
-_LATER = {"divergence", "hidden", "patience", "compile"}
+_LATER = {"divergence", "hidden", "patience", "compile", "short_length", "short_share"}
 
 
 class DistillConfig(TrainConfig):
@@ -160,6 +160,13 @@ class DistillConfig(TrainConfig):
         None, ge=1, description="scores in a row without a better one after which training stops early; default: never"
     )
     chunk: int = Field(1024, ge=1, description="predictions whose logits are in memory at once")
+    short_length: int | None = Field(
+        None,
+        ge=8,
+        description="in some steps the sequences are cut into pieces of so many tokens, each of which begins without "
+        "context as a short prompt does; a divisor of calib.length; default: they are never cut",
+    )
+    short_share: float = Field(0.5, gt=0, le=1, description="share of the steps that cut them, with short_length")
 
     @model_validator(mode="after")
     def _one_length(self) -> DistillConfig:
@@ -178,6 +185,10 @@ class DistillConfig(TrainConfig):
         return {
             k: v for k, v in self.model_dump().items() if k not in _LATER or v != type(self).model_fields[k].default
         }
+
+    def cuts(self, step: int) -> bool:
+        """Whether step `step`, from 0, cuts its sequences: evenly spread over the steps."""
+        return self.short_length is not None and int((step + 1) * self.short_share) > int(step * self.short_share)
 
     def in_steps(self, length: int) -> DistillConfig:
         """The same with `tokens` turned into steps for sequences of `length` tokens."""

@@ -50,6 +50,27 @@ def check_group(group: Group, config: DistillConfig, train: int) -> None:
         raise ConfigError("distill.hidden", what, "0, or one process")
 
 
+def check_short(config: DistillConfig, length: int) -> None:
+    """Raises ConfigError when sequences of so many tokens cannot be cut into pieces of distill.short_length."""
+    short = config.short_length
+    if not config.active or short is None or (short < length and length % short == 0):
+        return
+    fit = [n for n in range(8, length // 2 + 1) if length % n == 0]
+    near = f"{min(fit, key=lambda n: abs(n - short))}, or " if fit else ""
+    what = f"is {short}, which does not cut sequences of {length} tokens (calib.length) into equal pieces"
+    raise ConfigError("distill.short_length", what, f"{near}a calib.length that is a multiple of it")
+
+
+def cut(ids: Tensor, counts: Tensor, length: int, start: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Rows [N, T] and counts [N, T - 1] as N * T / length rows of so many tokens, each with `start` in its first ones.
+
+    The prediction of a piece's first token, from the piece before, is no longer there.
+    """
+    pieces = ids.reshape(-1, length).clone()
+    pieces[:, : len(start)] = torch.tensor(start, dtype=ids.dtype)
+    return pieces, nn.functional.pad(counts, (0, 1)).reshape(-1, length)[:, :-1]
+
+
 def _parameter_ids(student: Student, sites: Iterable[AttentionSite]) -> set[int]:
     """id() of every parameter between x and y of the sites."""
     names = site_names(student, sites)
@@ -68,14 +89,16 @@ class Distiller:
         train: int,
         config: DistillConfig,
         group: Group = SOLO,
+        start: Sequence[int] = (),
     ) -> None:
         self.student, self.ids, self.counts, self.train, self.config = student, ids, counts, train, config
-        self.group = group
+        self.group, self.start = group, start
         self.device = next(student.gm.parameters()).device
         taps = [s.y for s in student.converted] if config.hidden else []
         self.scored = split_model(student.gm, taps), split_model(student.capture.gm, taps)
         self.trained = self._training_models()
         check_train(config, student.plan)
+        check_short(config, ids.shape[1])
         check_group(group, config, train)
         sites = _parameter_ids(student, student.converted)
         part = {"all": None, "gdn": sites, "attention": _parameter_ids(student, student.kept)}[config.train]
@@ -113,25 +136,33 @@ class Distiller:
             kinds.setdefault((rate, decay), []).append(self.masters[n])
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in kinds.items()]
 
-    def _compare(self, index: Tensor, *, train: bool = False) -> Losses:
+    def _rows(self, index: Tensor, short: bool) -> tuple[Tensor, Tensor]:
+        """Sequences `index` and their counts, or the pieces that a short step cuts them into."""
+        rows = self.ids[index], self.counts[index]
+        if not short:
+            return rows
+        assert self.config.short_length is not None
+        return cut(*rows, self.config.short_length, self.start)
+
+    def _compare(self, index: Tensor, *, train: bool = False, short: bool = False) -> Losses:
         """Losses of sequences `index`: with gradients at the training temperature, or at temperature 1.
 
         Of several processes each computes its share; losses are summed, gradients are those of the share.
         """
         if self.group.size == 1:
-            return self._compare_own(index, train, None)
-        mine, total = self.group.part(index), int(self.counts[index].sum())
-        losses = self._compare_own(mine, train, total) if len(mine) else Losses.none(self.device)
+            return self._compare_own(self._rows(index, short), train, None)
+        mine, total = self.group.part(index), int(self._rows(index, short)[1].sum())
+        losses = self._compare_own(self._rows(mine, short), train, total) if len(mine) else Losses.none(self.device)
         count = torch.tensor(losses.count, device=self.device)
         sums = torch.stack([*(getattr(losses, n).double() for n in SUMS), count.double()])
         self.group.sum_([sums])
         return Losses(**dict(zip(SUMS, sums, strict=False)), count=int(sums[-1]))
 
-    def _compare_own(self, index: Tensor, train: bool, total: int | None) -> Losses:
-        part, counts, c = self.ids[index].to(self.device), self.counts[index].to(self.device), self.config
+    def _compare_own(self, rows: tuple[Tensor, Tensor], train: bool, total: int | None) -> Losses:
+        (ids, counts), c = (r.to(self.device) for r in rows), self.config
         return compare(
             *(self.trained if train else self.scored),
-            self.student.capture.inputs(part),
+            self.student.capture.inputs(ids),
             counts,
             chunk=c.chunk,
             objective=Objective(c.divergence, c.temperature if train else 1.0, c.cross_entropy, c.hidden),
@@ -148,7 +179,7 @@ class Distiller:
             group["lr"] = peak * learning_rate(step, self.config)
         for p in self.params.values():
             p.grad = None
-        losses = self._compare(index, train=True)
+        losses = self._compare(index, train=True, short=self.config.cuts(step))
         missing = torch.tensor([p.grad is None for p in self.params.values()], dtype=torch.int64, device=self.device)
         self.group.sum_([missing])
         for (n, p), absent in zip(self.params.items(), missing.tolist(), strict=True):
@@ -256,6 +287,7 @@ def distill(
     save: Save | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     group: Group = SOLO,
+    start: Sequence[int] = (),
 ) -> tuple[Student, list[dict[str, object]]]:
     """Trains the student on sequences [0, train) of ids [N, T], scores on the rest, leaves the best weights in it.
 
@@ -264,6 +296,7 @@ def distill(
     depend on seed and step only: a run resumed from `save`'s state gives the same numbers. Returns the student and the
     curve: divergence on the step's sequences before it, and held-out score, KL and NLL; config.patience may end it
     early (`stopped_at`). group: processes that call this alike and share each step's sequences; all end with the same.
+    start: the tokens that every sequence begins with (tokenizer.prompt_start), which a cut one's pieces then do too.
 
     Raises StageError when a loss, a score or a weight to be saved is not finite: the state last saved stays usable; and
     when no held-out prediction counts.
@@ -271,7 +304,7 @@ def distill(
     if not bool(counts[train:].any()):
         what = f"none of the {len(ids) - train} held-out sequences has a prediction that counts"
         raise StageError("distill", what, "a larger calib.holdout, or a longer calibration text")
-    trainer = Distiller(student, ids, counts, train=train, config=config, group=group)
+    trainer = Distiller(student, ids, counts, train=train, config=config, group=group, start=start)
     with products_for(trainer.device):
         curve = _run(trainer, seed, resume, save, progress)
     return replace(student, stage="distilled"), curve

@@ -21,6 +21,7 @@ from .runtime.flops import device_peak, distillation_flops
 from .runtime.parallel import current
 from .runtime.run_folder import RunFolder
 from .runtime.token_cache import cached_rows
+from .runtime.tokenizer import prompt_start
 from .runtime.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def distill_stage(work: Conversion) -> None:
             return
         load_weights(work.student, work.run.path / ALIGNED)
         ids, counts, train = distillation_rows(work)
-        group = current()
+        assert work.source.tokenizer is not None
+        group, start = current(), prompt_start(work.source.tokenizer)
         sequences = min(config.batch, train)
         tokens, utilisation = sequences * calib.length, _utilisation(work, sequences / group.size)
         clock = StepClock(
@@ -120,6 +122,7 @@ def distill_stage(work: Conversion) -> None:
                 save=save,
                 progress=clock,
                 group=group,
+                start=start,
             )
         seconds, stopped = max(time.monotonic() - started, 1e-3), stopped_at(curve, config)
         save_weights(work.student, stage.dir / DISTILLED)

@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, scored_by
 from .passes.types import Plan, SiteScan
 from .progress import Parts, Progress, clock
-from .runtime.distill import check_train
+from .runtime.distill import check_short, check_train
 from .runtime.meter import Meter, Time
 from .trial import StageCost, Trial
 
@@ -154,6 +154,7 @@ def dry_run(
         if chosen is None:
             chosen, models = stand_in(scan, policy)
         check_train(config.distill, chosen)
+        check_short(config.distill, config.calib.length)
         stages = [StageCost("load", load.time, load.peak)]
         trial = Trial(job.source, chosen, job.ids, config)
         names = STAGES[: STAGES.index(until) + 1]

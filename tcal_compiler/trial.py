@@ -237,7 +237,9 @@ class Trial:
             after = self._beyond
         self.groups = []
         gc.collect()
-        config = self.config.distill.in_steps(self.config.calib.length).model_copy(update={"compile": False})
+        config = self.config.distill.in_steps(self.config.calib.length).model_copy(
+            update={"compile": False, "short_length": None}
+        )
         if not (config.active and self.chosen.convert):
             with self.meter() as m:
                 pass

@@ -14,7 +14,7 @@ from tcal_compiler.errors import ConfigError, StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.graph import move_to
 from tcal_compiler.runtime.config import DistillConfig
-from tcal_compiler.runtime.distill import Distiller, distill, stopped_at
+from tcal_compiler.runtime.distill import Distiller, cut, distill, stopped_at
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.training import Checkpoint, TrainState
@@ -358,3 +358,37 @@ def test_what_cannot_be_compiled_is_a_stage_error(monkeypatch):
         run(start(), with_(compile=True))
     with pytest.raises(ValueError, match="compile and checkpoint_activations"):
         DistillConfig(steps=1, compile=True, checkpoint_activations=True)
+
+
+def test_short_steps_see_pieces_without_context():
+    """A step that cuts has the loss and gradient of its pieces as sequences of their own."""
+    config = with_(short_length=5, short_share=1.0)
+    trainer, pieces = Distiller(start(), IDS, COUNTS, train=TRAIN, config=config), cut(IDS, COUNTS, 5)
+    other = Distiller(start(), *pieces, train=TRAIN * 4, config=CONFIG)
+    a = trainer.step(0, torch.tensor([0, 2]))
+    b = other.step(0, torch.tensor([0, 1, 2, 3, 8, 9, 10, 11]))
+    assert a == pytest.approx(b, rel=1e-6) and trainer.predictions == other.predictions == 16 + 9
+    for n, m in trainer.masters.items():
+        torch.testing.assert_close(m, other.masters[n])
+    whole = Distiller(start(), IDS, COUNTS, train=TRAIN, config=CONFIG).step(0, torch.tensor([0, 2]))
+    assert abs(whole - a) > 1e-4
+
+
+def test_pieces_begin_as_prompts_do():
+    ids, counts = torch.arange(12).view(2, 6), torch.ones(2, 5, dtype=torch.bool)
+    counts[1, 1] = False
+    rows, kept = cut(ids, counts, 3, (99,))
+    assert rows.tolist() == [[99, 1, 2], [99, 4, 5], [99, 7, 8], [99, 10, 11]] and ids[0, 0] == 0
+    assert kept.tolist() == [[True, True], [True, True], [True, False], [True, True]]
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.5, [1, 3, 5, 7]), (0.25, [3, 7]), (1.0, list(range(8)))])
+def test_short_steps_are_spread_evenly(share, steps):
+    assert [s for s in range(8) if with_(short_length=5, short_share=share).cuts(s)] == steps
+    assert not any(CONFIG.cuts(s) for s in range(8))
+
+
+@pytest.mark.parametrize("length", [8, 20, 40])
+def test_pieces_must_cut_a_sequence_evenly(length):
+    with pytest.raises(ConfigError, match=rf"distill.short_length: is {length}, which .* of 20 tokens .*\n.*: 10, or"):
+        Distiller(start(), IDS, COUNTS, train=TRAIN, config=with_(short_length=length))
