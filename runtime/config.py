@@ -69,6 +69,10 @@ InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
 DivergenceName = Literal["forward-kl", "reverse-kl", "js"]
 
 
+# keys of the training stages that came when run folders with such a stage were there already
+_LATER = {"divergence", "hidden", "patience", "least_gain", "compile", "short_length", "short_share"}
+
+
 class TrainConfig(StrictModel):
     """What every stage that takes optimiser steps has."""
 
@@ -88,6 +92,12 @@ class TrainConfig(StrictModel):
         """Whether a checkpoint is written when so many steps are done."""
         return steps % self.checkpoint_every == 0 and steps < self.steps
 
+    def settings(self) -> dict[str, object]:
+        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid."""
+        return {
+            k: v for k, v in self.model_dump().items() if k not in _LATER or v != type(self).model_fields[k].default
+        }
+
 
 class AlignConfig(TrainConfig):
     """Layerwise alignment: AdamW on every converted site at once."""
@@ -103,10 +113,13 @@ class AlignConfig(TrainConfig):
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the teacher's projections only")
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
-
-
-# keys of DistillConfig that came when run folders had distilled students already
-_LATER = {"divergence", "hidden", "patience", "compile", "short_length", "short_share"}
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="training stops early when the last so many scores together have lowered the mean held-out error "
+        "of the weights that are kept by less than least_gain of it; default: never",
+    )
+    least_gain: float = Field(0.01, ge=0, lt=1, description="share of the error, with patience")
 
 
 class DistillConfig(TrainConfig):
@@ -179,12 +192,6 @@ class DistillConfig(TrainConfig):
     @property
     def active(self) -> bool:
         return bool(self.steps or self.tokens)
-
-    def settings(self) -> dict[str, object]:
-        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid."""
-        return {
-            k: v for k, v in self.model_dump().items() if k not in _LATER or v != type(self).model_fields[k].default
-        }
 
     def cuts(self, step: int) -> bool:
         """Whether step `step`, from 0, cuts its sequences: evenly spread over the steps."""

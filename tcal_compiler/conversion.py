@@ -23,7 +23,7 @@ from .passes.make_stateful import make_stateful
 from .passes.types import Check, Plan
 from .progress import Parts, Progress
 from .resume import resuming
-from .runtime.align import align
+from .runtime.align import align, levelled_off
 from .runtime.calibrate import half_lives, initialise
 from .runtime.distill import check_short, check_train
 from .runtime.onnx_export import context_length, export_onnx
@@ -143,7 +143,7 @@ class Conversion:
 
     def align(self) -> None:
         settings = {
-            "align": self.config.align.model_dump(),
+            "align": self.config.align.settings(),
             "seed": self.config.seed,
             "holdout": self.config.calib.holdout,
         }
@@ -167,6 +167,9 @@ class Conversion:
                         save=save,
                         progress=self.progress.bar(f"alignment of {len(self.chosen.convert)} sites"),
                     )
+                if (stopped := levelled_off(curve, self.config.align)) is not None:
+                    stage.evidence |= {"stopped_at": stopped, "steps": self.config.align.steps}
+                    self.progress.say(f"alignment levelled off: stopped at step {stopped}")
                 stage.evidence["half_life"] = half_lives(self.student, self.groups, batch=self.config.calib.batch)
             save_weights(self.student, stage.dir / "weights.safetensors")
             (stage.dir / "alignment.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
