@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -66,6 +67,21 @@ class ScoreConfig(StrictModel):
 
 
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
+InitPart = Literal["decay", "write-gate", "value-scale", "output-gate", "ridge"]
+ALL_PARTS: tuple[InitPart, ...] = get_args(InitPart)
+INIT_PARTS: dict[InitName, tuple[InitPart, ...]] = {"closed-form": ALL_PARTS, "taylor": ALL_PARTS[:-1]}
+
+
+def check_parts(init: InitName, without: Sequence[str]) -> None:
+    """Raises ValueError for a part that the initialisation does not have, or one that is named twice."""
+    parts = INIT_PARTS.get(init, ())
+    if missing := [p for p in without if p not in parts]:
+        has = f"its parts are {', '.join(parts)}" if parts else f"only {' and '.join(INIT_PARTS)} have parts"
+        raise ValueError(f"{init} has no {' or '.join(missing)}; {has}")
+    if len(set(without)) < len(without):
+        raise ValueError(f"{', '.join(without)} names a part twice")
+
+
 DivergenceName = Literal["forward-kl", "reverse-kl", "js"]
 
 

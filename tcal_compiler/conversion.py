@@ -116,12 +116,14 @@ class Conversion:
 
     def calibrate(self) -> None:
         calib = self.config.calib
-        settings = {
-            "init": self.config.init,
-            "seed": self.config.seed,
-            "sequences": calib.sequences,
-            "length": calib.length,
-        } | ({} if calib.init_sequences is None else {"init_sequences": calib.init_sequences})
+        settings = (
+            self.config.initial_values()
+            | {
+                "sequences": calib.sequences,
+                "length": calib.length,
+            }
+            | ({} if calib.init_sequences is None else {"init_sequences": calib.init_sequences})
+        )
         tokens = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()  # of another tokenizer: another calibration
         inputs = {"plan": self.run.stage_hash("plan"), "text": self.text.identity(), "tokens": tokens}
         with self.run.stage("calibrate", config=settings, inputs=inputs) as stage:
@@ -130,7 +132,13 @@ class Conversion:
             train = [replace(g, x=g.x[:, : calib.kept], y=g.y[:, : calib.kept]) for g in self.groups]
             bar = self.progress.bar(f"statistics and {self.config.init} init of each site")
             _, reports = initialise(
-                self.student, train, init=self.config.init, seed=self.config.seed, batch=calib.batch, progress=bar
+                self.student,
+                train,
+                init=self.config.init,
+                without=self.config.init_without,
+                seed=self.config.seed,
+                batch=calib.batch,
+                progress=bar,
             )
             save_weights(self.student, stage.dir / "initial.safetensors", only=changed_names(self.student))
             stage.evidence = {

@@ -33,6 +33,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "check_cuda": "test_runtimes",
     "compare_policies": "its numbers in docs/method.md",
     "conversion_bench": "measure_conversion",
+    "conversion_schedule": "measure_conversion",
     "measure_conversion": "test_measure_conversion",
     "measure_dry_run": "docs/results.md",
     "estimate_conversion": "test_estimate",
