@@ -17,8 +17,8 @@ class CalibConfig(StrictModel):
 
     text: str | list[str] | None = Field(
         None,
-        description="path of a .txt, .jsonl, .jsonl.zst or .parquet file, or a list of them, with :WEIGHT behind each "
-        "where their shares are not the same; default: the text that ships",
+        description="path of a .txt, .jsonl, .jsonl.zst or .parquet file, or datasets:NAME[,CONFIG]@SPLIT[:COLUMN], or "
+        "a list of them, with :WEIGHT behind each where their shares are not the same; default: the text that ships",
     )
     sequences: int = Field(64, ge=1, le=1_000_000, description="number of sequences for statistics and training")
     length: int = Field(512, ge=8, le=1 << 20, description="tokens in a sequence")
