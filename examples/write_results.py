@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from export_tables import decode, machine, on_device, runtimes, serving, variants
@@ -19,10 +20,10 @@ HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/verify_runtimes.py`,
-`examples/measure_dry_run.py`, `examples/time_planning.py`, `examples/estimate_conversion.py`, `examples/rank_sets.py`
-and, from run folders, this script itself wrote. Each section names its command's arguments, machine, versions and
-commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are different files, and a scored
-text that was calibrated on is refused.
+`examples/measure_dry_run.py`, `examples/time_planning.py`, `examples/estimate_conversion.py`, `examples/rank_sets.py`,
+`examples/check_step_seconds.py` and, from run folders, this script itself wrote. Each section names its command's
+arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration texts and scored texts
+are different files, and a scored text that was calibrated on is refused.
 """
 
 
@@ -201,6 +202,25 @@ def planning(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, f"\n`tcal inspect --memory` of a configuration alone: {', '.join(seen)}.", ""])
 
 
+def step_times(name: str, body: dict[str, Any]) -> str:
+    """examples/check_step_seconds.py."""
+    lines = [f"## {name}\n", machine(body["environment"])]
+    lines += [
+        "Milliseconds of a decode step: of the cores as a budget of time counts them, and of the whole step, the "
+    ]
+    lines[-1] += (
+        "least and the largest of what was measured again; and what each is beyond the first run's, of medians.\n"
+    )
+    lines += ["| tokens before | run | kept | cores | whole step | cores beyond | step beyond |", "|---" * 7 + "|"]
+    for tokens, runs in body["step_seconds"].items():
+        first = next(iter(runs.values()))
+        for run, row in runs.items():
+            ranges = [f"{min(row[k]):.2f} to {max(row[k]):.2f}" for k in ("cores_ms", "step_ms")]
+            beyond = [f"{median(row[k]) - median(first[k]):.2f}" for k in ("cores_ms", "step_ms")]
+            lines.append("| " + " | ".join([tokens, run, str(row["kept"]), *ranges, *beyond]) + " |")
+    return "\n".join([*lines, ""])
+
+
 def estimate(name: str, body: dict[str, Any]) -> str:
     """examples/estimate_conversion.py: what was not measured, from what was."""
     calib, align, distill = body["calib"], body["align"], body["distill"]
@@ -291,6 +311,7 @@ def main() -> None:
             "serving": serving,
             "memory": memory,
             "planning": planning,
+            "step_seconds": step_times,
             "provider": on_device,
         }
         kind = next((kinds[k] for k in kinds if k in body), conversion)

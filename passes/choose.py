@@ -13,7 +13,7 @@ import tomli_w
 
 from tcal_compiler.errors import ConfigError
 
-from .budget import BUDGETS, Budget, KeptSets, parse_budget, prefixes
+from .budget import BUDGETS, Budget, Costs, KeptSets, parse_budget, prefixes
 from .files import read_toml
 from .types import Plan, SiteScan
 
@@ -51,10 +51,13 @@ def scored_by(policy: str) -> str | None:
     return name if colon and name in MEASURED else None
 
 
-def budget_of(scan: SiteScan, policy: str) -> Budget:
-    """The budget of a policy NAME:BUDGET. Raises ConfigError when it is none, or out of range for these sites."""
+def budget_of(scan: SiteScan, policy: str, seconds: Costs | None = None) -> Budget:
+    """The budget of a policy NAME:BUDGET. Raises ConfigError when it is none, or out of range for these sites.
+
+    seconds: of every site's decode step, for a budget of time.
+    """
     name, _, text = policy.partition(":")
-    budget = parse_budget(scan, policy, text, hint=f"policies: {POLICIES}")
+    budget = parse_budget(scan, policy, text, hint=f"policies: {POLICIES}", seconds=seconds)
     if budget.nats is not None and name != FORWARD:
         what = f"bounds a KL, which {name} does not measure of the sites that it keeps"
         raise ConfigError(f"--policy {policy}", what, f"{FORWARD}:{text}")
@@ -67,12 +70,14 @@ def choose(
     scores: Mapping[int, float] | None = None,
     *,
     path: KeptSets | None = None,
+    seconds: Costs | None = None,
 ) -> Plan:
     """The plan of a policy: POLICIES. Sites that were rejected stay as they are and are not counted.
 
     scores: value of each site for a policy of RANKED, which keeps the sites of largest value (equal ones: the first).
     path: for FORWARD, sets of kept sites with their KL, one more site at a time; taken only as far as it is needed.
     The plan's scores are then the KL that is left once a site is kept too. For JOINT: choose_jointly.
+    seconds: see budget_of.
 
     Raises ConfigError for an unknown policy, a budget out of range, or scores that are needed and not there.
     """
@@ -83,9 +88,9 @@ def choose(
     elif policy == "none":
         keep = []
     elif policy.startswith("uniform:"):
-        keep = list(budget_of(scan, policy).pick(scan, _even_sets(indices))[-1][0])
+        keep = list(budget_of(scan, policy, seconds).pick(scan, _even_sets(indices))[-1][0])
     elif measure := scored_by(policy):
-        budget = budget_of(scan, policy)
+        budget = budget_of(scan, policy, seconds)
         ranked = None if scores is None else prefixes(sorted(indices, key=lambda i: (-scores[i], i)))
         sets = {FORWARD: path, JOINT: None}.get(measure, ranked)
         if sets is None:
@@ -134,13 +139,15 @@ def _spread_sets(indices: list[int], scores: Mapping[int, float]) -> KeptSets:
         yield [max(stretch, key=lambda i: (scores[i], -i)) for stretch in stretches], math.nan
 
 
-def candidates(scan: SiteScan, policy: str, ranks: Mapping[str, Mapping[int, float]]) -> dict[str, tuple[int, ...]]:
+def candidates(
+    scan: SiteScan, policy: str, ranks: Mapping[str, Mapping[int, float]], seconds: Costs | None = None
+) -> dict[str, tuple[int, ...]]:
     """The sets that JOINT measures within its budget, by the rule that each comes from.
 
     ranks: for each of RULES the scores of single sites. A rule keeps the largest scores, or the largest of each of as
     many equal stretches of the depth as sites are kept.
     """
-    indices, budget = [s.index for s in scan.sites], budget_of(scan, policy)
+    indices, budget = [s.index for s in scan.sites], budget_of(scan, policy, seconds)
     rules: dict[str, KeptSets] = {"uniform": _even_sets(indices)}
     for rule in RULES:
         scores = ranks[rule]
@@ -150,14 +157,18 @@ def candidates(scan: SiteScan, policy: str, ranks: Mapping[str, Mapping[int, flo
 
 
 def choose_jointly(
-    scan: SiteScan, policy: str, ranks: Mapping[str, Mapping[int, float]], kl: Callable[[tuple[int, ...]], float]
+    scan: SiteScan,
+    policy: str,
+    ranks: Mapping[str, Mapping[int, float]],
+    kl: Callable[[tuple[int, ...]], float],
+    seconds: Costs | None = None,
 ) -> Plan:
     """The plan of a policy JOINT:BUDGET: of `candidates` the set that leaves the least KL, the first of equal ones.
 
     kl: of the student that keeps a set, measured when it is asked for. The plan's scores are those of ranks[JOINT].
     Raises ConfigError as `choose` does.
     """
-    keep = min(candidates(scan, policy, ranks).values(), key=kl)
+    keep = min(candidates(scan, policy, ranks, seconds).values(), key=kl)
     return plan_that_keeps(keep, scan, policy, ranks[JOINT])
 
 

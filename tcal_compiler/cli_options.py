@@ -17,8 +17,8 @@ Policy = Annotated[
     str | None,
     typer.Option(
         help="uniform, kl, ar, greedy or forward with a budget: uniform:8 sites, kl:25%, forward:2MB@8192 of states "
-        "and caches behind 8192 tokens, forward:0.05nats of KL at most; keep=0,4,8; none (convert all); all "
-        "(convert nothing)"
+        "and caches behind 8192 tokens, kl:12ms@8192 for the cores in the step behind them, forward:0.05nats of KL at "
+        "most; keep=0,4,8; none (convert all); all (convert nothing)"
     ),
 ]
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045

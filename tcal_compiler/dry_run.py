@@ -15,6 +15,7 @@ from .passes.types import Plan, SiteScan
 from .progress import Parts, Progress, clock
 from .runtime.distill import check_short, check_train
 from .runtime.meter import Meter, Time
+from .runtime.step_seconds import policy_seconds
 from .trial import StageCost, Trial
 
 # Shares of the pieces, the capture of the teacher being 1
@@ -97,7 +98,8 @@ def stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
     For a bound on the KL nothing is known: no site stays softmax, and every set that forward may ask for is counted.
     Raises ConfigError where every site stays softmax.
     """
-    budget, sites = budget_of(scan, policy), len(scan.sites)
+    seconds, sites = policy_seconds(scan, policy), len(scan.sites)
+    budget = budget_of(scan, policy, seconds)
     if budget.nats is not None:
         kept, asked = 0, sites
     else:
@@ -111,7 +113,7 @@ def stand_in(scan: SiteScan, policy: str) -> tuple[Plan, int]:
         models = 1 + sum(range(sites - asked + 1, sites + 1))
     elif measure == JOINT:
         ranks = {rule: {s.index: 0.0 for s in scan.sites} for rule in RULES}
-        models = len(RULES) * sites + len(candidates(scan, policy, ranks))
+        models = len(RULES) * sites + len(candidates(scan, policy, ranks, seconds))
     even = choose(scan, f"uniform:{kept}")
     return Plan(even.keep, even.convert, policy), models
 

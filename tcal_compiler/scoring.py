@@ -1,4 +1,4 @@
-"""The stages score-kl, score-ar, score-greedy and score-forward of a run folder: what these policies choose by."""
+"""The stages score-kl, score-ar, score-greedy, score-forward and score-decode of a run folder, for the policies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .config import DEFAULT_POLICY, Config
-from .passes.choose import FORWARD, JOINT, RULES, candidates, choose, choose_jointly, scored_by
+from .passes.budget import Costs
+from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, choose_jointly, scored_by
 from .passes.graph import move_to
 from .passes.types import Plan
 from .progress import Progress
@@ -23,6 +24,7 @@ from .runtime.manifest import hash_json
 from .runtime.run_folder import RunFolder, Stage
 from .runtime.score_sites import SiteScore, Trials, initial_student, score_sites
 from .runtime.select_sites import Sets, SetScores, aligned_student, forward_path, sets_from_rows
+from .runtime.step_seconds import step_seconds
 from .runtime.student import Student
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class Scoring:
         self.run, self.source, self.ids, self.config = run, source, ids, config
         self.device, self.progress = device, progress
         self.policy = DEFAULT_POLICY if config.policy is None else config.policy
+        self.seconds = self._step_seconds()
         tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
         self.inputs = {"teacher": source.capture.fingerprint, "tokens": tokens}
         self.settings: dict[str, Any] = {"sequences": config.score.sequences}
@@ -49,7 +52,24 @@ class Scoring:
             self.settings["policy"] = self.policy
             if config.score.align_steps:
                 self.settings |= {"align": self.aligning.settings(), "train": config.calib.sequences}
+            if self.seconds is not None:
+                self.settings["seconds"] = sorted(self.seconds.items())
         self.measured_on = ids[-config.score.sequences :]
+
+    def _step_seconds(self) -> Costs | None:
+        """Of every site, for a policy with a budget of time: measured once for a teacher and a number of tokens."""
+        scan, budget = self.source.scan, budget_of(self.source.scan, self.policy)
+        if not budget.timed:
+            return None
+        settings, inputs = {"tokens": budget.tokens}, {"teacher": self.source.capture.fingerprint}
+        with self.run.stage("score-decode", config=settings, inputs=inputs) as stage:
+            if not stage.done:
+                self.progress.say(f"scores: the step behind {budget.tokens} tokens is timed at every kind of site")
+                found = step_seconds(scan, budget.tokens)
+                stage.evidence = {"seconds": [[i, *pair] for i, pair in found.items()]}
+            with reading(self.run.path):
+                rows: Any = stage.evidence["seconds"]
+                return {int(i): (float(softmax), float(converted)) for i, softmax, converted in rows}
 
     def initial(self, scratch: Path) -> Student:
         """Every site converted and initialised, kept in scratch while the stage runs."""
@@ -119,7 +139,7 @@ class Scoring:
                 stage.evidence = {"sites": [asdict(s) for s in self.scores(policy, stage.scratch)]}
                 _write(stage.dir, policy, stage.evidence["sites"])
             found: Any = stage.evidence["sites"]
-        return choose(self.source.scan, self.policy, {s["index"]: s["value"] for s in found})
+        return choose(self.source.scan, self.policy, {s["index"]: s["value"] for s in found}, seconds=self.seconds)
 
     def joint_plan(self, *, reuse: bool) -> Plan:
         """Single sites, then candidate sets; with reuse, what another budget had measured is not measured again."""
@@ -128,12 +148,12 @@ class Scoring:
             if stage.done:
                 with reading(self.run.path):
                     found = sets_from_rows(stage.evidence["sets"])
-                    return choose_jointly(scan, self.policy, _ranks(stage.evidence), found.__getitem__)
+                    return choose_jointly(scan, self.policy, _ranks(stage.evidence), found.__getitem__, self.seconds)
             move_to(self.source.capture.gm, self.device)
             rows = old or {rule: [asdict(s) for s in self.scores(rule, stage.scratch)] for rule in RULES}
             ranks = _ranks(rows)
             sets = self.sets(stage, sets_from_rows(old["sets"]) if old else {})
-            rules = candidates(scan, self.policy, ranks)
+            rules = candidates(scan, self.policy, ranks, self.seconds)
             sets.prepare(rules.values())
             bar, asked = self.progress.bar("scores: candidate sets"), set[tuple[int, ...]]()
 
@@ -143,7 +163,7 @@ class Scoring:
                 bar(len(asked), len(set(rules.values())))
                 return found
 
-            plan = choose_jointly(scan, self.policy, ranks, kl)
+            plan = choose_jointly(scan, self.policy, ranks, kl, self.seconds)
             stage.evidence = {rule: rows[rule] for rule in RULES} | {
                 "made_from": self._made_from,
                 "candidates": [{"rule": r, "keep": list(keep), "kl": sets.kl(keep)} for r, keep in rules.items()],
@@ -158,11 +178,12 @@ class Scoring:
         with self.run.stage(f"score-{FORWARD}", config=self.settings, inputs=self.inputs) as stage:
             if stage.done:
                 with reading(self.run.path):
-                    return choose(scan, self.policy, path=_path(stage.evidence["path"]))
+                    return choose(scan, self.policy, path=_path(stage.evidence["path"]), seconds=self.seconds)
             move_to(self.source.capture.gm, self.device)
             scores = self.sets(stage, sets_from_rows(old["sets"]) if old else {})
             path: list[tuple[tuple[int, ...], float]] = []
-            plan = choose(scan, self.policy, path=_noted(forward_path(scores, self.progress.bar), path.append))
+            walk = _noted(forward_path(scores, self.progress.bar), path.append)
+            plan = choose(scan, self.policy, path=walk, seconds=self.seconds)
             stage.evidence = {
                 "made_from": self._made_from,
                 "sets": scores.rows(),
@@ -174,7 +195,7 @@ class Scoring:
     @property
     def _made_from(self) -> str:
         """What sets were measured with, whatever the budget."""
-        return hash_json([{k: v for k, v in self.settings.items() if k != "policy"}, self.inputs])
+        return hash_json([{k: v for k, v in self.settings.items() if k not in ("policy", "seconds")}, self.inputs])
 
     def _earlier(self) -> Any:
         """The evidence of this policy for another budget; empty when there is none that was made from the same."""

@@ -17,6 +17,7 @@ from .passes.find_attention import find_attention
 from .passes.types import Capture, Plan, SiteScan
 from .progress import Parts, Progress
 from .runtime.capture_teacher import capture_teacher
+from .runtime.step_seconds import policy_seconds
 from .runtime.teacher import Teacher, load_teacher, load_tokenizer
 from .runtime.tokenizer import TokenizerLike
 
@@ -100,6 +101,6 @@ def choose_plan(scan: SiteScan, config: Config, out: Path, plan_file: Path | Non
             return plan
     policy = DEFAULT_POLICY if config.policy is None else config.policy
     if scored_by(policy) is None:
-        return choose(scan, policy)
+        return choose(scan, policy, seconds=policy_seconds(scan, policy))
     budget_of(scan, policy)
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import BYTES, SMALL, TINY, call, done, refused
 
+from tcal_compiler import scoring
 from tcal_compiler.runtime import select_sites
 from tcal_compiler.runtime.align import GroupTrainer
 from tcal_compiler.runtime.score_sites import Trials
@@ -111,6 +112,24 @@ def test_a_bad_budget_is_refused_before_anything_is_measured(tmp_path):
     for policy in ("kl:5", "greedy:x", "ar:-1%"):
         refused(plan(tmp_path / "run", policy), "ConfigError", policy)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_of_time_measures_once_and_keeps_what_it_measured(tmp_path, monkeypatch):
+    asked: list[int] = []
+
+    def seconds(scan, tokens):
+        asked.append(tokens)
+        return {s.index: (0.004, 0.001) for s in scan.sites}
+
+    monkeypatch.setattr(scoring, "step_seconds", seconds)
+    out = tmp_path / "run"
+    result = plan(out, "ar:8ms@4096")
+    assert result.code == 0 and len(manifest(out)["plan"]["keep"]) == 1
+    stages = manifest(out)["stages"]
+    assert stages["score-decode"]["evidence"] == {"seconds": [[i, 0.004, 0.001] for i in range(4)]}
+    assert plan(out, "ar:10ms@4096").code == 0 and len(manifest(out)["plan"]["keep"]) == 2 and asked == [4096]
+    assert manifest(out)["stages"]["score-ar"] == stages["score-ar"]
+    refused(plan(out, "ar:3ms@4096"), "ConfigError", "at least 4 ms")
 
 
 def test_an_edited_plan_of_a_scored_policy_is_followed(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tcal_compiler.errors import ConfigError
 from tcal_compiler.passes.budget import memory
-from tcal_compiler.passes.choose import budget_of, choose
+from tcal_compiler.passes.choose import budget_of, candidates, choose
 from tcal_compiler.passes.types import AttentionSite, SiteScan
 
 
@@ -59,7 +59,7 @@ def test_as_many_sites_are_kept_as_fit(size, tokens):
 def test_units_of_size():
     exact = {"64000B": 64000, "64KB": 64000, "62.5KiB": 64000, "0.064MB": 64000, "1MiB": 2**20, "0.001GiB": 1073741}
     for text, size in {**exact, "1.5MB": 1_500_000, "2GB": 2 * 10**9}.items():
-        assert budget_of(EIGHT, f"kl:{text}@100").size == size
+        assert budget_of(EIGHT, f"kl:{text}@100").most == size
     kept = [
         len(choose(EIGHT, f"ar:{text}@100", dict.fromkeys(range(8), 0.0)).keep) for text in ("16384B", "64KB", "1MB")
     ]
@@ -108,7 +108,40 @@ def test_a_path_is_taken_as_far_as_the_budget_needs(budget, keep, sets):
     assert plan.scores == {i: KLS[n] for n, i in enumerate([5, 3, 0, 1, 2, 4, 6, 7], start=1) if i in keep}
 
 
+SECONDS = {i: (0.004, 0.001) for i in range(8)}
+
+
+@pytest.mark.parametrize(
+    "budget, kept", [("8ms", 0), ("13.9ms", 1), ("14001us", 2), ("0.0321s", 8), ("9s", 8)], ids=lambda v: str(v)
+)
+def test_as_many_sites_are_kept_as_the_decode_step_has_time_for(budget, kept):
+    policy = f"uniform:{budget}@8192"
+    assert budget_of(EIGHT, policy).timed and budget_of(EIGHT, policy).tokens == 8192
+    keep = choose(EIGHT, policy, seconds=SECONDS).keep
+    assert keep == choose(EIGHT, f"uniform:{kept}").keep
+    scores = {i: float(i) for i in range(8)}
+    assert choose(EIGHT, f"ar:{budget}@8192", scores, seconds=SECONDS).keep == tuple(range(8 - kept, 8))
+    found = candidates(EIGHT, f"kl:{budget}@8192", {"kl": scores, "greedy": scores}, SECONDS)
+    assert {len(keep) for keep in found.values()} == {kept}
+
+
+def test_a_site_that_is_faster_as_softmax_is_kept_within_less_time():
+    seconds = SECONDS | {0: (0.001, 0.002)}
+    with pytest.raises(ConfigError, match=r"7\.9ms behind 5 tokens are too few: .* at least 8 ms") as e:
+        choose(EIGHT, "uniform:7.9ms@5", seconds=seconds)
+    assert e.value.hint == "8.8ms@5 or more"
+    assert choose(EIGHT, "uniform:8ms@5", seconds=seconds).keep == (0,)
+
+
+def test_time_that_was_not_measured_is_refused():
+    with pytest.raises(ConfigError, match="needs the decode step of every site measured"):
+        choose(EIGHT, "uniform:12ms@8192")
+
+
 BAD = [
+    ("uniform:12ms", "no number"),
+    ("uniform:12min@5", "no number"),
+    (f"uniform:1ms@{'9' * 5000}", "no time"),
     ("uniform:2MB", "'2MB' is no number"),
     ("uniform:2TB@10", "no number"),
     ("uniform:-2MB@10", "no number"),
