@@ -10,12 +10,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from tcal_compiler.errors import ConfigError
 from tcal_compiler.kernels.cached_attention import held_positions
 from tcal_compiler.kernels.cached_attention.onnx_rule import is_fused
-from tcal_compiler.passes.budget import Costs
+from tcal_compiler.passes.budget import Costs, cache_bytes
 from tcal_compiler.passes.choose import budget_of, scored_by
 from tcal_compiler.passes.types import AttentionSite, SiteScan
 
@@ -33,14 +34,12 @@ def step_seconds(scan: SiteScan, tokens: int, *, threads: int | None = None) -> 
     what both forms have is in neither. A round steps once through as many caches as there are sites of the size, or
     MOST_BYTES of them, as the model does; of ROUNDS rounds, in which both forms take turns, the median counts.
 
-    Raises ConfigError for a site whose sizes GroupQueryAttention does not take.
+    Raises ConfigError for a site whose sizes GroupQueryAttention does not take, or whose cache memory cannot hold.
     """
     found: dict[tuple[int, ...], tuple[float, float]] = {}
     costs = {}
     for site in scan.sites:
-        if not is_fused(site.key_dim, site.value_dim):
-            what = f"{site.layer or site.anchor}: no decode time is measured of {site.key_dim} key and "
-            raise ConfigError("--policy", f"{what}{site.value_dim} value channels", "SIZE@TOKENS, N sites or P%")
+        _check(site, tokens)
     sizes = {s.index: _size(s, tokens) for s in scan.sites}
     for site in scan.sites:
         size = sizes[site.index]
@@ -48,6 +47,17 @@ def step_seconds(scan: SiteScan, tokens: int, *, threads: int | None = None) -> 
             found[size] = _measure(site, size[-1], list(sizes.values()).count(size), threads)
         costs[site.index] = found[size]
     return costs
+
+
+def _check(site: AttentionSite, tokens: int) -> None:
+    where, dims = f"--policy, {site.layer or site.anchor}", {"key_dim": site.key_dim, "value_dim": site.value_dim}
+    if not is_fused(site.key_dim, site.value_dim):
+        what = f"no decode time is measured of {site.key_dim} key and {site.value_dim} value channels"
+        raise ConfigError(where, what, "SIZE@TOKENS, N sites or P%")
+    size = cache_bytes(tokens, kv_heads=site.num_kv_heads, window=site.window, **dims)
+    if 3 * size > (free := psutil.virtual_memory().available):
+        what = f"the cache of {tokens} tokens is {size} bytes, and {free} are free to time it with"
+        raise ConfigError(where, what, "fewer tokens")
 
 
 def policy_seconds(scan: SiteScan, policy: str) -> Costs | None:
@@ -107,7 +117,7 @@ def _converted(site: AttentionSite, tokens: int) -> Form:
     rule = helper.make_node("LinearAttention", list(inputs), ["output", "state"], domain=DOMAIN, **kinds)
     gates = heads * (dim + 2)
     given = {"x": np.full((1, 1, site.hidden), 0.01, np.float32), "W": np.full((site.hidden, gates), 0.01, np.float32)}
-    return [rule, helper.make_node("MatMul", ["x", "W"], ["gates"])], inputs | given, {"state": "past"}
+    return [rule, helper.make_node("MatMul", ["x", "W"], ["gates"])], inputs | given, {}
 
 
 class _Step:

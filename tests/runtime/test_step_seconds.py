@@ -51,6 +51,12 @@ def test_sizes_that_the_operator_does_not_take_are_refused():
         assert "SIZE@TOKENS" in str(e.value.hint)
 
 
+def test_more_tokens_than_memory_holds_are_refused():
+    with pytest.raises(ConfigError, match="the cache of 1000000000000 tokens is 256000000000000 bytes"):
+        step_seconds(scan(SITE), 10**12)
+    assert min(step_seconds(scan(SITE), 0)[0]) > 0
+
+
 def test_copies_do_not_share_memory():
     step = module._Step(*module._softmax(SITE, 5), 3, 1)
     addresses: Iterable[int] = [x.ctypes.data for x in step._memory]
