@@ -49,7 +49,7 @@ def measured(runs: list[Path], tokens: int, steps: int, repeats: int) -> dict[st
     costs = [step_seconds(scan, tokens) for _ in range(repeats)]
     found: dict[str, Any] = {}
     for run, keep in zip(runs, keeps, strict=True):
-        session = OnnxSession(run)
+        session = OnnxSession(run / "onnx")
         times = []
         for _ in range(repeats):
             go_behind(session, tokens)
