@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,35 @@ def test_a_launch_that_fails_says_why_and_falls_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     with pytest.warns(UserWarning, match=r"another_op runs in plain PyTorch .*Hardware limit: 101376"):
         assert not self_check.proved("another_op", too_large, 0, torch.float32, 256, 256)
+
+
+@pytest.mark.parametrize("how", ["set_float32_matmul_precision", "fp32_precision"])
+def test_takes_tf32_where_torch_may(how):
+    """Either way of allowing it; the getters of the older way raise after the newer one."""
+    x, matmul = SimpleNamespace(is_cuda=True, dtype=torch.float32), torch.backends.cuda.matmul
+    assert not self_check.takes_tf32(x)
+    try:
+        if how == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert self_check.takes_tf32(x)
+        for other in ({"is_cuda": False}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}):
+            assert not self_check.takes_tf32(SimpleNamespace(**(vars(x) | other)))
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_proved_apart(monkeypatch):
+    """Within bounds of its own, and not by a proof of products that are exact."""
+    errors = {"o": 1e-3}
+    monkeypatch.setattr(self_check.torch.cuda, "device", lambda index: contextlib.nullcontext())
+    given = ("an op that takes tf32", lambda *_: errors, 0, torch.float32, 64)
+    pytest.importorskip("triton")
+    assert self_check.proved(*given, tf32=True)
+    with pytest.warns(UserWarning, match="more than 1e-04: o 1.0e-03"):
+        assert not self_check.proved(*given)
 
 
 def test_cpu_tensors_never_take_triton():
