@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 Rule = Callable[..., tuple[Tensor, Any]]
-PACKAGES = ("fla-core", "tilelang", "flash-qla", "flashinfer-python", "nvidia-cutlass-dsl-libs-base", "transformers")
+PACKAGES = (
+    "triton",
+    "fla-core",
+    "tilelang",
+    "flash-qla",
+    "flashinfer-python",
+    "nvidia-cutlass-dsl-libs-base",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)

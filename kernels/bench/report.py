@@ -21,13 +21,11 @@ def environment(device: str) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     found: dict[str, Any] = {"device": where, "torch": torch.__version__, "python": platform.python_version()}
     if device == "cuda":
-        import triton
-
-        found |= {"cuda": torch.version.cuda, "triton": triton.__version__, "driver": _output("nvidia-smi",
-            "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1]}  # fmt: skip
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+        found |= {"cuda": torch.version.cuda, "driver": driver[0] if driver else "unknown"}
     else:
         found["processor"] = _processor()
-    found |= {"peers": versions(), "commit": os.environ.get("TCAL_COMMIT") or _commit()}
+    found |= {"packages": versions(), "commit": os.environ.get("TCAL_COMMIT") or _commit()}
     return found | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
 
 

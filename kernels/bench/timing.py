@@ -2,7 +2,7 @@
 
 A result is plain JSON: {"op", "shape", "errors": {name: rms error over rms against float64}, "bounds": {kind: {"bytes",
 "operations", "bound_ms"}}, "times": {implementation: {kind: {"ms", "low", "high", "peak_bytes"}}}}, and where others
-compute the same "errors_beside": {implementation: errors}; instead of bounds and times "wrong", where an error is larger
+compute the same "errors_beside": {implementation: errors}; instead of bounds and times "wrong", where an error is more
 than self_check allows. peak_bytes, on CUDA outside graphs: what a run allocates at its peak beyond what was there, its
 results among it.
 """
