@@ -2,6 +2,7 @@
 
     python -m tcal_compiler.kernels.bench [--ops rule step norm attention] [--shapes ...] [--dtype bfloat16]
                                           [--repeat 30] [--json FILE]
+    python -m tcal_compiler.kernels.bench --table FILE
     python -m tcal_compiler.kernels.bench --tune [--ops rule step] [--shapes ...] [--dtype bfloat16] [--seconds 400]
                                           [--json kernels/tuning.json]
 
@@ -28,6 +29,7 @@ import torch
 from tcal_compiler.kernels import tuning
 
 from . import attention, norm, report, rule, step
+from .tables import tables
 from .timing import SEED, Benchmark
 
 OPS: dict[str, Benchmark] = {
@@ -53,6 +55,7 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=30 if device == "cuda" else 9)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--table", metavar="FILE", help="print a --json FILE as Markdown, and time nothing")
     parser.add_argument("--tune", action="store_true", help="measure launch settings of the kernels")
     parser.add_argument("--seconds", type=float, default=400, help="that tuning may take")
     options = parser.parse_args(argv)
@@ -79,6 +82,9 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = parse(argv, device)
+    if options.table:
+        print(tables(json.loads(Path(options.table).read_text())))
+        return 0
     if options.tune:
         from .tune import tune  # needs Triton
 

@@ -94,6 +94,8 @@ def flash_qla() -> Peer:
     from flash_qla import chunk_gated_delta_rule
 
     def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Any]:
+        if q.shape[-1] != 128:  # what it does then it does not say
+            raise ValueError(f"FlashQLA is for head dims of 128, got {q.shape[-1]}")
         return chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state, output_final_state=True)
 
     return Peer("flash_qla", rule)

@@ -115,6 +115,18 @@ def test_what_is_said_of_a_result():
     assert report.summary([wrong]) == ["rule: NOT RIGHT at (1,): not timed"]
 
 
+def test_tables(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"device": "H100", "packages": {"triton": "3.6"}, "results": [RESULT]}))
+    assert bench.main(["--table", str(path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "device H100, triton 3.6."
+    times = shown.index("| shape | bound | tcal | fla | flash, forward |")
+    assert shown[times + 2] == "| 1, 1, 1, 1 | 0.5000 | 0.6250 (80%) | 1.2500 (2.00x) | 0.5000 (0.80x) |"
+    assert "| 1, 1, 1, 1 | 2 | 3 |" in shown
+    assert "| 1, 1, 1, 1 | 1.0e-03 | 5.0e-04 | 2.0e-03 (forward) |" in shown
+
+
 def test_a_peer_that_refuses_is_told_with_each_kind():
     times: dict[str, Any] = {}
     timing.attempt(times, "fla", "forward", lambda: 1 / 0)
