@@ -31,6 +31,8 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "export_tables": "write_results",
     "compare_lm_eval": "test_lm_eval",
     "check_cuda": "test_runtimes",
+    "device_session": "test_runtimes",
+    "profile_step": "test_bench_variants",
     "compare_policies": "its numbers in docs/method.md",
     "conversion_bench": "measure_conversion",
     "measure_conversion": "test_measure_conversion",
