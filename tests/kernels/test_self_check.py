@@ -22,6 +22,7 @@ from tcal_compiler.kernels.gated_delta_rule import dispatch as rule
 from tcal_compiler.kernels.gated_delta_step import gated_delta_step_reference
 from tcal_compiler.kernels.gated_delta_step import op as step
 from tcal_compiler.kernels.gated_rms_norm import op as norm
+from tcal_compiler.kernels.gates import op as gates
 
 PAIRS = ((64, 64), (128, 128), (96, 48))
 WIDE = (256, 256)
@@ -30,6 +31,7 @@ PROOFS: list[tuple[str, self_check.Check, tuple[tuple[int, ...], ...]]] = [
     ("gated_delta_rule", rule.self_check, PAIRS),
     ("packed gated_delta_rule", rule.packed_self_check, PAIRS),
     ("attention_statistics", statistics.self_check, (*PAIRS, WIDE)),
+    ("l2_normalize", gates.self_check, ((16,), (64,), (96,), (256,))),
     ("gated_rms_norm", norm.self_check, ((16,), (64,), (96,), (128,), (256,))),
     ("gated_delta_step", step.self_check, tuple((*pair, *v) for pair in (*PAIRS, WIDE) for v in VARIANTS)),
 ]
@@ -93,6 +95,15 @@ def test_sees_a_wrong_norm(monkeypatch):
     monkeypatch.setattr(triton_kernel, "gated_rms_norm_triton", wrong)
     monkeypatch.setattr(triton_kernel, "gated_rms_norm_backward_triton", right)
     only_wrong(norm.self_check(CPU, torch.float32, 8), "y")
+
+
+@interpreted
+def test_sees_a_wrong_gradient_of_the_l2_norm(monkeypatch):
+    from tcal_compiler.kernels.gates import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "l2_normalize_triton", gates.l2_normalize_reference)
+    monkeypatch.setattr(triton_kernel, "l2_normalize_backward_triton", lambda d_y, x, eps: d_y)
+    only_wrong(gates.self_check(CPU, torch.float32, 8), "d_x")
 
 
 @interpreted
@@ -172,7 +183,7 @@ def test_tf32_is_proved_apart(monkeypatch):
 def test_cpu_tensors_never_take_triton():
     x = torch.zeros(1, 5, 2, 64)
     assert not rule._takes_triton(x, x) and not statistics._takes_triton(x, x) and not norm._takes_triton(x)
-    assert not step._takes_triton(x, x, x, True, True)
+    assert not step._takes_triton(x, x, x, True, True) and not gates._takes_triton(x)
 
 
 READS = {"read_columns": 128, "read_warps": 8}
