@@ -21,8 +21,8 @@ Made by `examples/write_results.py` from docs/results/*.json, which `examples/me
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/profile_step.py`,
 `examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
 `examples/estimate_conversion.py`, `examples/rank_sets.py` and, from run folders, this script itself wrote. Each section
-names its command's arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration texts
-and scored texts are different files, and a scored text that was calibrated on is refused.
+names its command's arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration
+texts and scored texts are different files, and a scored text that was calibrated on is refused.
 """
 
 
