@@ -117,9 +117,10 @@ def step_parts(name: str, body: dict[str, Any]) -> str:
             speed = f"; {p['mb'] / p['ms']:.1f}" if p["mb"] else ""
             cells.append(f"{p['ms']:.2f} ({p['nodes']}{speed})" if p["nodes"] else "")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Single operators, each in a model of its own:", "", "| operator | µs | GB/s |", "|---|---|---|"]
+    if body["alone"]:
+        lines += ["", "Single operators, each in a model of its own:", "", "| operator | us | GB/s |", "|---|---|---|"]
     lines += [f"| {r['name']} | {r['us']:.1f} | {r['gb_s']:.1f} |" for r in body["alone"]]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 
 def on_device(name: str, body: dict[str, Any]) -> str:
