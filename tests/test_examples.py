@@ -35,6 +35,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "profile_step": "test_bench_variants",
     "compare_policies": "its numbers in docs/method.md",
     "conversion_bench": "measure_conversion",
+    "conversion_schedule": "measure_conversion",
     "measure_conversion": "test_measure_conversion",
     "measure_dry_run": "docs/results.md",
     "estimate_conversion": "test_estimate",
