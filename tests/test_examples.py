@@ -32,6 +32,8 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "compare_lm_eval": "test_lm_eval",
     "check_cuda": "test_runtimes",
     "check_step_seconds": "a quiet machine",
+    "device_session": "test_runtimes",
+    "profile_step": "test_bench_variants",
     "compare_policies": "its numbers in docs/method.md",
     "conversion_bench": "measure_conversion",
     "conversion_schedule": "measure_conversion",
