@@ -156,6 +156,11 @@ class DistillConfig(TrainConfig):
         description="training steps run both models, up to their last linear maps, through torch.compile: faster on a "
         "GPU, after minutes of compiling; numbers within rounding",
     )
+    shard: bool = Field(
+        False,
+        description="with several processes: each keeps its part of weights, masters and optimiser state (FSDP2), "
+        "instead of all; less memory, the same numbers within rounding",
+    )
     patience: int | None = Field(
         None, ge=1, description="scores in a row without a better one after which training stops early; default: never"
     )
@@ -174,6 +179,8 @@ class DistillConfig(TrainConfig):
             raise ValueError("both steps and tokens are given")
         if self.compile and self.checkpoint_activations:
             raise ValueError("both compile and checkpoint_activations are given")
+        if self.shard and (self.compile or self.hidden):
+            raise ValueError(f"both shard and {'compile' if self.compile else 'hidden'} are given")
         return self
 
     @property
@@ -181,10 +188,12 @@ class DistillConfig(TrainConfig):
         return bool(self.steps or self.tokens)
 
     def settings(self) -> dict[str, object]:
-        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid."""
-        return {
-            k: v for k, v in self.model_dump().items() if k not in _LATER or v != type(self).model_fields[k].default
-        }
+        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid.
+
+        Not shard, as the number of processes is not: a run may go on without it, and the reverse.
+        """
+        values = self.model_dump(exclude={"shard"})
+        return {k: v for k, v in values.items() if k not in _LATER or v != type(self).model_fields[k].default}
 
     def cuts(self, step: int) -> bool:
         """Whether step `step`, from 0, cuts its sequences: evenly spread over the steps."""
