@@ -86,6 +86,7 @@ class Distiller:
         parts = self.shards[0].parts if self.shards else {}
         self.held = {n: parts.get(n, p.detach()) for n, p in self.params.items()}  # what the student computes with
         self.masters = {n: t.float() for n, t in self.held.items()}  # of a float32 one: its own memory
+        self.rounded = any(t.dtype != torch.float32 for t in self.held.values())
         head = self.scored[0].head
         late = () if head is None else head.parameters()
         self.gradients = self.shards[0] if self.shards else Gradients(self.params, group, late=late)
@@ -184,8 +185,8 @@ class Distiller:
             what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
             raise StageError(self._place(index), what, HINT)
         self.optimizer.step()
-        if any(m.data_ptr() != t.data_ptr() for m, t in zip(self.masters.values(), self.held.values(), strict=True)):
-            self.write(self.masters)
+        self.optimizer.zero_grad()  # frees the memory for the next backward pass
+        self.write(self.masters)
         self.predictions += losses.count
         return loss
 
@@ -233,6 +234,8 @@ class Distiller:
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
         """Sets the weights that the student computes with, in the dtype that they have."""
+        if values is self.masters and not self.rounded:
+            return  # it computes with them
         for n, t in self.held.items():
             t.copy_(values[n])
 
@@ -240,6 +243,13 @@ class Distiller:
         """Puts sharded weights together again, in the graphs of student and teacher. All processes have to call it."""
         for shards in self.shards or ():
             shards.restore()
+
+    def finish(self) -> None:
+        """Leaves the best weights in the student. It cannot be trained on."""
+        self.write(self.best)
+        self.optimizer.state.clear()
+        self.best.clear()  # before the whole weights need the room
+        self.restore()
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """A master, or what has its shape, as the first process writes it; sharded ones are in its memory alone."""
@@ -375,6 +385,5 @@ def _run(
                 save(state)
         if progress:
             progress(done, config.steps, loss)
-    trainer.write(trainer.best)
-    trainer.restore()
+    trainer.finish()
     return state.curve

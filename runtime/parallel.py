@@ -41,6 +41,13 @@ class Group:
                 for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                     t.copy_(part.view_as(t))
 
+    def each(self, number: int, device: torch.device) -> list[int]:
+        """The number that every process gives, up to 2**53. device: of the work that the group shares."""
+        numbers = torch.zeros(self.size, dtype=torch.float64, device=device)
+        numbers[self.rank] = number
+        self.sum_([numbers])
+        return [int(n) for n in numbers.tolist()]
+
     def gather(self, part: Tensor, rows: int) -> Tensor:
         """[rows, ...], of which process r has the ceil(rows / size) rows from r times as many on, as far as they go."""
         share = -(-rows // self.size)

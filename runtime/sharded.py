@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.fx import GraphModule, Node
 
 from tcal_compiler.errors import ConfigError
@@ -63,6 +61,9 @@ class Shards:
 
         Raises ConfigError when a parameter cannot be cut, StageError where recompute_between does.
         """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # takes more than a second
+
         assert isinstance(split.body, GraphModule)
         body = segments(split.body, cuts, "shard")
         _own_parameters(body, split.head)
