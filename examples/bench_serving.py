@@ -12,7 +12,14 @@ an average over it; it has one row only, and is left out beyond --llama-longest.
 its rotary tables are repeated. A state of more than --most-state-gb is not tried. Beside a decode step of an ONNX
 student stands the least time in which one thread reads the bytes that it needs, at the speed that is measured behind
 it: all weights but embedding tables, caches of the context, recurrent states both ways. --pages huge lets glibc ask
-for memory in pages of 2 MB. Rows are added to those that --json holds already, or replace them: a table can be measured
+for memory in pages of 2 MB.
+
+--provider CUDAExecutionProvider measures on a GPU, with onnxruntime-gpu: students and teachers of profile cuda as they
+were exported, and --torch in float16. State and logits stay there, peak memory is what the whole card holds, CUDA's own
+included, and the bound is that of the card's memory. Several tokens behind others are read row by row, since ONNX
+Runtime's attention takes them for one row only.
+
+Rows are added to those that --json holds already, or replace them: a table can be measured
 in pieces, all on one machine with the same settings; the commits of all pieces are noted.
 """
 
@@ -33,6 +40,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from bench_onnx import with_positions
 from bench_variants import read_bandwidth, weight_bytes
@@ -65,6 +73,44 @@ def onnx_row(job: dict[str, Any]) -> dict[str, Any]:
     return row | {"read_gb_s": speed / 1e9, "bound_ms": 1e3 * moved / speed, "share_of_bound": moved / speed / step}
 
 
+def device_row(job: dict[str, Any]) -> dict[str, Any]:
+    from device_session import CUDA, DeviceSession
+
+    folder, batch, context, chunk = Path(job["path"]), job["batch"], job["context"], min(job["chunk"], job["context"])
+    session = DeviceSession(folder, job["provider"], capacity=context + job["steps"] + ROOM)
+    state = session.bytes_behind(batch, context)
+    check_room(job, state)
+    rows = batch if chunk == context else 1
+    tokens, prefills = np.ones((rows, chunk), np.int64), []
+    for _ in range(2):
+        session.reset(batch=rows, behind=context - chunk, fill=FILL)
+        prefills.append(timed(lambda: session.forward(tokens)))
+    session.reset(batch=batch, behind=context, fill=FILL)
+    token = np.ones((batch, 1), np.int64)
+    steps = [timed(lambda: session.forward(token)) for _ in range(job["steps"] + 1)][1:]
+    step = statistics.median(steps)
+    moved = weight_bytes(folder / "model.onnx") + session.bytes_behind(batch, context, recurrent=2)
+    row = measured(job, prefills[1] * batch / rows, chunk, step) | {"state_mb": state / 1e6, "moved_mb": moved / 1e6}
+    speed = job["card_reads"] if job["provider"] == CUDA else read_bandwidth()
+    return row | {"read_gb_s": speed / 1e9, "bound_ms": 1e3 * moved / speed, "share_of_bound": moved / speed / step}
+
+
+def card_row(job: dict[str, Any]) -> dict[str, Any]:
+    """The card's name and the bytes it reads or writes a second in copies of 2 GB, the best of ten."""
+    import torch
+
+    block, best = torch.ones(1 << 29, device="cuda"), 0.0
+    target = torch.empty_like(block)
+
+    def copy() -> None:
+        target.copy_(block)
+        torch.cuda.synchronize()
+
+    for _ in range(10):
+        best = max(best, 2 * block.nbytes / timed(copy))
+    return {"device": torch.cuda.get_device_name(), "reads": best}
+
+
 def check_room(job: dict[str, Any], state: int) -> None:
     """Raises DataError for a state that is not to be tried."""
     if state > job["most_state_gb"] * 1e9:
@@ -76,21 +122,25 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=torch.float32).eval()
+    device, dtype = ("cuda", torch.float16) if job["on_card"] else ("cpu", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype).to(device).eval()
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
-    state = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * context * width * 4
+    state = 2 * config.num_hidden_layers * batch * config.num_key_value_heads * context * width * dtype.itemsize
     check_room(job, state)
 
     def cache(length: int) -> DynamicCache:
         made, shape = DynamicCache(), (batch, config.num_key_value_heads, length, width)
         for layer in range(config.num_hidden_layers if length else 0):
-            made.update(torch.full(shape, FILL), torch.full(shape, FILL), layer)
+            made.update(*(torch.full(shape, FILL, dtype=dtype, device=device) for _ in range(2)), layer)
         return made
 
     def feed(past: DynamicCache, count: int) -> None:
-        model(input_ids=torch.ones(batch, count, dtype=torch.long), past_key_values=past, use_cache=True)
+        ids = torch.ones(batch, count, dtype=torch.long, device=device)
+        model(input_ids=ids, past_key_values=past, use_cache=True)
+        if job["on_card"]:
+            torch.cuda.synchronize()
 
     with torch.no_grad():
         prefills = []
@@ -124,11 +174,18 @@ def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> di
         "prefill_tokens_per_s": batch * chunk / prefill,
         "decode_ms": 1e3 * step,
         "decode_tokens_per_s": batch / step,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_mb": card_mb() if job["on_card"] else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 
 
+def card_mb() -> float:
+    """What the first card holds now: neither runtime gives memory back while it runs."""
+    asked = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 1.048576
+
+
 KINDS = {"onnx": onnx_row, "torch": torch_row, "llama": llama_row}
+CHILDREN = KINDS | {"device": device_row, "card": card_row}
 
 
 def in_child(job: dict[str, Any]) -> dict[str, Any]:
@@ -156,17 +213,22 @@ def for_contexts(source: Path, target: Path, dtype: str, positions: int) -> Path
     return target
 
 
-def jobs(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """What to measure; models take turns within a context, so that a machine whose speed drifts treats them alike."""
+def jobs(args: argparse.Namespace, work: Path, card: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """What to measure, on a card where there is one.
+
+    Models take turns within a context, so that a machine whose speed drifts treats them alike.
+    """
     models = []
     positions = max(args.contexts) + args.steps + ROOM
     for name, path in (item.split("=", 1) for item in args.onnx):
         for dtype in args.dtypes:
             folder = for_contexts(Path(path) / "onnx", work / f"{name}-{dtype}", dtype, positions)
-            models.append((f"{name} {dtype}, ONNX Runtime", "onnx", str(folder)))
+            known = ("onnx", f"{name} {dtype}") if args.provider is None else ("device", name)
+            models.append((f"{known[1]}, ONNX Runtime", known[0], str(folder)))
     for kind, title, items in (("torch", "PyTorch", args.torch), ("llama", "llama.cpp", args.llama)):
         models += [(f"{name}, {title}", kind, path) for name, path in (item.split("=", 1) for item in items)]
-    common = {k: getattr(args, k) for k in ("steps", "chunk", "threads", "most_state_gb")}
+    common = {k: getattr(args, k) for k in ("steps", "chunk", "threads", "most_state_gb", "provider")}
+    common |= {"on_card": card is not None, "card_reads": (card or {}).get("reads")}
     pages = {"normal": (False,), "huge": (True,), "both": (False, True)}[args.pages]
     rows = [
         common
@@ -193,8 +255,18 @@ def options() -> argparse.Namespace:
     p.add_argument("--pages", choices=["normal", "huge", "both"], default="normal")
     p.add_argument("--most-state-gb", type=float, default=4.0)
     p.add_argument("--llama-longest", type=int, default=8192)
+    p.add_argument("--provider", help="of ONNX Runtime: where students of profile cuda run; default: our CPU sessions")
     p.add_argument("--json", type=Path)
-    return p.parse_args()
+    args = p.parse_args()
+    if args.provider and (args.dtypes != ["fp32"] or args.llama):
+        p.error("--provider measures neither smaller variants nor --llama")
+    return args
+
+
+def the_card() -> dict[str, Any]:
+    """Ends the program where there is none."""
+    found = in_child({"kind": "card", "threads": 1, "huge_pages": False})
+    return found if "error" not in found else sys.exit(f"no card to measure on: {found['error']}")
 
 
 def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -209,16 +281,19 @@ def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         job = json.loads(sys.argv[2])
-        print(json.dumps(KINDS[job["kind"]](job)))
+        print(json.dumps(CHILDREN[job["kind"]](job)))
         return
     args = options()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("TCAL_COMMIT", head)  # set it for a copy of the tree without its history
     where = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__, "threads": args.threads}
+    card = the_card() if args.provider == "CUDAExecutionProvider" else None
+    where |= {"provider": args.provider, "device": card["device"]} if card else {}
     body = {"environment": where | {"commit": commit}, "steps": args.steps, "chunk": args.chunk, "serving": []}
     if args.json and args.json.is_file():
         body = continued(json.loads(args.json.read_text(encoding="utf-8")), body)
     with tempfile.TemporaryDirectory() as work:
-        for job in jobs(args, Path(work)):
+        for job in jobs(args, Path(work), card):
             row = in_child(job)
             key = {k: job[k] for k in ("name", "context", "batch")}
             body["serving"] = [r for r in body["serving"] if any(r[k] != v for k, v in key.items())] + [key | row]

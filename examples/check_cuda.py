@@ -4,8 +4,7 @@
     python examples/check_cuda.py run-cuda --against run --provider CPUExecutionProvider    # tries the script itself
 
 Both are run folders of one student, exported with --profile cuda and with --profile ort. Needs onnxruntime-gpu in place
-of onnxruntime, with the CUDA that its page names. State stays on the device: a cache is one buffer that is read and
-written, a recurrent state two that take turns. The float32 student runs on the CPU.
+of onnxruntime, with the CUDA that its page names. State stays on the device. The float32 student runs on the CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,64 +21,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from bench_variants import text_ids
+from device_session import CUDA, DeviceSession
 from numpy.typing import NDArray
 
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.variants import TEXT
-
-CUDA = "CUDAExecutionProvider"
-
-
-class DeviceSession:
-    """The deployed graph with its state on the device of a provider."""
-
-    def __init__(self, folder: Path, provider: str, profile_prefix: str | None = None) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if profile_prefix is not None:
-            options.enable_profiling, options.profile_file_prefix = True, profile_prefix
-        if provider == CUDA:
-            ort.preload_dlls()  # CUDA and cuDNN from pip's packages, where no system has them
-        names = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
-        self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=names)
-        if self.session.get_providers()[0] != provider:
-            sys.exit(f"{provider} cannot be used here; available: {ort.get_available_providers()}")
-        self.device = "cuda" if provider == CUDA else "cpu"
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-        if not config["search"]["past_present_share_buffer"] and self._caches():
-            sys.exit(f"{folder}: its caches grow, which this script does not follow")
-        self.capacity = int(config["model"]["context_length"])
-        self.reset()
-
-    def _caches(self) -> list[str]:
-        return [i.name for i in self.session.get_inputs() if "past_sequence" in i.shape]
-
-    def reset(self) -> None:
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        self.length, self.state, self.spare = 0, {}, {}
-        for i in self.session.get_inputs():
-            if i.name.startswith("past_key_values."):
-                sizes = [1, *(d if isinstance(d, int) else self.capacity for d in i.shape[1:])]
-                zeros = np.zeros(sizes, kinds[i.type])
-                self.state[i.name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
-                in_place = i.name in self._caches()
-                self.spare[i.name] = (
-                    self.state[i.name] if in_place else ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
-                )
-
-    def forward(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits [T, V] behind ids [T]."""
-        self.length += len(ids)
-        binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", ids[None])
-        binding.bind_cpu_input("attention_mask", np.ones((1, self.length), np.int64))
-        for name in self.state:
-            binding.bind_ortvalue_input(name, self.state[name])
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), self.spare[name])
-        binding.bind_output("logits", "cpu")
-        self.session.run_with_iobinding(binding)
-        self.state, self.spare = self.spare, self.state
-        return next(v.numpy()[0] for v in binding.get_outputs() if v.shape()[-1] > 1 and len(v.shape()) == 3)
 
 
 def log_probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -97,7 +42,10 @@ def divergence(device: DeviceSession, exact: OnnxSession, ids: NDArray[np.int64]
         device.reset()
         exact.reset()
         for part in np.split(row, cuts):
-            p, q = log_probabilities(exact.forward(part[None])[0]), log_probabilities(device.forward(part))
+            p, q = (
+                log_probabilities(exact.forward(part[None])[0]),
+                log_probabilities(device.forward(part[None]).numpy()[0]),
+            )
             values += list((np.exp(p) * (p - q)).sum(-1))
     return float(np.mean(values))
 
@@ -108,12 +56,12 @@ def speeds(device: DeviceSession, context: int, steps: int) -> dict[str, float]:
     for _ in range(2):
         device.reset()
         start = time.perf_counter()
-        device.forward(ids)
+        device.forward(ids[None])
         prefill = time.perf_counter() - start
     times = []
     for _ in range(steps + 3):
         start = time.perf_counter()
-        device.forward(ids[:1])
+        device.forward(ids[None, :1])
         times.append(time.perf_counter() - start)
     step = statistics.median(times[3:])
     return {"prefill_tokens_per_s": context / prefill, "decode_ms": 1e3 * step, "decode_tokens_per_s": 1 / step}
@@ -122,8 +70,8 @@ def speeds(device: DeviceSession, context: int, steps: int) -> dict[str, float]:
 def placement(folder: Path, provider: str) -> dict[str, dict[str, int]]:
     """Provider -> operator -> number of nodes that it runs in one step."""
     with tempfile.TemporaryDirectory() as work:
-        device = DeviceSession(folder, provider, f"{work}/profile")
-        device.forward(np.array([1], np.int64))
+        device = DeviceSession(folder, provider, profile_prefix=f"{work}/profile")
+        device.forward(np.array([[1]], np.int64))
         events = json.loads(Path(device.session.end_profiling()).read_text(encoding="utf-8"))
     nodes = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     where: dict[str, Counter[str]] = {}

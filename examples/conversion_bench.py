@@ -6,13 +6,13 @@ import argparse
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import published_recipe
 import torch
-from pydantic import TypeAdapter
+from conversion_schedule import RECIPES, Schedule, Start, align_config
 from torch import Tensor
 
 from tcal_compiler.passes.choose import FORWARD, JOINT, RULES, candidates, choose, choose_jointly, scored_by
@@ -23,7 +23,7 @@ from tcal_compiler.passes.types import Capture, Plan, SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.capture_teacher import capture_teacher
-from tcal_compiler.runtime.config import AlignConfig, DistillConfig, InitName
+from tcal_compiler.runtime.config import DistillConfig
 from tcal_compiler.runtime.data import (
     check_not_calibrated,
     count_rows,
@@ -46,36 +46,7 @@ from tcal_compiler.runtime.teacher import load_teacher, load_tokenizer
 from tcal_compiler.runtime.tokenizer import TokenizerLike, prompt_start
 from tcal_compiler.runtime.zero_shot import with_average, zero_shot_tasks
 
-RECIPES = ("published", "mended")  # of published_recipe.py
 RANKED_ON = 8  # held-out calibration sequences that a policy measures on, as in tcal-compile
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Where a student starts, and how many steps it is trained."""
-
-    init: str
-    align: int
-    distill: int
-
-    @classmethod
-    def of(cls, text: str) -> Schedule:
-        """ "300": closed-form, 300 steps of alignment; "880+120" and 120 of distillation; "naive:0+120" without."""
-        init, _, steps = text.rpartition(":")
-        aligned, _, distilled = steps.partition("+")
-        if init not in RECIPES:
-            init = TypeAdapter(InitName).validate_python(init or "closed-form")
-        return cls(init, int(aligned), int(distilled or 0))
-
-    @property
-    def name(self) -> str:
-        parts = [] if self.init == "closed-form" else [self.init]
-        parts += [f"aligned-{self.align}"] if self.align or not parts else []
-        return "-".join([*parts, f"distilled-{self.distill}"] if self.distill else parts)
-
-    @property
-    def spelled(self) -> str:
-        return f"{self.init}:{self.align}+{self.distill}"
 
 
 class Bench:
@@ -262,9 +233,9 @@ class Arms:
         self.bench, self.args, self.plan, self.seed = bench, bench.args, plan, seed
         self.taps: list[SiteGroup] = []
         self.spent: dict[object, float] = {}  # seconds of the taps, of each start and of each alignment
-        self.starts: dict[InitName, tuple[Student, list[SiteGroup], dict[str, Tensor]]] = {}
+        self.starts: dict[Start, tuple[Student, list[SiteGroup], dict[str, Tensor]]] = {}
         self.recipes: dict[tuple[str, int], tuple[Student, dict[str, Tensor]]] = {}
-        self.found: dict[tuple[InitName, int, float | None], tuple[dict[str, Tensor], float]] = {}
+        self.found: dict[tuple[Start, int, float | None], tuple[dict[str, Tensor], float]] = {}
 
     def fresh(self) -> Student:
         student = make_student(self.bench.capture, self.bench.scan, self.plan)
@@ -293,29 +264,27 @@ class Arms:
     def few(groups: list[SiteGroup], sequences: int) -> list[SiteGroup]:
         return [replace(g, x=g.x[:, :sequences], y=g.y[:, :sequences]) for g in groups]
 
-    def initialised(self, init: InitName, sequences: int | None = None) -> tuple[Student, list[SiteGroup]]:
+    def initialised(self, start: Start, sequences: int | None = None) -> tuple[Student, list[SiteGroup]]:
         """From so many of the sequences, by default all that the initialisation may use."""
         student = self.fresh()
         groups = self.groups(student)
         train = self.few(groups, sequences or self.bench.kept)
-        student, _ = self.bench.timed(
-            f"init {init}", lambda: initialise(student, train, init=init, seed=self.seed, batch=self.args.batch)
-        )
+        given = {"init": start.init, "without": start.without, "seed": self.seed, "batch": self.args.batch}
+        student, _ = self.bench.timed(f"init {start.name}", lambda: initialise(student, train, **given))
         return student, groups
 
     def aligned(self, schedule: Schedule, lr_teacher: float | None) -> tuple[Student, float]:
         """A student after alignment and its error on the held-out calibration sequences, NaN without a step."""
-        init: Any = schedule.init
-        steps = schedule.align
-        if init in RECIPES:
+        start, steps = schedule.start, schedule.align
+        if schedule.init in RECIPES:
             return self.by_recipe(schedule), math.nan
-        if init not in self.starts:
-            student, groups = self.initialised(init)
-            self.spent[init] = self.bench.took
+        if start not in self.starts:
+            student, groups = self.initialised(start)
+            self.spent[start] = self.bench.took
             values = {n: p.detach().clone() for n, p in student.gm.named_parameters()}
-            self.starts[init] = student, groups, values
-        student, groups, values = self.starts[init]
-        key = (init, steps, lr_teacher)
+            self.starts[start] = student, groups, values
+        student, groups, values = self.starts[start]
+        key = (start, steps, lr_teacher)
         set_weights(student, self.found[key][0] if key in self.found else values)
         if key in self.found:
             return student, self.found[key][1]
@@ -324,7 +293,7 @@ class Arms:
         config = align_config(self.args, steps, lr_teacher)
         live = LivePairs(student, groups, self.bench.ids[: self.args.sequences]) if self.args.init_sequences else None
         student, curve = self.bench.timed(
-            f"align from {init} {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
+            f"align from {start.name} {steps} steps, lr {config.lr_new:g} and {config.lr_teacher:g}",
             lambda: align(student, groups, train=self.bench.kept, config=config, seed=self.seed, live=live),
         )
         self.spent[key] = self.bench.took
@@ -336,7 +305,7 @@ class Arms:
 
     def seconds_to_aligned(self, schedule: Schedule, lr_teacher: float | None) -> float:
         """From the loaded teacher to the aligned student: its values on the text, initial values, alignment."""
-        parts = ("taps", schedule.init, (schedule.init, schedule.align, lr_teacher))
+        parts = ("taps", schedule.start, (schedule.start, schedule.align, lr_teacher))
         return round(sum(self.spent[part] for part in parts), 2)
 
     def by_recipe(self, schedule: Schedule) -> Student:
@@ -350,7 +319,7 @@ class Arms:
         return student
 
     def _by_recipe(self, schedule: Schedule) -> Student:
-        student, groups = self.initialised("taylor", sequences=published_recipe.SEQUENCES)
+        student, groups = self.initialised(Start("taylor"), sequences=published_recipe.SEQUENCES)
         if schedule.init == "published":
             given = {"seed": self.seed, "batch": self.args.batch}
             plain, few = student, self.few(groups, published_recipe.SEQUENCES)
@@ -386,11 +355,6 @@ class Arms:
         )
         print("  held-out KL: " + ", ".join(f"{p['kl']:.4f}" for p in curve), flush=True)
         return student
-
-
-def align_config(args: argparse.Namespace, steps: int, lr_teacher: float | None) -> AlignConfig:
-    given = {"lr_new": args.lr_new, "lr_teacher": lr_teacher, "weight_decay": args.weight_decay, "noise": args.noise}
-    return AlignConfig(steps=steps, batch=args.batch, **{k: v for k, v in given.items() if v is not None})
 
 
 def set_weights(student: Student, values: dict[str, Tensor]) -> None:

@@ -77,8 +77,11 @@ def runtimes(name: str, body: dict[str, Any]) -> str:
 def serving(name: str, body: dict[str, Any]) -> str:
     speeds = [r["read_gb_s"] for r in body["serving"] if "read_gb_s" in r]
     lines = [f"## {name}\n", machine(body["environment"])]
-    lines[-1] += f" One thread reads {min(speeds):.1f} to {max(speeds):.1f} GB/s, measured behind each row, whose bound"
-    lines[-1] += " is the time for the bytes that a step reads."
+    if "provider" in body["environment"]:
+        lines[-1] += f" The card copies {speeds[0]:.0f} GB/s, read and written; peak memory is what all of it holds."
+    else:
+        lines[-1] += f" One thread reads {min(speeds):.1f} to {max(speeds):.1f} GB/s, measured behind each row."
+    lines[-1] += " The bound of a row is the time for the bytes that a step reads."
     lines += [
         f"Medians of {body['steps']} single-token steps; prefill of {body['chunk']} tokens up to the context.",
         "",
@@ -94,6 +97,29 @@ def serving(name: str, body: dict[str, Any]) -> str:
         seen = [format(r[k], f) if k in r else "" for k, f in shapes.items()]
         cells = [r["name"], str(r["batch"]), str(r["context"]), *([r["error"]] if "error" in r else seen)]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
+
+
+def step_parts(name: str, body: dict[str, Any]) -> str:
+    """examples/profile_step.py."""
+    before, after = body["read_gb_s"]
+    lines = [f"## {name}\n", machine(body["environment"])]
+    lines[-1] += f" One thread reads {before:.1f} GB/s (measured before) and {after:.1f} GB/s (after)."
+    lines += [
+        "A step without the profiler; with it, milliseconds of its parts (nodes; GB/s of what they read).",
+        "",
+    ]
+    names = list(body["step_parts"][0]["parts"])
+    lines += [f"| student | context | ms | moved, MB | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for r in body["step_parts"]:
+        cells = [r["name"], str(r["context"]), f"{r['step_ms']:.2f}", f"{r['moved_mb']:.1f}"]
+        for p in r["parts"].values():
+            speed = f"; {p['mb'] / p['ms']:.1f}" if p["mb"] else ""
+            cells.append(f"{p['ms']:.2f} ({p['nodes']}{speed})" if p["nodes"] else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    if body["alone"]:
+        lines += ["", "Single operators, each in a model of its own:", "", "| operator | us | GB/s |", "|---|---|---|"]
+    lines += [f"| {r['name']} | {r['us']:.1f} | {r['gb_s']:.1f} |" for r in body["alone"]]
     return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 

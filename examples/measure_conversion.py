@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversion_bench import RECIPES, Arms, Bench, Schedule
+from conversion_bench import Arms, Bench
+from conversion_schedule import RECIPES, Schedule, Start, with_ablations
 
+from tcal_compiler.runtime.config import check_parts
 from tcal_compiler.runtime.student import Student, without_linear
 
 
@@ -44,7 +46,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument(
         "--score-align-steps", type=int, default=200, help="of every site, before kl and forward measure sets of sites"
     )
-    p.add_argument("--init", action="append", default=[], help="inits to score without a gradient step; repeat")
+    p.add_argument(
+        "--init", type=Start.of, action="append", default=[], help="inits to score without a gradient step; repeat"
+    )
     p.add_argument(
         "--steps",
         type=Schedule.of,
@@ -54,12 +58,24 @@ def arguments() -> argparse.Namespace:
         help="A alignment steps from INIT (closed-form), then D steps of distillation on the same sequences; INIT may "
         "be published or mended, whose A steps are those of published_recipe.py (there 300); repeat",
     )
+    p.add_argument(
+        "--without",
+        type=lambda text: tuple(text.split(",")),
+        action="append",
+        default=[],
+        metavar="PART[,PART]",
+        help="every --init and --steps that has these parts of init_without also without them; repeat",
+    )
     p.add_argument("--seeds", type=numbers, default=[0], help="as in 0,1,2: every student once for each")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path)
     training_arguments(p)
     scoring_arguments(p)
-    return p.parse_args()
+    args = p.parse_args()
+    for parts in args.without:
+        check_parts("closed-form", parts)
+    args.init, args.steps = (with_ablations(arms, args.without) for arms in (args.init, args.steps))
+    return args
 
 
 def training_arguments(p: argparse.ArgumentParser) -> None:
@@ -109,7 +125,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def students_of(arms: Arms, args: argparse.Namespace) -> tuple[dict[str, Student], float | None, dict[str, float]]:
     """Every student that was asked for, by its name; the rate that was used; seconds until each one was aligned."""
     seconds = {}
-    found = {init: arms.initialised(init)[0] for init in args.init}
+    found = {start.name: arms.initialised(start)[0] for start in args.init}
     rates: list[float | None] = args.lr_teacher or [None]
     for i, schedule in enumerate(args.steps):
         if i == 0 and len(rates) > 1:
@@ -153,7 +169,8 @@ def result(
     }
     given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer") if given[k]}
     given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
-    given["steps"] = [schedule.spelled for schedule in args.steps]
+    given["steps"] = [s.spelled for s in args.steps if not s.start.without]
+    given["init"] = [s.name for s in args.init if not s.without]
     given["lr_teacher_used"] = rate
     body = {"arguments": given, "kept": kept, "environment": environment(bench.device), "seconds": bench.seconds}
     body |= {"seconds_to_aligned": aligned} if aligned else {}

@@ -87,6 +87,8 @@ def meaning(info: FieldInfo) -> str:
     options = typing.get_args(info.annotation)
     if typing.get_origin(info.annotation) is Literal:
         return " or ".join(f'`"{o}"`' for o in options)
+    if typing.get_origin(info.annotation) is list:
+        return "list"
     names = [t.__name__ for t in (options or (info.annotation,)) if t is not type(None)]
     bounds = [(Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most")]
     limits = [f"{word} {getattr(m, a)}" for m in info.metadata for kind, a, word in bounds if isinstance(m, kind)]

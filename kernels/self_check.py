@@ -17,20 +17,26 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD_DIM = 256
+ALLOWED_TF32 = 5e-3  # of float32 whose products may take one tf32 product
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # rms error over rms, of any result
 
 Check = Callable[..., dict[str, float]]  # (device, dtype, *dims) -> error of each result
 
 
-def takes_triton(op: str, check: Check, x: Tensor, *dims: int) -> bool:
-    """Whether a call whose first tensor is x goes to Triton; dims are what the kernels are compiled for."""
+def takes_tf32(x: Tensor) -> bool:
+    """Whether products of x on CUDA may round their factors to TensorFloat32, as torch's own may then."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def takes_triton(op: str, check: Check, x: Tensor, *dims: int, tf32: bool = False) -> bool:
+    """Whether a call whose first tensor is x goes to Triton; dims are what the kernels are compiled for, as tf32 is."""
     if not x.is_cuda or x.dtype not in ALLOWED or max(dims) > LARGEST_HEAD_DIM or not x.numel():
         return False
-    return proved(op, check, x.device.index, x.dtype, *dims)
+    return proved(op, check, x.device.index, x.dtype, *dims, tf32=tf32)
 
 
 @cache
-def proved(op: str, check: Check, device: int, dtype: torch.dtype, *dims: int) -> bool:
+def proved(op: str, check: Check, device: int, dtype: torch.dtype, *dims: int, tf32: bool = False) -> bool:
     """Whether Triton is installed and right for these; says once why not.
 
     Raises RuntimeError inside a CUDA graph capture, where nothing can be compared.
@@ -47,12 +53,13 @@ def proved(op: str, check: Check, device: int, dtype: torch.dtype, *dims: int) -
     except Exception as e:  # whatever a compiler can raise: the other path is right in any case
         warnings.warn(f"{where}: Triton failed with {e!r}", stacklevel=2)
         return False
-    wrong = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
+    allowed = ALLOWED_TF32 if tf32 else ALLOWED[dtype]
+    wrong = {name: error for name, error in errors.items() if not error <= allowed}
     if wrong:
         found = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
         warnings.warn(
             f"{where}: Triton's results for {dtype}, dims {dims}, differ from float64 by more than "
-            f"{ALLOWED[dtype]:.0e}: {found}",
+            f"{allowed:.0e}: {found}",
             stacklevel=2,
         )
     return not wrong

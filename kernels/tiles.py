@@ -49,6 +49,20 @@ def store_gate(ptr, x, t0, stride, T, C: tl.constexpr):
 
 
 @triton.jit
+def nearest_tf32(x):
+    """The nearest TensorFloat32 of float32 x, ties away from zero, as PTX's cvt.rna.tf32. Infinities and NaN stay."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000  # without the last 13 of 23
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b in float32, operands rounded to DOT first; PRECISION matters for float32 operands."""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+    """a @ b in float32, operands rounded to DOT first. PRECISION, for float32 operands: Triton's input_precision, whose
+    "tf32" leaves them to the tensor cores, which cut them off; "nearest" is tf32 of operands that are rounded first.
+    """
+    a, b = a.to(DOT), b.to(DOT)
+    if PRECISION == "nearest":
+        product = tl.dot(nearest_tf32(a), nearest_tf32(b), input_precision="tf32")
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product

@@ -7,8 +7,10 @@ L sites, N sequences, T tokens, C width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,6 +199,21 @@ def _require_finite(per_site: Tensor, groups: list[SiteGroup], step: int) -> Non
         )
 
 
+def levelled_off(curve: Sequence[Mapping[str, Any]], config: AlignConfig) -> int | None:
+    """The step of the curve's last score, if config.patience ended the training there; else None.
+
+    m_j = mean over sites of the least held-out error up to score j, that of the weights that are kept; score n ends
+    it when m_n >= (1 - least_gain) m_(n - patience). It is a function of the curve, which a checkpoint holds: a resumed
+    run stops where the whole one does.
+    """
+    step, patience = curve[-1]["step"], config.patience
+    if patience is None or step == config.steps or len(curve) <= patience:
+        return None
+    kept = accumulate((p["held_out"] for p in curve), lambda a, b: {i: min(a[i], b[i]) for i in a})
+    means = [math.fsum(errors.values()) / len(errors) for errors in kept]
+    return step if means[-1] >= (1 - config.least_gain) * means[-1 - patience] else None
+
+
 def align(
     student: Student,
     groups: list[SiteGroup],
@@ -214,7 +231,8 @@ def align(
 
     A site's score is taken after a step on the weights that are then kept; the starting weights take part, so no site
     ends worse than it began. The step's sequences depend on seed and step only: a run resumed from `save`'s state
-    gives the same numbers. Returns the student and the loss curve, per scored step and site.
+    gives the same numbers. Returns the student and the loss curve, per scored step and site; config.patience may end it
+    early (`levelled_off`).
 
     Raises StageError when a loss is not finite; the state last saved stays usable.
     """
@@ -280,6 +298,8 @@ def _run(
         held = torch.cat([t.score() for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))
     for step in range(state.step, config.steps):
+        if state.curve[-1]["step"] == step and levelled_off(state.curve, config) is not None:
+            break
         values = pairs(step)
         losses = torch.cat([t.step(step, x, y, seed) for t, (x, y) in zip(trainers, values, strict=True)])
         done = step + 1

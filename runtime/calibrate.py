@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from tcal_compiler.passes.rewrite_gdn import mixer_path
 from tcal_compiler.passes.site_program import cut_program
 from tcal_compiler.passes.types import AttentionSite
 
-from .config import InitName
+from .config import InitName, InitPart
 from .initialize import (
     closed_form_output_,
+    left_alone,
     naive_,
     ridge_update,
     set_memory_,
@@ -131,6 +131,16 @@ class SiteCalibrator:
         assert total is not None
         return total
 
+    def fit(self, stats: SiteStats, init: InitName, without: Sequence[InitPart] = ()) -> None:
+        """What taylor or closed-form set, but for some parts; later parts are fitted to what the earlier ones give."""
+        with left_alone(self.mixer, without):
+            set_memory_(self.mixer, stats)
+        sums = self.outputs()
+        with left_alone(self.mixer, without):
+            (taylor_output_ if init == "taylor" else closed_form_output_)(self.mixer, sums)
+        if init == "closed-form" and "ridge" not in without:
+            self.refit()
+
     @torch.no_grad()
     def refit(self, strength: float = RIDGE) -> None:
         """Ridge refit of the output projection to the teacher's y, prior = the present weight."""
@@ -178,30 +188,27 @@ def initialise(
     groups: list[SiteGroup],
     *,
     init: InitName,
+    without: Sequence[InitPart] = (),
     seed: int,
     batch: int,
     progress: Progress | None = None,
 ) -> tuple[Student, list[SiteReport]]:
     """Sets every mixer's parameters in place, for closed-form the output projection too.
 
+    without: parts of taylor and closed-form that stay as naive has them, ridge as the teacher has it (check_parts).
     Statistics are measured for every init, so that the report shows them. Raises StageError, with the site's name,
     when its output is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps: dict[str, Callable[[GdnMixer, Any], None]] = {"naive": naive_, "zero-gate": zero_gate_}
     reports, done = [], 0
     total = sum(len(g.sites) for g in groups)
     for group in groups:
         for i, site in enumerate(group.sites):
             job = SiteCalibrator(student, group, i, batch)
             stats = job.measure()
-            if init in steps:
-                steps[init](job.mixer, generator)
-            else:
-                set_memory_(job.mixer, stats)
-                (taylor_output_ if init == "taylor" else closed_form_output_)(job.mixer, job.outputs())
-            if init == "closed-form":
-                job.refit()
+            (zero_gate_ if init == "zero-gate" else naive_)(job.mixer, generator)
+            if init in ("taylor", "closed-form"):
+                job.fit(stats, init, without)
             error = job.error()
             if not math.isfinite(error):
                 raise job.not_finite()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,8 +17,8 @@ class CalibConfig(StrictModel):
 
     text: str | list[str] | None = Field(
         None,
-        description="path of a .txt, .jsonl, .jsonl.zst or .parquet file, or a list of them, with :WEIGHT behind each "
-        "where their shares are not the same; default: the text that ships",
+        description="path of a .txt, .jsonl, .jsonl.zst or .parquet file, or datasets:NAME[,CONFIG]@SPLIT[:COLUMN], or "
+        "a list of them, with :WEIGHT behind each where their shares are not the same; default: the text that ships",
     )
     sequences: int = Field(64, ge=1, le=1_000_000, description="number of sequences for statistics and training")
     length: int = Field(512, ge=8, le=1 << 20, description="tokens in a sequence")
@@ -66,7 +67,26 @@ class ScoreConfig(StrictModel):
 
 
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
+InitPart = Literal["decay", "write-gate", "value-scale", "output-gate", "ridge"]
+ALL_PARTS: tuple[InitPart, ...] = get_args(InitPart)
+INIT_PARTS: dict[InitName, tuple[InitPart, ...]] = {"closed-form": ALL_PARTS, "taylor": ALL_PARTS[:-1]}
+
+
+def check_parts(init: InitName, without: Sequence[str]) -> None:
+    """Raises ValueError for a part that the initialisation does not have, or one that is named twice."""
+    parts = INIT_PARTS.get(init, ())
+    if missing := [p for p in without if p not in parts]:
+        has = f"its parts are {', '.join(parts)}" if parts else f"only {' and '.join(INIT_PARTS)} have parts"
+        raise ValueError(f"{init} has no {' or '.join(missing)}; {has}")
+    if len(set(without)) < len(without):
+        raise ValueError(f"{', '.join(without)} names a part twice")
+
+
 DivergenceName = Literal["forward-kl", "reverse-kl", "js"]
+
+
+# keys of the training stages that came when run folders with such a stage were there already
+_LATER = {"divergence", "hidden", "patience", "least_gain", "compile", "short_length", "short_share"}
 
 
 class TrainConfig(StrictModel):
@@ -88,6 +108,12 @@ class TrainConfig(StrictModel):
         """Whether a checkpoint is written when so many steps are done."""
         return steps % self.checkpoint_every == 0 and steps < self.steps
 
+    def settings(self) -> dict[str, object]:
+        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid."""
+        return {
+            k: v for k, v in self.model_dump().items() if k not in _LATER or v != type(self).model_fields[k].default
+        }
+
 
 class AlignConfig(TrainConfig):
     """Layerwise alignment: AdamW on every converted site at once."""
@@ -103,10 +129,13 @@ class AlignConfig(TrainConfig):
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the teacher's projections only")
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
-
-
-# keys of DistillConfig that came when run folders had distilled students already
-_LATER = {"divergence", "hidden", "patience", "compile", "short_length", "short_share"}
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="training stops early when the last so many scores together have lowered the mean held-out error "
+        "of the weights that are kept by less than least_gain of it; default: never",
+    )
+    least_gain: float = Field(0.01, ge=0, lt=1, description="share of the error, with patience")
 
 
 class DistillConfig(TrainConfig):
@@ -188,12 +217,8 @@ class DistillConfig(TrainConfig):
         return bool(self.steps or self.tokens)
 
     def settings(self) -> dict[str, object]:
-        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid.
-
-        Not shard, as the number of processes is not: a run may go on without it, and the reverse.
-        """
-        values = self.model_dump(exclude={"shard"})
-        return {k: v for k, v in values.items() if k not in _LATER or v != type(self).model_fields[k].default}
+        """As of TrainConfig, but shard: like the number of processes, it may change when a stopped run goes on."""
+        return {k: v for k, v in super().settings().items() if k != "shard"}
 
     def cuts(self, step: int) -> bool:
         """Whether step `step`, from 0, cuts its sequences: evenly spread over the steps."""

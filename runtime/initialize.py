@@ -8,15 +8,27 @@ Every formula is documented where it is computed; the sums come from statistics.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .config import InitPart
 from .mixer import GdnMixer
 from .statistics import NormalSums, OutputSums, SiteStats, half_life_rate
 
 OPEN = 1.2784645427610738  # silu(OPEN) = 1
+
+
+PARAMETERS: dict[InitPart, tuple[str, ...]] = {
+    "decay": ("a_proj.weight", "A_log", "dt_bias"),
+    "write-gate": ("b_proj.weight", "b_proj.bias"),
+    "value-scale": ("norm",),
+    "output-gate": ("g_proj.weight", "g_proj.bias"),
+    "ridge": (),  # of the output projection, which is no part of the mixer
+}
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
@@ -69,6 +81,17 @@ def set_memory_(mixer: GdnMixer, stats: SiteStats) -> None:
     entropy = stats.entropy
     concentration = 1 - (entropy - entropy.min()) / (entropy.max() - entropy.min()).clamp_min(1e-3)
     mixer.b_proj.bias.copy_((0.3 + 0.4 * concentration).logit())
+
+
+@contextmanager
+def left_alone(mixer: GdnMixer, parts: Sequence[InitPart]) -> Iterator[None]:
+    """What is done to these parts of the mixer inside is undone."""
+    names = [n for part in parts for n in PARAMETERS[part]]
+    before = {n: mixer.get_parameter(n).detach().clone() for n in names}
+    yield
+    with torch.no_grad():
+        for n, value in before.items():
+            mixer.get_parameter(n).copy_(value)
 
 
 @torch.no_grad()

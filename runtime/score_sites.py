@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tcal_compiler.passes.json_text import read_json
 from tcal_compiler.passes.types import AttentionSite, Capture, Plan, SiteScan
 
 from .calibrate import initialise
-from .config import InitName
+from .config import InitName, InitPart
 from .durable import write_atomic
 from .logits import Losses, SplitModel, compare, split_model
 from .student import Student, make_student
@@ -89,6 +89,7 @@ def initial_student(
     ids: Tensor,
     *,
     init: InitName,
+    without: Sequence[InitPart] = (),
     seed: int,
     batch: int,
     cache: Path,
@@ -114,7 +115,7 @@ def initial_student(
         progress=progress("scores: teacher over the calibration text"),
     )
     bar = progress(f"scores: {init} init of every site")
-    student, _ = initialise(student, groups, init=init, seed=seed, batch=batch, progress=bar)
+    student, _ = initialise(student, groups, init=init, without=without, seed=seed, batch=batch, progress=bar)
     unfinished = cache.with_suffix(".new")
     save_weights(student, unfinished, only=changed_names(student))
     unfinished.replace(cache)

@@ -1,4 +1,4 @@
-"""Calibration text from one or several weighted files, in an order that depends on nothing but files and weights.
+"""Calibration text from one or several weighted sources, in an order that depends on nothing but text and weights.
 
 Every row of tokens is of one file. The next row is taken from the file that is furthest behind its share, so that every
 stretch of rows, the held-out slice too, holds the files in proportion.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from tcal_compiler.errors import ConfigError, DataError
 
 from . import data
+from .dataset_source import PREFIX, DatasetSource
 from .repeats import repeat_stretches
 from .tokenizer import TokenizerLike, prompt_start
 
@@ -33,12 +34,51 @@ class TextSource:
     path: Path
     weight: float = 1.0
 
+    @property
+    def label(self) -> str:
+        return str(self.path)
 
-def parse_source(given: str) -> TextSource:
-    """PATH or PATH:WEIGHT. Raises ConfigError for a weight that is no positive number."""
+    @property
+    def short(self) -> str:
+        return self.path.name
+
+    @property
+    def identity(self) -> str:
+        """Equal for two spellings of one source."""
+        return str(self.path.absolute())
+
+    def check(self) -> None:
+        """Raises DataError for a file that is missing or empty; reads nothing."""
+        if not os.path.lexists(self.path):
+            raise DataError(self.label, "no such file", "check the path")
+        if self.path.is_file() and not self.path.stat().st_size:
+            raise DataError(self.label, "holds no text (0 bytes)", "a file with text")
+
+    def documents(self) -> list[str]:
+        return data.read_text(self.path)
+
+    def sha256(self) -> str:
+        return data.text_sha256(self.path)
+
+    def hashes(self) -> list[str]:
+        return data.paragraph_hashes(self.path)
+
+
+Source = TextSource | DatasetSource
+
+
+def parse_source(given: str) -> Source:
+    """PATH or PATH:WEIGHT, or dataset_source.FORM. Raises ConfigError for a weight that is no positive number."""
+    if given.startswith(PREFIX):
+        source, weight = DatasetSource.of(given, WHERE)
+        return source if weight is None else replace(source, weight=_weight(weight, given, source.label))
     head, colon, tail = given.rpartition(":")
     if not colon or not head.endswith(data.SUFFIXES):
         return TextSource(Path(given))
+    return TextSource(Path(head), _weight(tail, given, head))
+
+
+def _weight(tail: str, given: str, head: str) -> float:
     try:
         weight = float(tail)
     except ValueError:
@@ -46,7 +86,7 @@ def parse_source(given: str) -> TextSource:
     if not LEAST <= weight <= 1 / LEAST:
         what = f"{given}: the weight {tail!r} is no positive number from {LEAST:g} to {1 / LEAST:g}"
         raise ConfigError(WHERE, what, f"{head}:0.5")
-    return TextSource(Path(head), weight)
+    return weight
 
 
 def mix(weights: Sequence[float]) -> Iterator[int]:
@@ -66,54 +106,50 @@ def mix(weights: Sequence[float]) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The files that a student is calibrated and distilled on, and that nothing may be measured on."""
+    """The texts that a student is calibrated and distilled on, and that nothing may be measured on."""
 
-    sources: tuple[TextSource, ...]
+    sources: tuple[Source, ...]
     repeats: float = 0.0  # share of repeat_stretches
 
     @classmethod
     def of(cls, given: str | list[str] | None, *, default: Path, repeats: float = 0.0) -> CalibrationText:
-        """From calib.text: PATH or PATH:WEIGHT, one or several; default when nothing is given.
+        """From calib.text: what parse_source reads, one or several; default when nothing is given.
 
-        Raises ConfigError for an empty list, a weight that is no positive number, or a file that stands twice.
+        Raises ConfigError for an empty list, a weight that is no positive number, or a text that stands twice.
         """
         texts = [given] if isinstance(given, str) else [str(default)] if given is None else given
         sources = tuple(map(parse_source, texts))
-        paths = [s.path.absolute() for s in sources]
-        if not sources or len(set(paths)) < len(paths):
+        if not sources or len({s.identity for s in sources}) < len(sources):
             what = f"{texts} names no file" if not sources else f"{texts} names a file twice"
             raise ConfigError(WHERE, what, '["a.jsonl:0.7", "b.txt:0.3"], every file once')
         return cls(sources, repeats)
 
     def check(self) -> None:
         """Raises DataError for a file that is missing or empty; reads none."""
-        for path in (s.path for s in self.sources):
-            if not os.path.lexists(path):
-                raise DataError(str(path), "no such file", "check the path")
-            if path.is_file() and not path.stat().st_size:
-                raise DataError(str(path), "holds no text (0 bytes)", "a file with text")
+        for source in self.sources:
+            source.check()
 
     @property
     def name(self) -> str:
-        return ", ".join(str(s.path) for s in self.sources)
+        return ", ".join(s.label for s in self.sources)
 
-    def _named(self) -> dict[str, Path]:
+    def _named(self) -> dict[str, Source]:
         """The files by their names, those of equal names by their paths."""
-        names = [s.path.name for s in self.sources]
-        return {s.path.name if names.count(s.path.name) == 1 else str(s.path): s.path for s in self.sources}
+        names = [s.short for s in self.sources]
+        return {s.short if names.count(s.short) == 1 else s.label: s for s in self.sources}
 
     def sha256(self) -> dict[str, str]:
-        """text_sha256 of every file, by name."""
-        return {name: data.text_sha256(path) for name, path in self._named().items()}
+        """Of every text, by name."""
+        return {name: source.sha256() for name, source in self._named().items()}
 
     def hashes(self) -> dict[str, list[str]]:
-        """paragraph_hashes of every file, by name."""
-        return {name: data.paragraph_hashes(path) for name, path in self._named().items()}
+        """document_hashes of every text, by name."""
+        return {name: source.hashes() for name, source in self._named().items()}
 
     def identity(self) -> list[list[object]]:
-        """What the rows depend on besides the tokenizer: sha256 and weight of every file, in order, and repeats."""
-        files: list[list[object]] = [[data.text_sha256(s.path), s.weight] for s in self.sources]
-        return files + ([["repeats", self.repeats]] if self.repeats else [])
+        """What the rows depend on besides the tokenizer: sha256 and weight of every text, in order, and repeats."""
+        texts: list[list[object]] = [[s.sha256(), s.weight] for s in self.sources]
+        return texts + ([["repeats", self.repeats]] if self.repeats else [])
 
     def sequences(
         self,
@@ -132,17 +168,17 @@ class CalibrationText:
         parts: list[Tensor] = []
         start = prompt_start(tokenizer)
         for i, source in enumerate(self.sources):
-            docs, share = data.read_text(source.path), int((order == i).sum())
+            docs, share = source.documents(), int((order == i).sum())
             if share:
-                bar = progress(f"tokens of {source.path.name}") if progress else None
+                bar = progress(f"tokens of {source.short}") if progress else None
                 most = share * length
                 tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=most, progress=bar)
                 fit = data.count_rows(tokens, length=length, start=start)
                 if fit < share:
                     before = int((order == i).nonzero()[fit])  # rows in front of the first that is missing
                     have, starts = len(tokens), len(start)
-                    raise _too_short(source.path, have, share, length, starts, (count, holdout, before))
-                parts.append(data.pack(tokens, sequences=share, length=length, what=str(source.path), start=start))
+                    raise _too_short(source.label, have, share, length, starts, (count, holdout, before))
+                parts.append(data.pack(tokens, sequences=share, length=length, what=source.label, start=start))
         return self._repeated(torch.cat(parts)[order.argsort(stable=True).argsort()], tokenizer)
 
     def rows(self, tokenizer: TokenizerLike, *, length: int, progress: data.Bar | None = None) -> tuple[Tensor, Tensor]:
@@ -152,7 +188,7 @@ class CalibrationText:
         """
         parts = []
         for s in self.sources:
-            docs, bar = data.read_text(s.path), progress(f"documents of {s.path.name}") if progress else None
+            docs, bar = s.documents(), progress(f"documents of {s.short}") if progress else None
             eos = tokenizer.eos_token_id
             parts.append(data.encode_rows(docs, tokenizer, eos, length=length, padding=-1, progress=bar))
         left = [len(ids) for ids, _ in parts]
@@ -176,7 +212,7 @@ class CalibrationText:
         return torch.tensor([next(turns) for _ in range(count)])
 
 
-def _too_short(path: Path, have: int, share: int, length: int, start: int, rows: tuple[int, int, int]) -> DataError:
+def _too_short(where: str, have: int, share: int, length: int, start: int, rows: tuple[int, int, int]) -> DataError:
     """A file of `have` tokens that lacks some for `share` sequences, each behind `start` tokens of the prompt's.
 
     rows: of all files, those that were asked for, those of them that only score, and those that can be had.
@@ -187,5 +223,5 @@ def _too_short(path: Path, have: int, share: int, length: int, start: int, rows:
     what += f": of all {count}, {count - holdout} to train on + {holdout} held out (calib.holdout)"
     more, shorter = f"{need - have} more tokens of text", have // share + start
     if fit > holdout:
-        return DataError(str(path), what, f"--calib-sequences {fit - holdout}, or {more}")
-    return DataError(str(path), what, f"--calib-length {shorter}, or {more}" if shorter >= LEAST_LENGTH else more)
+        return DataError(where, what, f"--calib-sequences {fit - holdout}, or {more}")
+    return DataError(where, what, f"--calib-length {shorter}, or {more}" if shorter >= LEAST_LENGTH else more)

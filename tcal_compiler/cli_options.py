@@ -26,7 +26,10 @@ ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file 
 Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
 Calib = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option(help="calibration text: .txt, .jsonl, .jsonl.zst or .parquet; again for more, as in a.jsonl:0.7"),
+    typer.Option(
+        help="calibration text: .txt, .jsonl, .jsonl.zst or .parquet, or datasets:NAME[,CONFIG]@SPLIT[:COLUMN]; again "
+        "for more, as in a.jsonl:0.7"
+    ),
 ]
 Sequences = Annotated[Optional[int], typer.Option("--calib-sequences", help="sequences to calibrate on")]  # noqa: UP045
 Length = Annotated[Optional[int], typer.Option("--calib-length", help="tokens in a sequence")]  # noqa: UP045

@@ -6,11 +6,21 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from .errors import ConfigError
 from .passes.files import read_toml
-from .runtime.config import AlignConfig, CalibConfig, DistillConfig, ExportConfig, InitName, ScoreConfig, StrictModel
+from .runtime.config import (
+    AlignConfig,
+    CalibConfig,
+    DistillConfig,
+    ExportConfig,
+    InitName,
+    InitPart,
+    ScoreConfig,
+    StrictModel,
+    check_parts,
+)
 
 
 class Config(StrictModel):
@@ -20,12 +30,30 @@ class Config(StrictModel):
         None, description="which sites stay softmax; default: the run's plan.toml, else uniform:25%"
     )
     init: InitName = Field("closed-form", description="initial values of the mixers")
+    init_without: list[InitPart] = Field(
+        [],
+        description="parts of closed-form or taylor that stay as naive has them, of decay, write-gate, value-scale, "
+        "output-gate and, of closed-form alone, ridge: the output projection is then the teacher's",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()
     score: ScoreConfig = ScoreConfig()
     align: AlignConfig = AlignConfig()
     distill: DistillConfig = DistillConfig()
     export: ExportConfig = ExportConfig()
+
+    @field_validator("init_without")
+    @classmethod
+    def _has_these_parts(cls, parts: list[InitPart], info: ValidationInfo) -> list[InitPart]:
+        if "init" in info.data:  # else it was refused
+            check_parts(info.data["init"], parts)
+        return parts
+
+    def initial_values(self) -> dict[str, object]:
+        """What a run folder compares of them; init_without only where it is set, so that older folders stay valid."""
+        return {"init": self.init, "seed": self.seed} | (
+            {"init_without": sorted(self.init_without)} if self.init_without else {}
+        )
 
 
 DEFAULT_POLICY = "uniform:25%"

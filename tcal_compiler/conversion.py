@@ -23,7 +23,7 @@ from .passes.make_stateful import make_stateful
 from .passes.types import Check, Plan
 from .progress import Parts, Progress
 from .resume import resuming
-from .runtime.align import align
+from .runtime.align import align, levelled_off
 from .runtime.calibrate import half_lives, initialise
 from .runtime.distill_checks import check_short, check_train
 from .runtime.onnx_export import context_length, export_onnx
@@ -116,12 +116,14 @@ class Conversion:
 
     def calibrate(self) -> None:
         calib = self.config.calib
-        settings = {
-            "init": self.config.init,
-            "seed": self.config.seed,
-            "sequences": calib.sequences,
-            "length": calib.length,
-        } | ({} if calib.init_sequences is None else {"init_sequences": calib.init_sequences})
+        settings = (
+            self.config.initial_values()
+            | {
+                "sequences": calib.sequences,
+                "length": calib.length,
+            }
+            | ({} if calib.init_sequences is None else {"init_sequences": calib.init_sequences})
+        )
         tokens = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()  # of another tokenizer: another calibration
         inputs = {"plan": self.run.stage_hash("plan"), "text": self.text.identity(), "tokens": tokens}
         with self.run.stage("calibrate", config=settings, inputs=inputs) as stage:
@@ -130,7 +132,13 @@ class Conversion:
             train = [replace(g, x=g.x[:, : calib.kept], y=g.y[:, : calib.kept]) for g in self.groups]
             bar = self.progress.bar(f"statistics and {self.config.init} init of each site")
             _, reports = initialise(
-                self.student, train, init=self.config.init, seed=self.config.seed, batch=calib.batch, progress=bar
+                self.student,
+                train,
+                init=self.config.init,
+                without=self.config.init_without,
+                seed=self.config.seed,
+                batch=calib.batch,
+                progress=bar,
             )
             save_weights(self.student, stage.dir / "initial.safetensors", only=changed_names(self.student))
             stage.evidence = {
@@ -143,7 +151,7 @@ class Conversion:
 
     def align(self) -> None:
         settings = {
-            "align": self.config.align.model_dump(),
+            "align": self.config.align.settings(),
             "seed": self.config.seed,
             "holdout": self.config.calib.holdout,
         }
@@ -167,6 +175,9 @@ class Conversion:
                         save=save,
                         progress=self.progress.bar(f"alignment of {len(self.chosen.convert)} sites"),
                     )
+                if (stopped := levelled_off(curve, self.config.align)) is not None:
+                    stage.evidence |= {"stopped_at": stopped, "steps": self.config.align.steps}
+                    self.progress.say(f"alignment levelled off: stopped at step {stopped}")
                 stage.evidence["half_life"] = half_lives(self.student, self.groups, batch=self.config.calib.batch)
             save_weights(self.student, stage.dir / "weights.safetensors")
             (stage.dir / "alignment.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ OPTIONAL = {  # what each is for
     "matplotlib": "report.html",
     "pyarrow": "text from .parquet files",
     "zstandard": "text from .jsonl.zst files",
+    "datasets": "text of datasets:NAME@SPLIT",
     "triton": "the kernels on a GPU",
     "onnxruntime-gpu": "ONNX Runtime on a GPU",
     "onnxruntime-genai": "examples/generate_genai.py",

@@ -41,14 +41,14 @@ class Scoring:
         tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
         self.inputs = {"teacher": source.capture.fingerprint, "tokens": tokens}
         self.settings: dict[str, Any] = {"sequences": config.score.sequences}
-        self.aligning = config.align.model_copy(update={"steps": config.score.align_steps})
+        self.aligning = config.align.model_copy(update={"steps": config.score.align_steps, "patience": None})
         measure = scored_by(self.policy)
         if measure != "ar":
-            self.settings |= {"init": config.init, "seed": config.seed, "calib": config.calib.kept}
+            self.settings |= config.initial_values() | {"calib": config.calib.kept}
         if measure in (JOINT, FORWARD):
             self.settings["policy"] = self.policy
             if config.score.align_steps:
-                self.settings |= {"align": self.aligning.model_dump(), "train": config.calib.sequences}
+                self.settings |= {"align": self.aligning.settings(), "train": config.calib.sequences}
         self.measured_on = ids[-config.score.sequences :]
 
     def initial(self, scratch: Path) -> Student:
@@ -58,6 +58,7 @@ class Scoring:
             self.source.scan,
             self.ids[: self.config.calib.kept],
             init=self.config.init,
+            without=self.config.init_without,
             seed=self.config.seed,
             batch=self.config.calib.batch,
             cache=scratch / "initial.safetensors",

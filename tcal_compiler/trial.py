@@ -128,7 +128,8 @@ class Trial:
     def _first_site(self, group: SiteGroup, rows: int) -> Time:
         part = replace(group, sites=group.sites[:1], names=group.names[:1], x=group.x[:1, :rows], y=group.y[:1, :rows])
         with self.meter() as m:
-            initialise(self.student, [part], init=self.config.init, seed=0, batch=self.config.calib.batch)
+            given = {"init": self.config.init, "without": self.config.init_without}
+            initialise(self.student, [part], seed=0, batch=self.config.calib.batch, **given)  # type: ignore[arg-type]
         self.peak = max(self.peak, m.peak)
         return m.time
 

@@ -188,6 +188,10 @@ CONFIGS = [
     ("[align]\nsteps = '3'", "align.steps = '3'"),
     ("[align]\nlr_new = nan", "align.lr_new = nan"),
     ("calib = 3", "calib"),
+    ('init_without = ["gate"]', "init_without.0 = 'gate'"),
+    ('init_without = ["ridge"]\ninit = "taylor"', "taylor has no ridge; its parts are decay"),
+    ('init_without = ["decay"]\ninit = "naive"', "only closed-form and taylor have parts"),
+    ('init_without = ["decay", "decay"]', "names a part twice"),
     ("seed = = 1", "cannot be read as TOML"),
     ("a = " + "[" * 9000, "cannot be read as TOML"),
 ]

@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench_onnx
 import bench_variants
+import profile_step
 
 from tcal_compiler.runtime.session import OnnxSession
 
@@ -87,3 +88,20 @@ def test_operators_of_a_step_are_those_of_the_graph_that_runs(shared_run: Path, 
     found = bench_onnx.operators(shared_run, 8, 2, 1)
     assert {kind: row["nodes"] for kind, row in found.items()} == runs
     assert all(row["ms"] > 0 for row in found.values())
+
+
+def test_parts_of_a_step(shared_run: Path):
+    """All that a step must read is in one of them, and each has nodes."""
+    found = profile_step.parts(shared_run / "onnx", 20, 2, 1)
+    assert sum(p["mb"] for p in found["parts"].values()) == pytest.approx(found["moved_mb"])
+    assert all(p["nodes"] > 0 and p["ms"] > 0 for p in found["parts"].values()) and found["step_ms"] > 0
+
+
+def test_operators_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(profile_step, "BEYOND_CACHES", 1.0)
+    for block in (None, 32):
+        row = profile_step.product(64, 32, block, 1)
+        assert row["gb_s"] == pytest.approx(64 * 32 * (4 if block is None else 1 + 4 / 32) / row["us"] / 1e3)
+    for measure in (profile_step.attention, profile_step.grouped):
+        row = measure(4, 2, 16, 30, 1)
+        assert row["gb_s"] == pytest.approx(2 * 2 * 30 * 16 * 4 / row["us"] / 1e3)

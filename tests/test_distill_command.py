@@ -97,6 +97,18 @@ def test_a_loss_that_is_not_finite_keeps_the_aligned_student(aligned):
 
 
 @pytest.mark.slow
+def test_an_alignment_that_levels_off_is_recorded_and_shown(tmp_path):
+    (tmp_path / "low.toml").write_text("[align]\nlr_new = 1e-9\nlr_teacher = 1e-9\nscore_every = 1\npatience = 2\n")
+    first, _, *rest = words(tmp_path / "run")
+    shown = [w for w in rest if w != "--quiet"]
+    result = call(first, "align", *shown, "--align-steps", "9", "--config", tmp_path / "low.toml")
+    assert result.code == 0 and "alignment levelled off: stopped at step 2" in result.err
+    evidence = stages(tmp_path / "run")["align"]["evidence"]
+    assert (evidence["stopped_at"], evidence["steps"], evidence["curve"][-1]["step"]) == (2, 9, 2)
+    assert "Stopped early at step 2 of 9" in (tmp_path / "run/report.md").read_text()
+
+
+@pytest.mark.slow
 def test_an_early_stop_is_recorded_and_shown(aligned):
     (aligned.parent / "high.toml").write_text(
         "[distill]\nlr_gdn = 1.0\nlr_other = 1.0\nclip = 1e6\nbatch = 2\nscore_every = 1\npatience = 2\n"

@@ -78,27 +78,16 @@ def test_one_command_gives_the_table(tmp_path):
     (tmp_path / "piqa.jsonl").write_text(json.dumps({"goal": "Eat", "sol1": "soup", "sol2": "sand", "label": 0}) + "\n")
     out = tmp_path / "results" / "tiny.json"
     out.parent.mkdir()
-    given = [
-        "--tokenizer",
-        "bytes",
-        "--calib",
-        CALIBRATION_TEXT,
-        "--sequences",
-        6,
-        "--holdout",
-        8,
-        "--length",
-        48,
-        "--batch",
-        2,
-    ]
-    given += ["--policy", "kl:1", "--policy", "none", "--seeds", "0,1", "--init", "naive", "--steps", "4+2"]
-    given += ["--steps", "published:3+2", "--steps", "mended:3", "--score-align-steps", 3]
+    given = ["--tokenizer", "bytes", "--calib", CALIBRATION_TEXT, "--sequences", 6, "--holdout", 8, "--length", 48]
+    given += ["--batch", 2, "--policy", "kl:1", "--policy", "none", "--seeds", "0,1", "--init", "naive"]
+    given += ["--without", "ridge", "--steps", "4+2", "--steps", "published:3+2", "--steps", "mended:3"]
+    given += ["--score-align-steps", 3]
     given += ["--eval", f"books={HELD_OUT}", "--eval-length", 64, "--eval-sequences", 2, "--needle", 300]
     given += ["--tasks", "piqa", "--task-files", tmp_path, "--limit", 2, "--without-linear", "--device", "cpu"]
     script("measure_conversion.py", TINY, *given, "--json", out)
     found = json.loads(out.read_text())
-    names = [f"{a}{b}" for a in ("naive", "aligned-4-distilled-2", *RECIPES) for b in ("", ", no linear")]
+    ablated = "closed-form without ridge-aligned-4-distilled-2"
+    names = [f"{a}{b}" for a in ("naive", "aligned-4-distilled-2", ablated, *RECIPES) for b in ("", ", no linear")]
     expected = {f"{p}, {n}, seed {s}" for p in ("kl:1", "none") for n in names for s in (0, 1)}
     assert found["scores"].keys() == expected and found["tasks"].keys() == expected | {"teacher"}
     assert len(found["kept"]["kl:1"]) == 1 and found["kept"]["none"] == []
@@ -106,12 +95,14 @@ def test_one_command_gives_the_table(tmp_path):
     assert len(sets) > 1 and tuple(found["kept"]["kl:1"]) == min(sets, key=sets.__getitem__)
     assert found["candidates"]["kl:1"][0]["rule"] == "uniform"
     assert all(c["kl"].keys() == {"0", "3", "12"} for c in found["candidates"]["kl:1"])
-    took = {f"{p}, aligned-4-distilled-2, seed {s}" for p in ("kl:1", "none") for s in (0, 1)}
+    ours = ("aligned-4-distilled-2", ablated)
+    took = {f"{p}, {n}, seed {s}" for p in ("kl:1", "none") for n in ours for s in (0, 1)}
     assert found["seconds_to_aligned"].keys() == took
     assert all(0 < s < sum(found["seconds"].values()) for s in found["seconds_to_aligned"].values())
     kl = {n: r["books (64)"]["kl"] for n, r in found["scores"].items()}
     assert kl["none, aligned-4-distilled-2, seed 0"] != kl["none, aligned-4-distilled-2, seed 1"]
     assert kl["none, aligned-4-distilled-2, seed 0"] < kl["none, naive, seed 0"]
+    assert kl["none, aligned-4-distilled-2, seed 0"] != kl[f"none, {ablated}, seed 0"]
     none = [kl[n] for n in expected if n.startswith("none") and "no linear" in n]
     assert max(none) - min(none) > 0  # what training changed outside the converted sites
     script("write_results.py", out.parent, "--out", tmp_path / "page.md")

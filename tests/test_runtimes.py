@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench_serving
 import verify_runtimes
+from device_session import CPU, DeviceSession
 
 from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.onnx_parity import TorchLogits
@@ -60,6 +61,26 @@ def test_a_state_that_is_too_large_is_not_tried():
     bench_serving.check_room({"most_state_gb": 1.0}, 10**9)
     with pytest.raises(DataError, match=r"would take 1\.1 GB"):
         bench_serving.check_room({"most_state_gb": 1.0}, 11 * 10**8)
+
+
+def test_a_session_on_a_device_is_ours(shared_run: Path):
+    """Logits behind two chunks and single tokens of two rows, and what is counted of its state."""
+    session, device = OnnxSession(shared_run / "onnx", threads=1), DeviceSession(shared_run / "onnx", CPU, capacity=40)
+    session.reset(batch=2)
+    device.reset(batch=2)
+    for length in (9, 1, 1):
+        ids = np.random.default_rng(length).integers(1, 200, (2, length))
+        np.testing.assert_allclose(device.forward(ids).numpy(), session.forward(ids), atol=1e-5)
+    assert device.bytes_behind(2, 11) == session.state_bytes
+    assert device.bytes_behind(2, 11, recurrent=2) == session.step_bytes
+
+
+def test_a_row_of_a_device(shared_run: Path):
+    job = {"path": str(shared_run / "onnx"), "provider": CPU, "on_card": False, "threads": 1, "most_state_gb": 1.0}
+    row = bench_serving.device_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3})
+    assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
+    with pytest.raises(DataError, match="would take"):
+        bench_serving.device_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3, "most_state_gb": 1e-9})
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
     python -m tcal_compiler.kernels.bench [--ops rule step norm attention] [--shapes ...] [--dtype bfloat16]
                                           [--repeat 30] [--json FILE]
+    python -m tcal_compiler.kernels.bench --table FILE
     python -m tcal_compiler.kernels.bench --tune [--ops rule step] [--shapes ...] [--dtype bfloat16] [--seconds 400]
                                           [--json kernels/tuning.json]
 
-On a GPU: our kernels, their plain-PyTorch form, fla and flash attention where they can be had, and bounds from bytes
-and operations for an H100 or H200 (other cards: bytes and operations only). On a CPU: the PyTorch forms. Every time is
-a median of one process with its quartiles; nothing is timed when a result is wrong.
+On a GPU: our kernels, their plain-PyTorch form, flash attention, and fla, FlashQLA and FlashInfer where they are
+installed, each with its errors against float64 and its memory, and bounds from bytes and operations for an H100 or H200
+(other cards: bytes and operations only). On a CPU: the PyTorch forms, beside transformers'. Every time is a median of
+one process with its quartiles; nothing is timed when a result of ours is wrong.
 
 --tune measures launch settings of the rule's and the step's kernels on this card instead, for --seconds at most or
 little more, and writes the table that the kernels read: into the package, or into FILE. Tune with nothing else on the
@@ -26,8 +28,9 @@ import torch
 
 from tcal_compiler.kernels import tuning
 
-from . import attention, norm, rule, step
-from .timing import Benchmark, line
+from . import attention, norm, report, rule, step
+from .tables import tables
+from .timing import SEED, Benchmark
 
 OPS: dict[str, Benchmark] = {
     "rule": rule.BENCHMARK,
@@ -52,6 +55,7 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, default=30 if device == "cuda" else 9)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--table", metavar="FILE", help="print a --json FILE as Markdown, and time nothing")
     parser.add_argument("--tune", action="store_true", help="measure launch settings of the kernels")
     parser.add_argument("--seconds", type=float, default=400, help="that tuning may take")
     options = parser.parse_args(argv)
@@ -78,25 +82,28 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = parse(argv, device)
+    if options.table:
+        print(tables(json.loads(Path(options.table).read_text())))
+        return 0
     if options.tune:
         from .tune import tune  # needs Triton
 
         path = Path(options.json or tuning.TABLE)
         tune(options.work, getattr(torch, options.dtype), options.repeat, path, options.seconds)
         return 0
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    report: dict[str, Any] = {"device": where, "torch": torch.__version__, "dtype": options.dtype, "results": []}
-    print(
-        f"{where} | torch {torch.__version__} | {options.dtype} | milliseconds, medians of {options.repeat}", flush=True
-    )
+    found = report.environment(device)
+    body: dict[str, Any] = found | {"dtype": options.dtype, "repeat": options.repeat, "seed": SEED, "results": []}
+    print(" | ".join(f"{name} {value}" for name, value in body.items() if name != "results"))
+    print("milliseconds: median [quartiles] (part of the bound) multiple of ours, memory", flush=True)
     for op, shape in options.work:
         result = OPS[op].time_shape(shape, getattr(torch, options.dtype), device, options.repeat)
-        report["results"].append(result)
-        print(line(result), flush=True)
+        body["results"].append(result)
+        print("\n".join(report.lines(result)), flush=True)
         if options.json:  # after every result: the next shape may end the process
             with open(options.json, "w") as file:
-                json.dump(report, file, indent=1)
-    return int(any("wrong" in r for r in report["results"]))
+                json.dump(body, file, indent=1)
+    print("\n".join(report.summary(body["results"])))
+    return int(any("wrong" in r for r in body["results"]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,26 +14,36 @@ from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chun
 from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
 from tcal_compiler.kernels.self_check import exactly, relative_errors
 
-from .timing import Benchmark, Times, attempt, bound, median, new_result
+from .attention import flash
+from .peers import Peer, Rule, peers
+from .timing import SEED, Benchmark, Times, attempt, bound, median, new_result
 
 SHAPES = {
     "cuda": "8,2048,16,64 8,2048,16,128 2,8192,16,128 1,32768,16,128 1,65536,8,128 1,8192,32,64 32,512,9,64",
     "cpu": "1,2048,9,64 1,2048,16,128 1,1,9,64",
 }
 CHUNK = 64
+CHECKED = 1 << 16  # tokens of each sequence that are compared with float64
+NAMES = dispatch.NAMES
 
 
-def least(batch: int, tokens: int, heads: int, dim: int, size: int, device: str) -> dict[str, float]:
-    """Bound of the forward: q, k, v, o once, gates and states in float32; operations of chunks of 64."""
+def bounds(batch: int, tokens: int, heads: int, dim: int, size: int, device: str) -> dict[str, dict[str, float]]:
+    """Of the forward: q, k, v, o once, gates and states in float32; operations of chunks of 64.
+
+    Of both: these, and for the backward the inputs again, the output's gradient and five gradients; operations three
+    times, since each product has the gradients of two factors.
+    """
     rows = batch * heads
     data = rows * tokens * (4 * dim * size + 8) + rows * 2 * 4 * dim * dim
+    more = rows * tokens * (7 * dim * size + 16) + rows * 4 * dim * dim
     chunk = min(CHUNK, tokens)
     operations = rows * tokens * (10 * chunk * dim + 6 * dim * dim) if tokens > 1 else rows * 8 * dim * dim
-    return bound(data, operations, device)
+    found = {"forward": bound(data, operations, device)}
+    return found | {"both": bound(data + more, 3 * operations, device)} if tokens > 1 else found
 
 
 def make_inputs(batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    gen = torch.Generator(device).manual_seed(0)
+    gen = torch.Generator(device).manual_seed(SEED)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=device, generator=gen)
@@ -44,42 +53,55 @@ def make_inputs(batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtyp
     return [q, k, randn(batch, tokens, heads, dim).to(dtype), g, beta, randn(batch, heads, dim, dim)]
 
 
-def errors(inputs: list[Tensor], grads: list[Tensor], scale: float) -> dict[str, float]:
-    """rms error over rms of outputs and gradients against float64, on at most 2 sequences of 300 tokens."""
-    some = [x[:2, :300] for x in inputs[:5]] + [inputs[5][:2]]
-    seeds = [grads[0][:2, :300], grads[1][:2]]
-    actual = [*dispatch.forward(*some, scale=scale), *dispatch.backward(*seeds, *some, scale=scale)]
-    exact_some, exact_seeds = exactly(some), exactly(seeds)
-    exact = [
-        *gated_delta_rule_chunked(*exact_some, scale=scale),
-        *gated_delta_rule_chunked_backward(*exact_seeds, *exact_some, scale=scale),
-    ]
-    return relative_errors(dispatch.NAMES, actual, exact)
+def forward_and_backward(inputs: list[Tensor], seeds: list[Tensor], scale: float) -> tuple[Tensor, ...]:
+    """Plain PyTorch, in the inputs' dtype: outputs, final state and all gradients."""
+    return (
+        *gated_delta_rule_chunked(*inputs, scale=scale),
+        *gated_delta_rule_chunked_backward(*seeds, *inputs, scale=scale),
+    )
 
 
-Rule = Callable[..., tuple[Tensor, Any]]
+def peer_errors(peer: Peer, inputs: list[Tensor], seeds: list[Tensor], exact: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Of what the peer can do; "failed" says why it cannot do the rest."""
+    found: dict[str, Any] = {}
+    try:
+        with torch.no_grad():
+            found |= relative_errors(NAMES[:2], peer.form(*peer.rule(*peer.given(inputs)), inputs[2]), exact[:2])
+        if peer.trains:
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            found |= relative_errors(NAMES[2:], torch.autograd.grad(peer.rule(*leaves), leaves, seeds), exact[2:])
+    except Exception as e:
+        found["failed"] = repr(e)[:300]
+    return found
 
 
-def peers(device: str) -> Iterator[tuple[str, Rule]]:
-    """Other implementations with (q, k, v, g, beta, state) -> (o, state), as far as they are installed."""
-    if device == "cuda" and importlib.util.find_spec("fla"):
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+def compare(
+    inputs: list[Tensor], seeds: list[Tensor], scale: float, others: list[Peer]
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """rms error over rms against float64 of outputs, final state and gradients, but for tokens after CHECKED.
 
-        def fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Any]:
-            return chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state, output_final_state=True)
-
-        yield "fla", fla
-    if device == "cpu" and importlib.util.find_spec("transformers"):
-        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-
-        def hf(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Any]:
-            return torch_chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state, output_final_state=True)
-
-        yield "transformers", hf
+    Ours, and by name those of plain PyTorch and of the peers.
+    """
+    some = [x[:, :CHECKED].contiguous() for x in inputs[:5]] + [inputs[5]]
+    seeds = [seeds[0][:, :CHECKED].contiguous(), seeds[1]]
+    exact = forward_and_backward(list(exactly(some)), list(exactly(seeds)), scale)
+    ours = (*dispatch.forward(*some, scale=scale), *dispatch.backward(*seeds, *some, scale=scale))
+    beside: dict[str, dict[str, Any]] = {}
+    if some[0].is_cuda:
+        beside["pytorch"] = relative_errors(NAMES, forward_and_backward(some, seeds, scale), exact)
+    for peer in others:
+        beside[peer.name] = peer_errors(peer, some, seeds, exact)
+    return relative_errors(NAMES, ours, exact), beside
 
 
 def op(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Any]:
     return gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Any]:
+    """Causal flash attention on the same tensors."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flash(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2), None
 
 
 def trained(rule: Rule, inputs: list[Tensor], grad: Tensor) -> Callable[[], None]:
@@ -88,7 +110,7 @@ def trained(rule: Rule, inputs: list[Tensor], grad: Tensor) -> Callable[[], None
 
     def run() -> None:
         out, _ = rule(*leaves)
-        torch.autograd.grad(out, leaves[:5], grad)
+        torch.autograd.grad(out, leaves[:5], grad, allow_unused=True)  # attention has no gates
 
     return run
 
@@ -97,26 +119,30 @@ def time_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str, repeat: 
     batch, tokens, heads, dim = shape
     inputs = make_inputs(batch, tokens, heads, dim, dtype, device)
     grad, scale = torch.randn_like(inputs[2]), dim**-0.5
-    result = new_result("rule", shape, errors(inputs, [grad, torch.randn_like(inputs[5])], scale), dtype)
+    others = list(peers(device))
+    errors, beside = compare(inputs, [grad, torch.randn_like(inputs[5])], scale, others)
+    result = new_result("rule", shape, errors, dtype) | {"errors_beside": beside}
     if "wrong" in result:
         return result
-    result["bounds"] = {"forward": least(batch, tokens, heads, dim, inputs[0].element_size(), device)}
-    rules: list[tuple[str, Rule]] = [("tcal", op), *peers(device)]
+    result["bounds"] = bounds(batch, tokens, heads, dim, inputs[0].element_size(), device)
+    rules = [Peer("tcal", op), *others]
     if device == "cuda":
-        rules.append(("pytorch", lambda *a: gated_delta_rule_chunked(*a, scale=scale)))
+        plain = Peer("pytorch", lambda *a: gated_delta_rule_chunked(*a, scale=scale), trains=False)
+        rules += [plain, Peer("flash attention", attention, same=False)]
     times: dict[str, Any] = {}
-    for name, rule in rules:
+    for peer in rules:
 
-        def forward(rule: Rule = rule) -> Times:
+        def forward(peer: Peer = peer) -> Times:
+            given = peer.given(inputs)
             with torch.no_grad():
-                return median(lambda: rule(*inputs), device, repeat)
+                return median(lambda: peer.rule(*given), device, repeat)
 
-        def both(rule: Rule = rule) -> Times:
-            return median(trained(rule, inputs, grad), device, repeat)
+        def both(peer: Peer = peer) -> Times:
+            return median(trained(peer.rule, inputs, grad), device, repeat)
 
-        attempt(times, name, "forward", forward)
-        if tokens > 1 and name != "pytorch":
-            attempt(times, name, "both", both)
+        attempt(times, peer.name, "forward", forward)
+        if tokens > 1 and peer.trains:
+            attempt(times, peer.name, "both", both)
     return result | {"times": times}
 
 

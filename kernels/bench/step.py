@@ -6,7 +6,6 @@ from the replay before.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,8 @@ from tcal_compiler.kernels.gated_delta_step import gated_delta_step_reference
 from tcal_compiler.kernels.gated_delta_step.op import gated_delta_step_pytorch
 from tcal_compiler.kernels.self_check import exactly, relative_errors
 
-from .timing import Benchmark, attempt, bound, median_in_graph, new_result
+from .peers import step_peers
+from .timing import SEED, Benchmark, attempt, bound, median_in_graph, new_result
 
 SHAPES = {
     "cuda": "1,1,16,128 1,1,32,128 64,1,16,128 64,1,32,128 256,1,16,128 256,1,32,128 1,16,16,128",
@@ -47,7 +47,7 @@ def least_bytes(batch: int, tokens: int, heads: int, dim: int, size: int) -> int
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
     """q, k, v, g, beta, state; gate, weight."""
     batch, tokens, heads, dim = shape
-    gen = torch.Generator(device).manual_seed(0)
+    gen = torch.Generator(device).manual_seed(SEED)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=device, generator=gen)
@@ -68,12 +68,13 @@ def errors(step: Step, inputs: list[Tensor], norm: list[Tensor], scale: float) -
     return found
 
 
-def fla_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, **given: Any) -> Any:
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-
-    return fused_recurrent_gated_delta_rule(
-        q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True, **given
-    )
+def peer_errors(step: Step, args: list[Tensor], given: list[Tensor], scale: float) -> dict[str, Any]:
+    """Of a peer's core against float64; "failed" says why there is none."""
+    try:
+        exact = gated_delta_step_reference(*exactly(args), scale=scale)
+        return relative_errors(("y, core", "state, core"), step(*given, args[5].clone(), scale=scale), exact)
+    except Exception as e:
+        return {"failed": repr(e)[:300]}
 
 
 def count_for(state: Tensor, device: str) -> int:
@@ -102,8 +103,13 @@ def time_shape(shape: tuple[int, ...], dtype: torch.dtype, device: str, repeat: 
         if name == "tcal" or device == "cuda":
             add(name, "core", each, in_place=True)
             add(name, "with norms", each, *norm, in_place=True, normalize=True)
-    if device == "cuda" and importlib.util.find_spec("fla"):
-        add("fla", "core", fla_step)
+    if device == "cuda":
+        beside = result["errors_beside"] = {"pytorch": errors(gated_delta_step_pytorch, inputs, norm, scale)}
+        for name, each, form in step_peers():
+            its = form(given)
+            beside[name] = peer_errors(each, inputs, its, scale)
+            runs = [partial(each, *its, s, scale=scale) for s in states]
+            attempt(times, name, "core", lambda runs=runs: median_in_graph(runs, device, repeat))  # type: ignore[misc]
     return result | {"times": times}
 
 

@@ -1,8 +1,10 @@
 """What every benchmark shares: medians, bounds, and the form of a result.
 
 A result is plain JSON: {"op", "shape", "errors": {name: rms error over rms against float64}, "bounds": {kind: {"bytes",
-"operations", "bound_ms"}}, "times": {implementation: {kind: {"ms", "low", "high"}}}}; instead of bounds and times
-"wrong", where an error is larger than self_check allows.
+"operations", "bound_ms"}}, "times": {implementation: {kind: {"ms", "low", "high", "peak_bytes"}}}}, and where others
+compute the same "errors_beside": {implementation: errors}; instead of bounds and times "wrong", where an error is more
+than self_check allows. peak_bytes, on CUDA outside graphs: what a run allocates at its peak beyond what was there, its
+results among it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from tcal_compiler.kernels.self_check import ALLOWED
 
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, as copies on such cards moved them
+SEED = 0  # of all inputs
 RATE = 790e12  # dense bfloat16 operations a second, as large products on both ran
 
 Run = Callable[[], Any]
@@ -47,8 +50,9 @@ def median(run: Run, device: str, repeat: int) -> Times:
     """Milliseconds: median and quartiles of `repeat` runs after three."""
     for _ in range(3):
         run()
-    times = []
+    times, peak = [], {}
     if device == "cuda":
+        peak = {"peak_bytes": float(peak_bytes(run))}
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
         for start, end in events:
             start.record()
@@ -62,7 +66,16 @@ def median(run: Run, device: str, repeat: int) -> Times:
             run()
             times.append((time.perf_counter() - begin) * 1e3)
     low, middle, high = statistics.quantiles(times, n=4)
-    return {"ms": middle, "low": low, "high": high}
+    return {"ms": middle, "low": low, "high": high} | peak
+
+
+def peak_bytes(run: Run) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def median_in_graph(runs: Sequence[Run], device: str, repeat: int) -> Times:
@@ -78,15 +91,16 @@ def median_in_graph(runs: Sequence[Run], device: str, repeat: int) -> Times:
             for run in runs:
                 run()
         times = median(graph.replay, device, repeat)
-    return {name: ms / len(runs) for name, ms in times.items()}
+    return {name: times[name] / len(runs) for name in ("ms", "low", "high")}
 
 
 def attempt(times: dict[str, Any], name: str, kind: str, measure: Callable[[], Times]) -> None:
     """Adds a time, or why there is none: a peer may refuse a card, a dtype or a shape."""
+    kinds = times.setdefault(name, {})
     try:
-        times.setdefault(name, {})[kind] = measure()
+        kinds[kind] = measure()
     except Exception as e:
-        times[name]["failed"] = repr(e)[:300]
+        kinds["failed"] = "; ".join(filter(None, (kinds.get("failed"), f"{kind}: {e!r}"[:300])))
 
 
 def new_result(op: str, shape: tuple[int, ...], errors: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
@@ -95,22 +109,3 @@ def new_result(op: str, shape: tuple[int, ...], errors: dict[str, float], dtype:
     if not all(error <= ALLOWED[dtype] for error in errors.values()):
         return result | {"wrong": f"more than {ALLOWED[dtype]:.0e}: not timed"}
     return result
-
-
-def line(result: dict[str, Any]) -> str:
-    """One result for a reader: milliseconds, and the part of the bound that they reach."""
-    worst = max(result["errors"], key=lambda name: result["errors"][name])
-    parts = [f"{result['op']:10} {result['shape']!s:24} worst error {result['errors'][worst]:.1e} ({worst})"]
-    if "wrong" in result:
-        return f"{parts[0]} {result['wrong']}"
-    bounds = {kind: least["bound_ms"] for kind, least in result["bounds"].items() if "bound_ms" in least}
-    if bounds:
-        parts.append("bound: " + ", ".join(f"{kind} {ms:.4f}" for kind, ms in bounds.items()))
-    for name, kinds in result["times"].items():
-        times = [_time(kind, t["ms"], bounds.get(kind)) for kind, t in kinds.items() if kind != "failed"]
-        parts.append(f"{name}: {', '.join(times)}{' failed' if 'failed' in kinds else ''}")
-    return " | ".join(parts)
-
-
-def _time(kind: str, ms: float, bound_ms: float | None) -> str:
-    return f"{kind} {ms:.4f}" + (f" ({bound_ms / ms:.0%})" if bound_ms else "")

@@ -103,6 +103,7 @@ class Rule(Target):
             return all(value <= most for name, value in fields.items() if name in blocks)
 
         both, forward, backward = ("forward", "backward"), ("forward",), ("backward",)
+        eight = (8,) if self.dtype == torch.bfloat16 and self.dim <= 128 else ()  # not float32 kernels: docs/kernels.md
         walks = (
             *({"read_columns": 128, "read_warps": 8, "read_stages": n} for n in (1, 2, 3)),
             *({"read_columns": 64, "read_programs": 2, "read_stages": n} for n in (1, 2)),
@@ -114,7 +115,7 @@ class Rule(Target):
             Trial(both, one("solve_warps", 2, 4)),
             Trial(both, one("solve_keys", 32, 64)),
             Trial(backward, (*one("value_block", 32), {"value_block": 128, "warps": 8})),
-            Trial(backward, one("pair_warps", 2, 8)),
+            Trial(backward, one("pair_warps", 2, *eight)),
             Trial(backward, one("key_part", 32, 128)),
             Trial(backward, one("stages", 1, 3)),
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.launch import compiled_at_once
 from tcal_compiler.kernels.registration import on_device
-from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
+from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_tf32, takes_triton
 
 from .chunked import gated_delta_rule_chunked
 from .chunked_backward import gated_delta_rule_chunked_backward
@@ -46,7 +46,7 @@ def backward(
 
 def _takes_triton(q: Tensor, v: Tensor, *, packed: bool = False) -> bool:
     op, check = ("packed gated_delta_rule", packed_self_check) if packed else ("gated_delta_rule", self_check)
-    return takes_triton(op, check, q, q.shape[-1], v.shape[-1])
+    return takes_triton(op, check, q, q.shape[-1], v.shape[-1], tf32=takes_tf32(q))
 
 
 @dataclass(frozen=True)

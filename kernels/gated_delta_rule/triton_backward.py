@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tcal_compiler.kernels.launch import cdiv, launch
+from tcal_compiler.kernels.self_check import takes_tf32
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
 from .triton_layout import COUNTS, Layout, chunk_at, layout_of
@@ -198,7 +199,7 @@ def gated_delta_rule_triton_backward(
     inputs = (q, k, v, g, beta, initial_state)
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
-    s, layout = setting_for(q, v), layout_of(q, bounds)
+    s, layout = setting_for(q, v, tf32=takes_tf32(inputs[0])), layout_of(q, bounds)
     solved = solve_chunks(q, k, v, g, beta, layout, s, inverse=True)
     states, _ = walk_states(k, solved, state, layout, s)
     d_rows = torch.empty_like(solved.u)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.gated_delta_step import MOST_TOKENS
 from tcal_compiler.kernels.gated_delta_step.triton_kernel import gated_delta_step_triton
+from tcal_compiler.kernels.self_check import takes_tf32
 
 from .triton_layout import layout_of
 from .triton_solve import solve_chunks
@@ -35,9 +36,9 @@ def gated_delta_rule_triton(
     """
     if bounds is None and q.shape[1] <= MOST_TOKENS:
         return gated_delta_step_triton(q, k, v, g, beta, initial_state, scale=scale)
-    v_dtype, state_dtype = v.dtype, initial_state.dtype
+    v_dtype, state_dtype, tf32 = v.dtype, initial_state.dtype, takes_tf32(q)
     q, k, v, g, beta, state = as_kernels_take((q, k, v, g, beta, initial_state))
-    s, layout = setting_for(q, v), layout_of(q, bounds)
+    s, layout = setting_for(q, v, tf32=tf32), layout_of(q, bounds)
     solved = solve_chunks(q, k, v, g, beta, layout, s, scale=scale, inverse=False)
     out, final = walk_outputs(q, k, solved, state, layout, s, scale=scale, dtype=v_dtype)
     return out, final.to(state_dtype)

@@ -20,8 +20,8 @@ from .triton_tiles import CHUNK, Setting, decay_sums, exp32, pair_decay
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
+def _product(a, b, PRECISION: tl.constexpr):
+    return dot(a, b, tl.float32, PRECISION)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _inverse16(low, PRECISION: tl.constexpr):
     x = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, low, 0.0)
     for level in tl.static_range(1, 4):
         between = ((row >> level + 1) == (column >> level + 1)) & ((row >> level) != (column >> level))
-        x -= _dot(_dot(x, tl.where(between, low, 0.0), PRECISION), x, PRECISION)
+        x -= _product(_product(x, tl.where(between, low, 0.0), PRECISION), x, PRECISION)
     return x
 
 
@@ -57,7 +57,7 @@ def _inverse16(low, PRECISION: tl.constexpr):
 def _inverse32(low, PRECISION: tl.constexpr):
     a, corner, b = _quarters(low, 16)
     a, b = _inverse16(a, PRECISION), _inverse16(b, PRECISION)
-    return _whole(a, -_dot(b, _dot(corner, a, PRECISION), PRECISION), b, 16)
+    return _whole(a, -_product(b, _product(corner, a, PRECISION), PRECISION), b, 16)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _inverse(low, PRECISION: tl.constexpr):
     """(I + low)^-1 of strictly lower [64, 64]: [A 0; C B]^-1 = [A' 0; -B' C A' B'] with A' = A^-1, B' = B^-1."""
     a, corner, b = _quarters(low, 32)
     a, b = _inverse32(a, PRECISION), _inverse32(b, PRECISION)
-    return _whole(a, -_dot(b, _dot(corner, a, PRECISION), PRECISION), b, 32)
+    return _whole(a, -_product(b, _product(corner, a, PRECISION), PRECISION), b, 32)
 
 
 @triton.jit(do_not_specialize=COUNTS)

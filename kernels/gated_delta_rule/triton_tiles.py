@@ -54,7 +54,7 @@ class Setting:
     key_part: int  # key columns of one program of the gradients
     dot: Any  # type of the operands of products
     gate: Any  # type in which g is summed
-    precision: str  # of products of float32 operands
+    precision: str  # of products of float32 operands, as `dot` takes it
     kept: torch.dtype  # of U, W, P, V', dR, states, pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int  # of the walks
@@ -74,21 +74,22 @@ class Setting:
         )
 
 
-def setting_for(q: Tensor, v: Tensor) -> Setting:
+def setting_for(q: Tensor, v: Tensor, *, tf32: bool = False) -> Setting:
     """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
-    float32: three tf32 products for one, and g summed in float64. q and v as `as_kernels_take` returns them.
+    float32: three tf32 products for one, and g summed in float64; with tf32 one product of factors that are
+    rounded to nearest. q and v as `as_kernels_take` returns them.
 
     Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
     What `tuning` has for this card is taken instead.
     """
-    usual = _usual_setting(q.shape[-1], v.shape[-1], narrow=q.dtype == torch.bfloat16, cuda=q.is_cuda)
+    usual = _usual_setting(q.shape[-1], v.shape[-1], narrow=q.dtype == torch.bfloat16, cuda=q.is_cuda, tf32=tf32)
     measured: dict[str, Any] = measured_for(q, v)
     return replace(usual, **measured) if measured else usual
 
 
 @lru_cache(maxsize=64)  # each call asks for it
-def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool) -> Setting:
+def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
     value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
@@ -99,7 +100,7 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool) ->
         key_part=min(64, key_block),
         dot=tl.bfloat16 if bfloat16_products else tl.float32,
         gate=tl.float32 if narrow else tl.float64,
-        precision="tf32" if narrow else "tf32x3",
+        precision="tf32" if narrow else "nearest" if tf32 else "tf32x3",
         kept=torch.bfloat16 if bfloat16_products else torch.float32,
         stages=2 if key_block <= 128 else 1,
         warps=4,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked
 from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm_reference
-from tcal_compiler.kernels.gates import l2_normalize
+from tcal_compiler.kernels.gates import l2_normalize_reference
 from tcal_compiler.kernels.launch import compiled_at_once
 from tcal_compiler.kernels.registration import on_device, without_autocast
 from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
@@ -48,7 +48,7 @@ def gated_delta_step_pytorch(
     """Contract of `gated_delta_step_reference`; in_place: the returned state is `state`, overwritten."""
     acc = torch.promote_types(q.dtype, torch.float32)
     if normalize:
-        q, k = l2_normalize(q), l2_normalize(k)
+        q, k = l2_normalize_reference(q), l2_normalize_reference(k)
     y, new = gated_delta_rule_chunked(q, k, v.to(acc), g, beta, state, scale=scale)
     if gate is not None and weight is not None:
         y = gated_rms_norm_reference(y, gate, weight, eps)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+L2_EPS = 1e-6
+
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
@@ -23,7 +25,15 @@ def decay_gate(a: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
     return -a_log.to(acc).exp() * F.softplus(a.to(acc) + dt_bias.to(acc))
 
 
-def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+def l2_normalize_reference(x: Tensor, eps: float = L2_EPS) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension: a zero vector stays zero. At least float32."""
     x = x.to(_accumulator(x))
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def l2_normalize_backward(d_y: Tensor, x: Tensor, eps: float) -> Tensor:
+    """With y = x r: r (d_y - y sum(y d_y)), in the dtype of x."""
+    wide = x.to(_accumulator(x))
+    r = torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    y = wide * r
+    return (r * (d_y - y * (y * d_y).sum(-1, keepdim=True))).to(x.dtype)

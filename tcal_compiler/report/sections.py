@@ -169,6 +169,9 @@ def alignment(run: Facts, scales: Scales) -> list[Block]:
         f"{run.curve[-1]['step']} steps of {config['align']['batch']} sequences; each layer keeps the weights that "
         "scored best on the held-out text. The whole curve is in alignment.json."
     )
+    if (stopped := run.evidence("align").get("stopped_at")) is not None:
+        planned = number(run.evidence("align")["steps"])
+        text += f" Stopped early at step {number(stopped)} of {planned}: the held-out errors had levelled off."
     return [
         Paragraph(text),
         Plot("Alignment loss of each layer", lambda axes: plots.alignment_loss(axes, run, scales.loss)),

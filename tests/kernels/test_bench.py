@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from interpreter import interpreted, interpreter_or_skip
 
 from tcal_compiler.kernels.bench import __main__ as bench
-from tcal_compiler.kernels.bench import attention, norm, step, timing
+from tcal_compiler.kernels.bench import attention, norm, peers, report, rule, step, timing
+from tcal_compiler.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 
 TINY = {"rule": "1,5,2,8", "step": "1,2,2,16", "norm": "2,6,2,16", "attention": "1,40,2,16"}
 KINDS = {
@@ -35,13 +38,16 @@ def complete(result: dict[str, Any]) -> None:
 @on_the_cpu
 @pytest.mark.parametrize("op", bench.OPS)
 def test_every_op(op, tmp_path, capsys):
-    report = tmp_path / "report.json"
-    assert bench.main(["--ops", op, "--shapes", TINY[op], "--repeat", "3", "--json", str(report)]) == 0
-    (result,) = json.loads(report.read_text())["results"]
+    path = tmp_path / "report.json"
+    assert bench.main(["--ops", op, "--shapes", TINY[op], "--repeat", "3", "--json", str(path)]) == 0
+    body = json.loads(path.read_text())
+    assert {"device", "torch", "python", "packages", "commit", "date", "dtype", "repeat", "seed"} <= set(body)
+    (result,) = body["results"]
     assert result["op"] == op and result["shape"] == [int(n) for n in TINY[op].split(",")]
     complete(result)
     shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 2 and "worst error" in shown[1] and "tcal: " in shown[1] and "failed" not in shown[1]
+    assert body["commit"] in shown[0] and "worst error" in shown[2] and shown[3].split()[0] == "tcal"
+    assert not any("failed" in line for line in shown)
 
 
 @interpreted
@@ -77,16 +83,83 @@ def test_bounds_are_what_must_be_moved(monkeypatch):
     assert timing.bound(3e9, 0, "cuda")["bound_ms"] == pytest.approx(1.0)
     assert timing.bound(1, 790e9, "cuda")["bound_ms"] == pytest.approx(1.0)
     assert "bound_ms" not in timing.bound(1, 1, "cpu")
-    shown = timing.line(
-        {
-            "op": "step",
-            "shape": (1, 1, 1, 1),
-            "errors": {"y": 1e-3, "state": 1e-7},
-            "bounds": {"core": {"bytes": 1.0, "operations": 0.0, "bound_ms": 0.5}},
-            "times": {"tcal": {"core": {"ms": 0.625}}, "fla": {"failed": "no"}},
-        }
-    )
-    assert "worst error 1.0e-03 (y)" in shown and "core 0.6250 (80%)" in shown and "fla:  failed" in shown
+
+
+RESULT = {
+    "op": "step",
+    "shape": (1, 1, 1, 1),
+    "errors": {"y": 1e-3, "state": 1e-7},
+    "errors_beside": {"pytorch": {"y": 5e-4, "state": 1e-7}, "fla": {"y": 2e-3, "failed": "no"}},
+    "bounds": {"core": {"bytes": 1.0, "operations": 0.0, "bound_ms": 0.5}},
+    "times": {
+        "tcal": {"core": {"ms": 0.625, "low": 0.6, "high": 0.7, "peak_bytes": 2e6}},
+        "fla": {"core": {"ms": 1.25, "low": 1.2, "high": 1.3, "peak_bytes": 3e6}, "failed": "both: no"},
+        "flash": {"forward": {"ms": 0.5, "low": 0.4, "high": 0.6}},
+    },
+}
+
+
+def test_what_is_said_of_a_result():
+    head, ours, fla, flash = report.lines(RESULT)
+    assert "worst error 1.0e-03 (y)" in head and "core 0.5000" in head
+    assert "core 0.6250 [0.6000 0.7000] (80%) 2 MB" in ours and "x" not in ours
+    assert "2.00x 3 MB" in fla and "worst error 2.0e-03 (y) of its forward" in fla and "failed: both: no" in fla
+    assert "failed" not in flash
+    said = report.summary([RESULT, RESULT | {"times": {"tcal": {"core": {"ms": 2.5}}, "fla": {"core": {"ms": 20.0}}}}])
+    assert "step, core: 20% to 80% of the bound" in said
+    assert "step, core: time of fla 2.00 to 8.00 times, geometric mean 4.00 of 2, of ours" in said
+    assert "step, core: memory of fla 1.50 to 1.50 times, geometric mean 1.50 of 1, of ours" in said
+    assert "step, core: time of flash, forward 0.80 to 0.80 times, geometric mean 0.80 of 1, of ours" in said
+    assert any(line.startswith("step: our errors 1.00 to 2.00 times") and "pytorch" in line for line in said)
+    wrong = {"op": "rule", "shape": (1,), "errors": {"o": float("nan")}, "wrong": "not timed"}
+    assert report.summary([wrong]) == ["rule: NOT RIGHT at (1,): not timed"]
+
+
+def test_tables(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"device": "H100", "packages": {"triton": "3.6"}, "results": [RESULT]}))
+    assert bench.main(["--table", str(path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "device H100, triton 3.6."
+    times = shown.index("| shape | bound | tcal | fla | flash, forward |")
+    assert shown[times + 2] == "| 1, 1, 1, 1 | 0.5000 | 0.6250 (80%) | 1.2500 (2.00x) | 0.5000 (0.80x) |"
+    assert "| 1, 1, 1, 1 | 2 | 3 |" in shown
+    assert "| 1, 1, 1, 1 | 1.0e-03 | 5.0e-04 | 2.0e-03 (forward) |" in shown
+
+
+def test_a_peer_that_refuses_is_told_with_each_kind():
+    times: dict[str, Any] = {}
+    timing.attempt(times, "fla", "forward", lambda: 1 / 0)
+    timing.attempt(times, "fla", "both", lambda: {"ms": 1.0})
+    timing.attempt(times, "fla", "more", lambda: [][0])
+    assert times["fla"].pop("failed").startswith("forward: ZeroDivisionError") and times == {
+        "fla": {"both": {"ms": 1.0}}
+    }
+
+
+def flashinfer_like(q, k, v, alpha, beta, *, initial_state, output_final_state, cu_seqlens):
+    """FlashInfer's layout: tokens of all sequences in one row, decay itself, states [N, H, V, K]."""
+    o, state = gated_delta_rule_reference(
+        *(x.unsqueeze(0) for x in (q, k, v, alpha.log(), beta)),
+        initial_state.mT, scale=q.shape[-1] ** -0.5, bounds=tuple(cu_seqlens.tolist()),
+    )  # fmt: skip
+    return o[0], state.mT
+
+
+def test_peers_are_compared_and_wrong_ones_seen(monkeypatch):
+    module = types.ModuleType("flashinfer.gdn_prefill")
+    module.chunk_gated_delta_rule = flashinfer_like
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.gdn_prefill", module)
+    inputs = rule.make_inputs(2, 70, 2, 16, torch.float32, "cpu")
+    seeds = [torch.randn_like(inputs[2]), torch.randn_like(inputs[5])]
+    half = peers.Peer("half", lambda *a: tuple(0.5 * x for x in rule.op(*a)))
+    refuses = peers.Peer("refuses", peers.refused(ImportError("no libcuda")))
+    ours, beside = rule.compare(inputs, seeds, 16**-0.5, [peers.flashinfer(), half, refuses])
+    assert set(ours) == set(rule.NAMES) and max(ours.values()) < 1e-5
+    assert set(beside["flashinfer"]) == {"o", "state"} and max(beside["flashinfer"].values()) < 1e-5
+    assert set(beside["half"]) == set(rule.NAMES) and min(beside["half"].values()) == pytest.approx(0.5)
+    assert "no libcuda" in beside["refuses"]["failed"]
 
 
 def test_every_default_shape_is_understood():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tcal_compiler.kernels.gated_delta_rule import dispatch as rule
 from tcal_compiler.kernels.gated_delta_step import gated_delta_step_reference
 from tcal_compiler.kernels.gated_delta_step import op as step
 from tcal_compiler.kernels.gated_rms_norm import op as norm
+from tcal_compiler.kernels.gates import op as gates
 
 PAIRS = ((64, 64), (128, 128), (96, 48))
 WIDE = (256, 256)
@@ -29,6 +31,7 @@ PROOFS: list[tuple[str, self_check.Check, tuple[tuple[int, ...], ...]]] = [
     ("gated_delta_rule", rule.self_check, PAIRS),
     ("packed gated_delta_rule", rule.packed_self_check, PAIRS),
     ("attention_statistics", statistics.self_check, (*PAIRS, WIDE)),
+    ("l2_normalize", gates.self_check, ((16,), (64,), (96,), (256,))),
     ("gated_rms_norm", norm.self_check, ((16,), (64,), (96,), (128,), (256,))),
     ("gated_delta_step", step.self_check, tuple((*pair, *v) for pair in (*PAIRS, WIDE) for v in VARIANTS)),
 ]
@@ -95,6 +98,15 @@ def test_sees_a_wrong_norm(monkeypatch):
 
 
 @interpreted
+def test_sees_a_wrong_gradient_of_the_l2_norm(monkeypatch):
+    from tcal_compiler.kernels.gates import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "l2_normalize_triton", gates.l2_normalize_reference)
+    monkeypatch.setattr(triton_kernel, "l2_normalize_backward_triton", lambda d_y, x, eps: d_y)
+    only_wrong(gates.self_check(CPU, torch.float32, 8), "d_x")
+
+
+@interpreted
 @pytest.mark.parametrize("normed", [False, True])
 def test_sees_a_step_that_is_wrong_in_one_tile(normed, monkeypatch):
     """The kernel itself, but the widest tile forgets the last column of the state."""
@@ -139,10 +151,39 @@ def test_a_launch_that_fails_says_why_and_falls_back(monkeypatch):
         assert not self_check.proved("another_op", too_large, 0, torch.float32, 256, 256)
 
 
+@pytest.mark.parametrize("how", ["set_float32_matmul_precision", "fp32_precision"])
+def test_takes_tf32_where_torch_may(how):
+    """Either way of allowing it; the getters of the older way raise after the newer one."""
+    x, matmul = SimpleNamespace(is_cuda=True, dtype=torch.float32), torch.backends.cuda.matmul
+    assert not self_check.takes_tf32(x)
+    try:
+        if how == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert self_check.takes_tf32(x)
+        for other in ({"is_cuda": False}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}):
+            assert not self_check.takes_tf32(SimpleNamespace(**(vars(x) | other)))
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_proved_apart(monkeypatch):
+    """Within bounds of its own, and not by a proof of products that are exact."""
+    errors = {"o": 1e-3}
+    monkeypatch.setattr(self_check.torch.cuda, "device", lambda index: contextlib.nullcontext())
+    given = ("an op that takes tf32", lambda *_: errors, 0, torch.float32, 64)
+    pytest.importorskip("triton")
+    assert self_check.proved(*given, tf32=True)
+    with pytest.warns(UserWarning, match="more than 1e-04: o 1.0e-03"):
+        assert not self_check.proved(*given)
+
+
 def test_cpu_tensors_never_take_triton():
     x = torch.zeros(1, 5, 2, 64)
     assert not rule._takes_triton(x, x) and not statistics._takes_triton(x, x) and not norm._takes_triton(x)
-    assert not step._takes_triton(x, x, x, True, True)
+    assert not step._takes_triton(x, x, x, True, True) and not gates._takes_triton(x)
 
 
 READS = {"read_columns": 128, "read_warps": 8}

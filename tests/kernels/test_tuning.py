@@ -132,6 +132,17 @@ def test_candidates_and_the_table_that_ships_have_known_fields():
             assert set(chosen) <= known[name.split(", ")[0]], name
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 64), (torch.float16, 64), (torch.bfloat16, 256)], ids=str)
+def test_float32_kernels_of_gradients_never_get_eight_warps(dtype, dim):
+    """The suspect of illegal memory accesses (docs/kernels.md); inputs of these dtypes are widened to float32."""
+
+    def tried(dtype: torch.dtype, dim: int) -> set[int]:
+        candidates = [c for trial in tune.Rule(dtype, ((1, 1, 1, dim),)).trials() for c in trial.candidates]
+        return {c["pair_warps"] for c in candidates if "pair_warps" in c}
+
+    assert tried(dtype, dim) == {2} and tried(torch.bfloat16, 64) == {2, 8}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes where there is a GPU")
 def test_tuning_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.graph import copy_module, move_to
 from tcal_compiler.passes.rewrite_gdn import mixer_path
 from tcal_compiler.runtime import align as align_module
-from tcal_compiler.runtime.align import GroupTrainer, align
+from tcal_compiler.runtime.align import GroupTrainer, align, levelled_off
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.config import AlignConfig
 from tcal_compiler.runtime.student import Student
@@ -82,6 +82,43 @@ def test_resuming_at_any_step_gives_the_same_bits(undisturbed, tmp_path):
         assert again == curve, state.step
         for name, tensor in weights(resumed).items():
             assert torch.equal(tensor, final[name]), (state.step, name)
+
+
+def test_patience_stops_where_the_errors_level_off_and_resumes_to_the_same_stop(undisturbed):
+    """At a rate of next to nothing no score is 1% better than the one before."""
+    small = {"lr_new": 1e-9, "lr_teacher": 1e-9, "steps": 20, "score_every": 2, "patience": 3}
+    config = CONFIG.model_copy(update=small)
+    saved: list[TrainState] = []
+    student, groups = start(core=MIXED)
+    _, curve = run(student, groups, config, save=lambda s: saved.append(copy.deepcopy(s)))
+    assert [p["step"] for p in curve] == [0, 2, 4, 6] and levelled_off(curve, config) == 6 == saved[-1].step
+    for state in (saved[-1], saved[-2], saved[0]):
+        assert run(start(core=MIXED)[0], groups, config, resume=state)[1] == curve
+    never = config.model_copy(update={"patience": None})
+    whole = run(start(core=MIXED)[0], groups, never)[1]
+    assert len(whole) == 11 and whole[:4] == curve and levelled_off(whole, never) is None
+
+
+def test_levelling_off_is_judged_by_the_kept_weights_of_all_sites():
+    def curve(*errors: tuple[float, float]) -> list[dict[str, object]]:
+        return [{"step": 2 * i, "held_out": {"0": a, "7": b}} for i, (a, b) in enumerate(errors)]
+
+    config = AlignConfig(steps=20, patience=2, least_gain=0.1)
+    assert levelled_off(curve((2, 2), (9, 9)), config) is None  # too few scores
+    assert levelled_off(curve((2, 2), (9, 9), (2, 1.5)), config) is None
+    assert levelled_off(curve((2, 2), (9, 1.5), (1.9, 9)), config) is None  # each site keeps its own best
+    assert levelled_off(curve((2, 2), (9, 9), (2, 1.7)), config) == 4
+    assert levelled_off(curve((2, 2), (1, 1), (1, 1), (1, 1)), config) == 6
+    assert levelled_off(curve((2, 2), (9, 9), (2, 1.7)), AlignConfig(steps=4, patience=2)) is None  # the end anyway
+    exact = config.model_copy(update={"least_gain": 0.0})
+    assert levelled_off(curve((2, 2), (2, 2), (2, 2)), exact) == 4
+    assert levelled_off(curve((2, 2), (2, 2), (2, 1.999)), exact) is None
+
+
+def test_a_folder_from_before_there_was_patience_stays_valid():
+    old = set(AlignConfig().model_dump()) - {"patience", "least_gain"}
+    assert set(AlignConfig().settings()) == old
+    assert set(AlignConfig(patience=3).settings()) == old | {"patience"}
 
 
 @pytest.mark.gpu

@@ -14,12 +14,15 @@ from tiny_models import KV_HEADS as K
 from tiny_models import VOCAB, student_of
 from tiny_models import lone_site as site
 
+from tcal_compiler.config import Config
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.kernels.gates import decay_gate
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
+from tcal_compiler.runtime.config import ALL_PARTS, INIT_PARTS
 from tcal_compiler.runtime.initialize import (
     OPEN,
+    PARAMETERS,
     closed_form_output_,
     inverse_silu,
     inverse_softplus,
@@ -162,6 +165,36 @@ def test_inits_rank_as_measured_and_touch_only_what_they_may(calibrated):
         assert [r.index for r in reports] == [0, 1] and all(len(r.distance) == H for r in reports)
     assert errors["closed-form"] < 0.8 * min(errors["taylor"], errors["zero-gate"], errors["naive"])
     assert errors["zero-gate"] == pytest.approx(2, rel=1e-4)  # the site is silent
+
+
+def test_a_part_that_is_left_out_is_as_naive_has_it_and_the_later_ones_know(calibrated):
+    _, groups = calibrated
+
+    def made(init: str, *without: str) -> dict[str, torch.Tensor]:
+        fresh = student_of("is_causal", "none", sharp=3.0)
+        initialise(fresh, groups, init=init, without=without, seed=0, batch=2)
+        return {n.removeprefix("tcal_mixers.1."): p.detach() for n, p in fresh.gm.named_parameters()}
+
+    own = {n for names in PARAMETERS.values() for n in names}
+    wo, naive = "blocks.1.attn.out.weight", made("naive")
+    assert own == {n for n in naive if "." not in n or n.split(".")[0].endswith("_proj")}
+    for init, parts in INIT_PARTS.items():
+        whole = made(init)
+        for part in parts:
+            found, left = made(init, part), PARAMETERS[part]
+            assert all(torch.equal(found[n], naive[n]) and not torch.equal(found[n], whole[n]) for n in left), part
+            refit = {"norm", "g_proj.bias"} if part in ("decay", "write-gate") else set()
+            assert all(torch.equal(found[n], whole[n]) for n in own - set(left) - refit), part
+            assert not refit or not torch.equal(found["norm"], whole["norm"]), part
+            assert torch.equal(found[wo], naive[wo]) == (part == "ridge" or init == "taylor")
+    nothing = made("closed-form", *ALL_PARTS)
+    assert all(torch.equal(nothing[n], p) for n, p in naive.items())
+
+
+def test_a_folder_from_before_parts_could_be_left_out_stays_valid():
+    assert Config().initial_values() == {"init": "closed-form", "seed": 0}
+    some = Config(init_without=["ridge", "decay"]).initial_values()
+    assert some == {"init": "closed-form", "seed": 0, "init_without": ["decay", "ridge"]}
 
 
 def test_same_seed_same_bits_and_batch_is_invisible(calibrated):

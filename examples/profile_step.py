@@ -1,0 +1,207 @@
+"""Where the time of a decode step goes, against the bytes that it reads; and what one operator alone can do.
+
+    python examples/profile_step.py --onnx hybrid=run --onnx all=run-all --dtypes fp32 int8 --contexts 128 7900 \
+        --json out.json
+
+--onnx NAME=RUN is a run folder. Every step is timed without ONNX Runtime's profiler and then with it, which makes all
+nodes slower; a part's time is the sum of the medians of its nodes, and its bytes are the weights, caches or states that
+it must read, recurrent states also written. Then single operators, in models of their own whose weights or caches are
+beyond every cache of the processor: a product with one row in float32 and by blocks of 8-bit weights (--widths), and
+GroupQueryAttention behind the longest context with --heads query heads for each number of key heads that divides them,
+beside its two products as MatMul, one row for each query head of a group.
+All on --threads threads; run it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for pages of 2 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from bench_onnx import operators
+from bench_serving import for_contexts
+from bench_variants import read_bandwidth, weight_bytes
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from tcal_compiler.runtime.quantize import WEIGHT_TYPES
+from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.speed import decode_seconds, go_behind
+
+PRODUCTS, ATTENTION, RECURRENCE = ("MatMul", "MatMulNBits", "Gemm"), "GroupQueryAttention", "LinearAttention"
+BLOCKS = (16, 32, 64, 128, 256)  # those that MatMulNBits knows
+BEYOND_CACHES = 120e6  # bytes or more of weights or caches that a timed run goes through
+
+
+def parts(folder: Path, context: int, steps: int, threads: int) -> dict[str, Any]:
+    """A step's time and its parts: milliseconds, number of nodes and the megabytes that they must read."""
+    session = OnnxSession(folder, threads=threads)
+    go_behind(session, context)
+    states, moved = session.state_bytes, session.step_bytes
+    step = decode_seconds(session, steps=steps)
+    del session
+    written = moved - states  # of recurrent states
+    weights = weight_bytes(folder / "model.onnx")
+    reads = {"products": weights, ATTENTION: states - written, RECURRENCE: 2 * written, "other operators": 0}
+    found = {name: {"ms": 0.0, "nodes": 0, "mb": bytes_ / 1e6} for name, bytes_ in reads.items()}
+    for kind, row in operators(folder, context, steps, threads).items():
+        name = "products" if kind in PRODUCTS else kind if kind in found else "other operators"
+        for key in ("ms", "nodes"):
+            found[name][key] += row[key]
+    return {"step_ms": 1e3 * step, "moved_mb": (weights + moved) / 1e6, "parts": found}
+
+
+def session_of(nodes: list[Any], inputs: list[Any], outputs: list[Any], weights: list[Any], threads: int) -> Any:
+    graph = helper.make_graph(nodes, "one", inputs, outputs, [numpy_helper.from_array(a, n) for n, a in weights])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def tensor(name: str, *shape: int, kind: int = TensorProto.FLOAT) -> Any:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def median_seconds(call: Callable[[], Any], count: int = 15) -> float:
+    times = []
+    for _ in range(count + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def product(width: int, out: int, block: int | None, threads: int) -> dict[str, float]:
+    """[1, width] @ [width, out], float32 or (block) of 8-bit weights: microseconds and bytes of one."""
+    rng, weights, nodes = np.random.default_rng(0), [], []
+    one = 4 * width * out if block is None else out * -(-width // block) * (block + 4)
+    count = max(2, round(BEYOND_CACHES / one))
+    for i in range(count):
+        if block is None:
+            weights.append((f"w{i}", rng.standard_normal((width, out), np.float32)))
+            nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
+            continue
+        shape = (out, -(-width // block), block)
+        weights += [(f"w{i}", rng.integers(0, 255, shape, np.uint8)), (f"s{i}", np.ones(shape[:2], np.float32))]
+        options = {"K": width, "N": out, "bits": 8, "block_size": block, "accuracy_level": 4}
+        ends = ["x", f"w{i}", f"s{i}"], [f"y{i}"]
+        nodes.append(helper.make_node("MatMulNBits", *ends, domain="com.microsoft", **options))
+    outputs = [tensor(f"y{i}", 1, 1, out) for i in range(count)]
+    session = session_of(nodes, [tensor("x", 1, 1, width)], outputs, weights, threads)
+    x = rng.standard_normal((1, 1, width), np.float32)
+    seconds = median_seconds(lambda: session.run(None, {"x": x})) / count
+    return {"us": 1e6 * seconds, "gb_s": one / seconds / 1e9}
+
+
+def attention(heads: int, kv_heads: int, dim: int, context: int, threads: int) -> dict[str, float]:
+    """One token behind `context` others: microseconds, and the speed at which caches are read if they are read once."""
+    slots, one = context + 1, 2 * kv_heads * context * dim * 4
+    cache = (1, kv_heads, slots, dim)
+    names = ["q", "k", "v", "past_k", "past_v", "last", "total"]
+    inputs = [tensor("q", 1, 1, heads * dim), *(tensor(n, 1, 1, kv_heads * dim) for n in "kv")]
+    inputs += [tensor("past_k", *cache), tensor("past_v", *cache)]
+    inputs += [tensor("last", 1, kind=TensorProto.INT32), tensor("total", kind=TensorProto.INT32)]
+    outputs = [tensor("o", 1, 1, heads * dim), tensor("new_k", *cache), tensor("new_v", *cache)]
+    options = {"num_heads": heads, "kv_num_heads": kv_heads}
+    node = helper.make_node(ATTENTION, names, ["o", "new_k", "new_v"], domain="com.microsoft", **options)
+    session = session_of([node], inputs, outputs, [], threads)
+    bindings = [bound(session, inputs, cache, context) for _ in range(max(2, round(BEYOND_CACHES / one)))]
+    seconds = median_seconds(lambda: [session.run_with_iobinding(b) for b, _ in bindings]) / len(bindings)
+    return {"us": 1e6 * seconds, "gb_s": one / seconds / 1e9}
+
+
+def grouped(heads: int, kv_heads: int, dim: int, context: int, threads: int) -> dict[str, float]:
+    """The same by two plain products, no softmax: a group's queries are rows of one, so that keys are read once."""
+    rows, one = heads // kv_heads, 2 * kv_heads * context * dim * 4
+    count, rng = max(2, round(BEYOND_CACHES / one)), np.random.default_rng(0)
+    shapes = {"q": (rows, dim), "k": (dim, context), "p": (rows, context), "v": (context, dim)}
+    feeds = {f"{n}{i}": rng.standard_normal((kv_heads, *shapes[n]), np.float32) for n in "qkpv" for i in range(count)}
+    pairs = [(f"{a}{i}", f"{b}{i}", f"{a}{b}{i}") for i in range(count) for a, b in ("qk", "pv")]
+    nodes = [helper.make_node("MatMul", [a, b], [c]) for a, b, c in pairs]
+    outputs = [tensor(c, kv_heads, rows, context if c[0] == "q" else dim) for *_, c in pairs]
+    session = session_of(nodes, [tensor(n, *a.shape) for n, a in feeds.items()], outputs, [], threads)
+    values = {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in feeds.items()}
+    names = [c for *_, c in pairs]
+    seconds = median_seconds(lambda: session.run_with_ort_values(names, values)) / count
+    return {"us": 1e6 * seconds, "gb_s": one / seconds / 1e9}
+
+
+def bound(session: Any, inputs: list[Any], cache: tuple[int, ...], context: int) -> tuple[Any, list[Any]]:
+    """A binding whose caches are written in place, and the memory that it does not own."""
+    rng, binding, kept = np.random.default_rng(0), session.io_binding(), []
+    for name, shape in ((i.name, [d.dim_value for d in i.type.tensor_type.shape.dim]) for i in inputs[:5]):
+        array: NDArray[np.float32] = rng.standard_normal(shape, np.float32)
+        kept.append(ort.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_input(name, kept[-1])
+    binding.bind_cpu_input("last", np.array([context], np.int32))
+    binding.bind_cpu_input("total", np.array(context + 1, np.int32))
+    binding.bind_output("o", "cpu")
+    for name, value in zip(("new_k", "new_v"), kept[-2:], strict=True):
+        binding.bind_ortvalue_output(name, value)
+    return binding, kept
+
+
+def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for width, out in (tuple(map(int, w.split("x"))) for w in args.widths):
+        for block in (None, *BLOCKS):
+            name = f"product {width} x {out}, " + ("float32" if block is None else f"8 bits in blocks of {block}")
+            yield {"name": name} | product(width, out, block, args.threads)
+    for kv_heads in (k for k in range(1, args.heads + 1) if args.heads % k == 0):
+        name = f"{ATTENTION}, {args.heads} query heads on {kv_heads}, behind {max(args.contexts)} tokens"
+        sizes = (args.heads, kv_heads, args.dim, max(args.contexts), args.threads)
+        yield {"name": name} | attention(*sizes)
+        yield {"name": name.replace(ATTENTION, "its products as MatMul")} | grouped(*sizes)
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--onnx", action="append", default=[], metavar="NAME=RUN")
+    p.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", *WEIGHT_TYPES])
+    p.add_argument("--contexts", type=int, nargs="+", default=[128, 7900])
+    p.add_argument("--steps", type=int, default=15)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--widths", nargs="*", default=["576x576", "576x1536", "1536x576", "576x49152"], metavar="INxOUT")
+    p.add_argument("--heads", type=int, default=9)
+    p.add_argument("--dim", type=int, default=64)
+    p.add_argument("--json", type=Path)
+    return p.parse_args()
+
+
+def main() -> None:
+    args = options()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    where = {"machine": platform.machine(), "onnxruntime": ort.__version__, "threads": args.threads}
+    where |= {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"), "commit": commit}
+    body: dict[str, Any] = {"environment": where, "read_gb_s": [read_bandwidth() / 1e9], "step_parts": [], "alone": []}
+    room = max(args.contexts) + args.steps + 1
+    with tempfile.TemporaryDirectory() as work:
+        for name, path in (item.split("=", 1) for item in args.onnx):
+            for dtype in args.dtypes:
+                folder = for_contexts(Path(path) / "onnx", Path(work, f"{name}-{dtype}"), dtype, room)
+                for context in args.contexts:
+                    row = {"name": f"{name} {dtype}", "context": context}
+                    row |= parts(folder, context, args.steps, args.threads)
+                    body["step_parts"].append(row)
+                    print(json.dumps(row), flush=True)
+    for row in alone(args):
+        body["alone"].append(row)
+        print(f"{row['name']:60} {row['us']:8.1f} us {row['gb_s']:6.1f} GB/s", flush=True)
+    body["read_gb_s"].append(read_bandwidth() / 1e9)
+    if args.json:
+        args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
