@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/measure_shards.py [--shard] [--checkpoint-activations]
 
 A Llama with random weights, half of its layers converted, three steps on the CPU with gloo. Per process: the most
-memory while it trained, what it had before, and 4 P' + 20 P, of all of n processes or a part each, for P weights of the
-student and P' of the teacher: weights, best weights, gradients and Adam's two, all float32. Prints one line of JSON.
+memory while it trained, what it had before, both models in it, and what docs/method.md says of it. Prints one line of
+JSON. With glibc set MALLOC_MMAP_THRESHOLD_=262144, or memory that was given back still counts.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def measured(group, options: argparse.Namespace) -> dict[str, object]:
     with Peak(CPU) as peak:
         _, curve = distill(student, ids, counts, train=4, config=config, seed=0, group=group)
     weights, teacher = (sum(p.numel() for p in gm.parameters()) for gm in (student.gm, capture.gm))
+    models, state, parts = 4 * (weights + teacher), 4 * teacher + 20 * weights, group.size
+    formula = max(state / parts, models * (1 + 1 / parts)) if options.shard else state
     return {
         "processes": group.size,
         "shard": options.shard,
@@ -52,7 +54,8 @@ def measured(group, options: argparse.Namespace) -> dict[str, object]:
         "teacher": teacher,
         "before_mb": [round(b / 1e6) for b in group.each(before, CPU)],
         "peak_mb": [round(b / 1e6) for b in group.each(peak.bytes, CPU)],
-        "formula_mb": round((4 * teacher + 20 * weights) / (group.size if options.shard else 1) / 1e6),
+        "models_mb": round(models / 1e6),
+        "formula_mb": round(formula / 1e6),
         "kl": curve[-1]["kl"],
         "torch": torch.__version__,
         "commit": os.environ.get("TCAL_COMMIT", "?"),

@@ -77,7 +77,7 @@ class Shards:
         self.group = group
         self._owners = {n: p for n, p in parameters.items() if id(p) in places}  # others take no part in the graph
         self.shapes = {n: p.shape for n, p in self._owners.items()}
-        _check(self._owners)
+        check_weights(self._owners)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is written into: `segments`
         mesh = init_device_mesh(next(iter(self._owners.values())).device.type, (group.size,))
         modules = [fully_shard(body.get_submodule(n), mesh=mesh) for n in units]
@@ -121,7 +121,7 @@ class Shards:
             p.data = self.whole(name, self.parts[name])
 
 
-def _check(parameters: Mapping[str, nn.Parameter]) -> None:
+def check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises ConfigError for parameters that cannot be cut, or whose parts would not do as float32 masters."""
     for name, p in parameters.items():
         what = None

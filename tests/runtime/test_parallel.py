@@ -15,10 +15,14 @@ import pytest
 import torch
 from command_line import BYTES, SMALL, TINY, done
 from distill_in_parallel import CONFIG, COUNTS, IDS, TRAIN, VARIANTS, start, trained, weights
+from torch import nn
 
-from tcal_compiler.errors import ConfigError
+from tcal_compiler.api import convert
+from tcal_compiler.config import build_config
+from tcal_compiler.errors import ConfigError, TeacherError
 from tcal_compiler.runtime.distill import Distiller
 from tcal_compiler.runtime.parallel import SOLO, Group
+from tcal_compiler.runtime.sharded import check_weights
 
 TESTS = Path(__file__).parent.parent
 
@@ -103,19 +107,24 @@ def test_three_processes_under_torchrun_train_like_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun(tmp_path):
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_the_command_under_torchrun(tmp_path, shard):
     words = ("tcal", "align", TINY, "-o", tmp_path / "one", *BYTES, "--policy", "keep=0", "--align-steps", "2", *SMALL)
     done(*words)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "c.toml").write_text("[distill]\nbatch = 4\nscore_every = 2\ncheckpoint_every = 2\n")
     options = ("--steps", "4", "--config", tmp_path / "c.toml", "--no-export", "--quiet")
     done("tcal", "distill", tmp_path / "one", *options)
+    with (tmp_path / "c.toml").open("a") as file:
+        file.write(f"shard = {shard}\n")
     (tmp_path / "tcal.py").write_text("from tcal_compiler.cli import main\nmain()\n")
     result = launch(tmp_path / "tcal.py", "distill", tmp_path / "two", *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("distillation is complete") == 1
     one, two = (json.loads((tmp_path / n / "tcal.json").read_text())["stages"]["distill"] for n in ("one", "two"))
     assert one["evidence"]["processes"] == 1 and two["evidence"]["processes"] == 2
+    assert str(two["evidence"]["shard"]).lower() == shard
+    assert [len(e["evidence"]["peak_memory"]) for e in (one, two)] == [1, 2]
     assert one["config_hash"] == two["config_hash"]
     for a, b in zip(one["evidence"]["curve"], two["evidence"]["curve"], strict=True):
         assert a["predictions"] == b["predictions"] and a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
@@ -128,6 +137,36 @@ def test_what_processes_cannot_share_is_refused():
         with pytest.raises(ConfigError, match="3 processes") as e:
             Distiller(start(), IDS, COUNTS, train=TRAIN, config=CONFIG.model_copy(update=changes), group=Group(0, 3))
         assert e.value.where == key
+
+
+def test_shards_that_cannot_be_are_refused_before_a_model_is_read(tmp_path):
+    for other in ({"compile": True}, {"hidden": 0.1}):
+        with pytest.raises(ConfigError, match=f"both shard and {next(iter(other))}"):
+            build_config({"distill": {"steps": 1, "shard": True, **other}}, "test")
+    config = build_config({"distill": {"steps": 1, "shard": True}}, "test")
+    with pytest.raises(ConfigError, match="torchrun") as e:
+        convert("no such teacher", out=tmp_path / "run", config=config)
+    assert e.value.where == "distill.shard"
+    with pytest.raises(TeacherError):  # nothing is distilled
+        convert("no such teacher", out=tmp_path / "run", config=config, until="align")
+
+
+@pytest.mark.parametrize(
+    ("weight", "what"),
+    [
+        (nn.Parameter(torch.ones(())), "single number"),
+        (nn.Parameter(torch.ones(3, 2).t()), "contiguous"),
+        (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), "bfloat16"),
+    ],
+)
+def test_weights_that_cannot_be_cut_are_refused(weight, what):
+    check_weights({"fine": nn.Parameter(torch.ones(1, dtype=torch.bfloat16), requires_grad=False)})
+    with pytest.raises(ConfigError, match=f"gain .*{what}"):
+        check_weights({"gain": weight})
+
+
+def test_a_run_may_go_on_with_other_processes():
+    assert CONFIG.settings() == CONFIG.model_copy(update={"shard": True}).settings()
 
 
 def test_shares_are_disjoint_and_whole():
