@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -86,9 +87,12 @@ class _Bucket:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
         self.missing = self.expected = 0
-        sizes = [p.numel() for p in parameters]
-        self._flat = torch.zeros(sum(sizes), device=parameters[0].device)
-        self.sums = [v.view_as(p) for v, p in zip(self._flat.split(sizes), parameters, strict=True)]
+        ends = list(accumulate((p.numel() for p in parameters), initial=0))
+        self._flat = torch.zeros(ends[-1], device=parameters[0].device)
+        self.sums = [  # with the strides of the optimiser's state
+            self._flat.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), end)
+            for p, end in zip(parameters, ends, strict=False)
+        ]
         self._work: dist.Work | None = None
 
     @torch.no_grad()

@@ -59,7 +59,7 @@ def segments(gm: GraphModule, cuts: Collection[str], option: str) -> GraphModule
                 what = f"{option}: {node.name} writes into {base.name}, which another part computes"
                 raise StageError("distill", what, f"distill.{option} = false")
     parts = split_module(gm, gm, segment.__getitem__, keep_original_order=True)
-    parts.meta["partition_names"] = {str(n.target) for n in parts.graph.nodes if n.op == "call_module"}  # older torch: none
+    parts.meta["partition_names"] = {str(n.target) for n in parts.graph.nodes if n.op == "call_module"}
     return parts
 
 

@@ -21,7 +21,7 @@ from tcal_compiler.api import convert
 from tcal_compiler.config import build_config
 from tcal_compiler.errors import ConfigError, TeacherError
 from tcal_compiler.runtime.distill import Distiller
-from tcal_compiler.runtime.parallel import SOLO, Group
+from tcal_compiler.runtime.parallel import SOLO, Group, _Bucket
 from tcal_compiler.runtime.sharded import check_weights
 
 TESTS = Path(__file__).parent.parent
@@ -167,6 +167,17 @@ def test_weights_that_cannot_be_cut_are_refused(weight, what):
 
 def test_a_run_may_go_on_with_other_processes():
     assert CONFIG.settings() == CONFIG.model_copy(update={"shard": True}).settings()
+
+
+def test_sums_have_the_strides_of_their_parameters():
+    parameters = [
+        nn.Parameter(t) for t in (torch.ones(2), torch.ones(3, 2).t(), torch.ones(4, 4)[:, :2], torch.ones(()))
+    ]
+    sums = _Bucket(parameters).sums
+    for number, (v, p) in enumerate(zip(sums, parameters, strict=True)):
+        assert v.shape == p.shape and v.stride() == torch.zeros_like(p).stride()
+        v.fill_(number)
+    assert all(bool((v == number).all()) for number, v in enumerate(sums))
 
 
 def test_shares_are_disjoint_and_whole():
