@@ -59,6 +59,7 @@ class Setting:
     stages: int  # of the loops that load tiles ahead; each costs shared memory
     warps: int  # of the walks
     pair_warps: int  # of the gradients
+    pair_columns: int  # value columns that these take at a time
     solve_warps: int
     solve_keys: int  # key columns that one product of the solve takes
     read_columns: int  # value columns of one program of the walk that reads the outputs, and of the ends before it
@@ -70,7 +71,7 @@ class Setting:
         """The constexpr arguments that the kernels of the gradients share."""
         types = dict(DOT=self.dot, GATE=self.gate, PRECISION=self.precision)
         return dict(
-            C=CHUNK, BK=columns, BV=self.value_block, num_warps=self.pair_warps, num_stages=self.stages, **types
+            C=CHUNK, BK=columns, BV=self.pair_columns, num_warps=self.pair_warps, num_stages=self.stages, **types
         )
 
 
@@ -105,6 +106,7 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         stages=2 if key_block <= 128 else 1,
         warps=4,
         pair_warps=4,
+        pair_columns=value_columns,
         solve_warps=1 if narrow else 4,
         solve_keys=16 if narrow else min(32, key_block),
         read_columns=value_columns,

@@ -125,21 +125,25 @@ def test_tiles():
     args = draw((2, 2, 2, 1, 24, 40), torch.float32, normalize=False, normed=False)
     for tile in tiles(24, 40, whole=False):
         check(triton_step(args, scale=SCALE, tile=tile), args, scale=SCALE)
+    args = draw((3, 1, 2, 1, 24, 40), torch.float32, normalize=False, normed=False)
+    check(triton_step(args, scale=SCALE, tile=Tile(32, 16, 1, turns=1)), args, scale=SCALE)
 
 
 @interpreted
 @pytest.mark.parametrize(("fields", "dtype"), [
     ({"apart": 1, "BV": 16, "streams": 1}, torch.bfloat16), ({"apart": 1}, torch.float32),
-    ({"num_warps": 4, "maxnreg": 168}, torch.float32),
+    ({"num_warps": 4, "maxnreg": 168}, torch.float32), ({"turns": 1, "stages": 3}, torch.float32),
+    ({"apart": 1, "BV": 16, "turns": 1, "norm_rows": 2}, torch.bfloat16),
 ], ids=str)  # fmt: skip
 def test_measured_fields_in_the_interpreter(fields, dtype, monkeypatch):
-    """The norm in a launch of its own, or in another tile, over odd sizes and groups, is the same step."""
+    """The norm in a launch of its own, in another tile, or states that a program takes in turn, over odd sizes and
+    groups, are the same step."""
     from tcal_compiler.kernels.gated_delta_step import triton_kernel
 
     monkeypatch.setattr(triton_kernel, "tuned", lambda op, *_: fields if op == "gated_delta_step with norm" else {})
     monkeypatch.setattr(triton_kernel, "ENOUGH_PROGRAMS", 1)
     given: dict[str, Any] = dict(scale=SCALE, normalize=True, eps=1e-3)
-    for shape in ((2, 3, 4, 2, 24, 40), (1, 1, 3, 3, 8, 17)):
+    for shape in ((2, 3, 4, 2, 24, 40), (1, 1, 3, 3, 8, 17), (2, 1, 4, 2, 24, 40)):
         args = draw(shape, dtype, normalize=True, normed=True)
         check(triton_step(args, **given), args, **given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,8 @@ import triton
 from test_triton_rule import results
 from triton import language as tl
 
+from tcal_compiler.kernels import self_check
+from tcal_compiler.kernels.gated_delta_rule import dispatch as rule
 from tcal_compiler.kernels.gated_delta_rule import triton_backward, triton_forward, triton_walk
 from tcal_compiler.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked
 from tcal_compiler.kernels.gated_delta_rule.chunked_backward import gated_delta_rule_chunked_backward
@@ -142,18 +145,35 @@ SHAPES = [  # shape, decay
 ]
 
 
+@contextmanager
+def torch_takes_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "decay"), SHAPES, ids=str)
 def test_errors_are_those_of_plain_pytorch_on_the_gpu(shape, decay):
     args = make_args(shape, torch.float32, decay=decay)
-    given = [x.cuda() for x in args]
     usual = results(args, device="cuda")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with torch_takes_tf32():
         actual = results(args, device="cuda")
-        plain = plain_results(given)
-    finally:
-        torch.set_float32_matmul_precision(before)
+        plain = plain_results([x.cuda() for x in args])
     assert not torch.equal(actual["o"], usual["o"])
     assert_as_good_as_plain(args, actual, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_is_proved_on_the_gpu(dim):
+    with torch_takes_tf32(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for op_name, check in (
+            ("gated_delta_rule", rule.self_check),
+            ("packed gated_delta_rule", rule.packed_self_check),
+        ):
+            assert self_check.proved(op_name, check, 0, torch.float32, dim, dim, tf32=True)

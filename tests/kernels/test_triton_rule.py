@@ -80,6 +80,21 @@ def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_columns_of_a_table_in_the_interpreter(monkeypatch):
+    """The gradients take fewer value columns at a time than the walks, and key columns in parts."""
+    from tcal_compiler.kernels.gated_delta_rule import triton_tiles
+
+    monkeypatch.setattr(triton_tiles, "tuned", lambda *_: {"value_block": 32, "pair_columns": 16, "key_part": 16})
+    args = make_args((1, 70, 2, 1, 24, 40), torch.float32, decay=0.3)
+    with interpreter_or_skip():
+        actual = results(args, device="cpu")
+    exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
+    for name, x in actual.items():
+        assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=3)
+
+
+@interpreted
 @pytest.mark.parametrize("file", ["triton_backward", "triton_solve", "triton_walk", "triton_walk_back"])
 def test_kernels_are_compiled_for_no_count(file):
     """Of the integers that a launch takes, only the head dims have a say in what is compiled."""
