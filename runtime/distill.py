@@ -78,7 +78,7 @@ class Distiller:
             chosen = p.is_floating_point() and (part is None or id(p) in part)
             if chosen:
                 self.params[name] = p
-            p.requires_grad_(chosen)
+            p.requires_grad_(chosen).grad = None
         group.follow_(p.detach() for p in student.gm.parameters())
         kinds = self._kinds(sites)
         self.shards = self._shards() if config.shard else None
