@@ -185,6 +185,11 @@ class DistillConfig(TrainConfig):
         description="training steps run both models, up to their last linear maps, through torch.compile: faster on a "
         "GPU, after minutes of compiling; numbers within rounding",
     )
+    shard: bool = Field(
+        False,
+        description="with several processes: each keeps its part of weights, masters and optimiser state (FSDP2), "
+        "instead of all; less memory, the same numbers within rounding",
+    )
     patience: int | None = Field(
         None, ge=1, description="scores in a row without a better one after which training stops early; default: never"
     )
@@ -203,11 +208,17 @@ class DistillConfig(TrainConfig):
             raise ValueError("both steps and tokens are given")
         if self.compile and self.checkpoint_activations:
             raise ValueError("both compile and checkpoint_activations are given")
+        if self.shard and (self.compile or self.hidden):
+            raise ValueError(f"both shard and {'compile' if self.compile else 'hidden'} are given")
         return self
 
     @property
     def active(self) -> bool:
         return bool(self.steps or self.tokens)
+
+    def settings(self) -> dict[str, object]:
+        """As of TrainConfig, but shard: like the number of processes, it may change when a stopped run goes on."""
+        return {k: v for k, v in super().settings().items() if k != "shard"}
 
     def cuts(self, step: int) -> bool:
         """Whether step `step`, from 0, cuts its sequences: evenly spread over the steps."""

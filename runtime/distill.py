@@ -14,51 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tcal_compiler.errors import ConfigError, StageError
+from tcal_compiler.errors import StageError
 from tcal_compiler.passes.rewrite_gdn import MIXERS
 from tcal_compiler.passes.site_program import tap_graph
-from tcal_compiler.passes.types import AttentionSite, Plan
+from tcal_compiler.passes.types import AttentionSite
 
 from .config import DistillConfig
+from .distill_checks import check_group, check_short, check_train
 from .divergence import Objective
 from .logits import SUMS, Losses, SplitModel, compare, compiled, in_bfloat16, split_model
-from .parallel import SOLO, Group
+from .parallel import SOLO, Gradients, Group
 from .recompute import recompute_between
+from .sharded import Shards
 from .student import Student
 from .training import Save, TrainState, batch_indices, learning_rate, products_for
 from .weights import site_names
 
 HINT = "lower distill.lr_gdn and distill.lr_other in --config FILE"
-
-
-def check_train(config: DistillConfig, plan: Plan) -> None:
-    """Raises ConfigError when the part to train is empty."""
-    if config.active and config.train == "attention" and not plan.keep:
-        what = f'is "attention", but the plan keeps no softmax site: {len(plan.convert)} are converted'
-        raise ConfigError("distill.train", what, '"all" or "gdn", or a policy that keeps some')
-
-
-def check_group(group: Group, config: DistillConfig, train: int) -> None:
-    """Raises ConfigError when the steps cannot be shared by the processes."""
-    if group.size == 1:
-        return
-    if min(config.batch, train) < group.size:
-        what = f"a step of {min(config.batch, train)} sequences cannot be shared by {group.size} processes"
-        raise ConfigError("distill.batch", what, "a larger distill.batch, or fewer processes")
-    if config.hidden:
-        what = f"is {config.hidden:g}, but with {group.size} processes there is no such term"
-        raise ConfigError("distill.hidden", what, "0, or one process")
-
-
-def check_short(config: DistillConfig, length: int) -> None:
-    """Raises ConfigError when sequences of so many tokens cannot be cut into pieces of distill.short_length."""
-    short = config.short_length
-    if not config.active or short is None or (short < length and length % short == 0):
-        return
-    fit = [n for n in range(8, length // 2 + 1) if length % n == 0]
-    near = f"{min(fit, key=lambda n: abs(n - short))}, or " if fit else ""
-    what = f"is {short}, which does not cut sequences of {length} tokens (calib.length) into equal pieces"
-    raise ConfigError("distill.short_length", what, f"{near}a calib.length that is a multiple of it")
 
 
 def cut(ids: Tensor, counts: Tensor, length: int, start: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -96,7 +68,6 @@ class Distiller:
         self.device = next(student.gm.parameters()).device
         taps = [s.y for s in student.converted] if config.hidden else []
         self.scored = split_model(student.gm, taps), split_model(student.capture.gm, taps)
-        self.trained = self._training_models()
         check_train(config, student.plan)
         check_short(config, ids.shape[1])
         check_group(group, config, train)
@@ -107,18 +78,31 @@ class Distiller:
             chosen = p.is_floating_point() and (part is None or id(p) in part)
             if chosen:
                 self.params[name] = p
-            p.requires_grad_(chosen)
+            p.requires_grad_(chosen).grad = None
         group.follow_(p.detach() for p in student.gm.parameters())
-        self.masters = {n: p.detach().float() for n, p in self.params.items()}  # of a float32 one: its own memory
+        kinds = self._kinds(sites)
+        self.shards = self._shards() if config.shard else None
+        self.trained = self._training_models()
+        parts = self.shards[0].parts if self.shards else {}
+        self.held = {n: parts.get(n, p.detach()) for n, p in self.params.items()}  # what the student computes with
+        self.masters = {n: t.float() for n, t in self.held.items()}  # of a float32 one: its own memory
+        self.rounded = any(t.dtype != torch.float32 for t in self.held.values())
+        head = self.scored[0].head
+        late = () if head is None else head.parameters()
+        self.gradients = self.shards[0] if self.shards else Gradients(self.params, group, late=late)
         self.best = {n: m.clone() for n, m in self.masters.items()}
         self.best_score, self.predictions = math.inf, 0
-        self.optimizer = torch.optim.AdamW(self._groups(sites), fused=self.device.type == "cuda")
+        groups = [
+            {"params": [self.masters[n] for n in names], "lr": rate, "weight_decay": decay}
+            for (rate, decay), names in kinds.items()
+        ]
+        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda")
         self.peaks = [g["lr"] for g in self.optimizer.param_groups]
 
     def _training_models(self) -> tuple[SplitModel, SplitModel]:
         """Student and teacher as training steps run them."""
         (student, teacher), c = self.scored, self.config
-        if c.checkpoint_activations:
+        if c.checkpoint_activations and not self.shards:
             assert isinstance(student.body, GraphModule)
             student = replace(student, body=recompute_between(student.body, [s.y for s in self.student.sites]))
         if c.compile:
@@ -127,14 +111,25 @@ class Distiller:
             student = in_bfloat16(student, "student")
         return student, in_bfloat16(teacher, "teacher") if c.teacher_dtype == "bfloat16" else teacher
 
-    def _groups(self, sites: set[int]) -> list[dict[str, object]]:
+    def _shards(self) -> tuple[Shards, Shards]:
+        """Student and teacher in parts; their graphs have no weights from now on, until `finish`."""
+        graphs, cuts = (self.student.gm, self.student.capture.gm), [s.y for s in self.student.sites]
+        again = (self.config.checkpoint_activations, False)
+        student, teacher = (
+            Shards(split, dict(gm.named_parameters()), cuts=cuts, group=self.group, recompute=r)
+            for split, gm, r in zip(self.scored, graphs, again, strict=True)
+        )
+        self.scored = student.model, teacher.model
+        return student, teacher
+
+    def _kinds(self, sites: set[int]) -> dict[tuple[float, float], list[str]]:
         """Parameters by learning rate and weight decay: only the teacher's matrices decay."""
-        kinds: dict[tuple[float, float], list[Tensor]] = {}
+        kinds: dict[tuple[float, float], list[str]] = {}
         for n, p in self.params.items():
             rate = self.config.lr_gdn if id(p) in sites else self.config.lr_other
             decay = self.config.weight_decay if p.dim() > 1 and not n.startswith(f"{MIXERS}.") else 0.0
-            kinds.setdefault((rate, decay), []).append(self.masters[n])
-        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in kinds.items()]
+            kinds.setdefault((rate, decay), []).append(n)
+        return kinds
 
     def _rows(self, index: Tensor, short: bool) -> tuple[Tensor, Tensor]:
         """Sequences `index` and their counts, or the pieces that a short step cuts them into."""
@@ -151,16 +146,16 @@ class Distiller:
         """
         if self.group.size == 1:
             return self._compare_own(self._rows(index, short), train, None)
-        mine, total = self.group.part(index), int(self._rows(index, short)[1].sum())
-        losses = self._compare_own(self._rows(mine, short), train, total) if len(mine) else Losses.none(self.device)
-        count = torch.tensor(losses.count, device=self.device)
-        sums = torch.stack([*(getattr(losses, n).double() for n in SUMS), count.double()])
+        total, mine = int(self._rows(index, short)[1].sum()), self.group.part(index)
+        ids, counts = self._rows(mine if len(mine) else index[:1], short)  # all have to run a model that is sharded
+        losses = self._compare_own((ids, counts if len(mine) else torch.zeros_like(counts)), train, total)
+        sums = torch.stack([getattr(losses, n).double() for n in SUMS])
         self.group.sum_([sums])
-        return Losses(**dict(zip(SUMS, sums, strict=False)), count=int(sums[-1]))
+        return Losses(**dict(zip(SUMS, sums, strict=True)), count=total)
 
     def _compare_own(self, rows: tuple[Tensor, Tensor], train: bool, total: int | None) -> Losses:
         (ids, counts), c = (r.to(self.device) for r in rows), self.config
-        return compare(
+        losses = compare(
             *(self.trained if train else self.scored),
             self.student.capture.inputs(ids),
             counts,
@@ -169,6 +164,9 @@ class Distiller:
             backward=train,
             total=total,
         )
+        for shards in self.shards or ():
+            shards.reset()
+        return losses
 
     def step(self, step: int, index: Tensor) -> float:
         """One optimiser step; returns the mean divergence before it, at the training temperature.
@@ -177,29 +175,36 @@ class Distiller:
         """
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * learning_rate(step, self.config)
-        for p in self.params.values():
-            p.grad = None
         losses = self._compare(index, train=True, short=self.config.cuts(step))
-        missing = torch.tensor([p.grad is None for p in self.params.values()], dtype=torch.int64, device=self.device)
-        self.group.sum_([missing])
-        for (n, p), absent in zip(self.params.items(), missing.tolist(), strict=True):
-            here = torch.zeros_like(p) if p.grad is None else p.grad
-            self.masters[n].grad = None if absent == self.group.size else here.float()
-            p.grad = None
-        self.group.sum_(m.grad for m in self.masters.values() if m.grad is not None)
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
+        for n, gradient in self.gradients.take().items():
+            if n in self.masters:
+                self.masters[n].grad = gradient
+        norm = self._clip()
         loss = losses.means()["divergence"]
         if not math.isfinite(loss) or not bool(norm.isfinite()):
             what = f"step {step + 1}: {self.config.divergence} {loss:.4g}, gradient norm {norm.item():.4g}: not finite"
             raise StageError(self._place(index), what, HINT)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # frees the memory for the next backward pass
         self.write(self.masters)
         self.predictions += losses.count
         return loss
 
     @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """Scales all gradients alike so that their norm is config.clip at most; returns the norm before."""
+        norm = nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        if self.shards:
+            square = norm.square()
+            self.group.sum_([square])
+            norm = square.sqrt()
+        nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.clip, norm)
+        return norm
+
+    @torch.no_grad()
     def _place(self, index: Tensor) -> str:
         """The stage, and the first attention site whose output for one of the sequences is not finite, if any."""
+        self.restore()
         sites = sorted(self.student.sites, key=lambda s: s.index)
         taps = tap_graph(self.student.gm, [s.y for s in sites])
         for i in index:
@@ -228,20 +233,48 @@ class Distiller:
 
     @torch.no_grad()
     def write(self, values: dict[str, Tensor]) -> None:
-        """Sets the student's parameters, in the dtype that they have."""
-        for n, p in self.params.items():
-            p.copy_(values[n])
+        """Sets the weights that the student computes with, in the dtype that they have."""
+        if values is self.masters and not self.rounded:
+            return  # it computes with them
+        for n, t in self.held.items():
+            t.copy_(values[n])
+
+    def restore(self) -> None:
+        """Puts sharded weights together again, in the graphs of student and teacher. All processes have to call it."""
+        for shards in self.shards or ():
+            shards.restore()
+
+    def finish(self) -> None:
+        """Leaves the best weights in the student. It cannot be trained on."""
+        self.write(self.best)
+        self.optimizer.state.clear()
+        self.best.clear()  # before the whole weights need the room
+        self.restore()
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """A master, or what has its shape, as the first process writes it; sharded ones are in its memory alone."""
+        if not self.shards or name not in self.shards[0].parts:
+            return part
+        whole = self.shards[0].whole(name, part)
+        return whole.cpu() if self.group.rank == 0 else whole[:0].clone()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that decides later steps, as plain tensors. Raises StageError when a weight is not finite."""
-        for n, m in self.masters.items():
-            if not bool(m.isfinite().all()):
+        """Everything that decides later steps, as plain tensors; of sharded weights in the first process alone.
+
+        All processes have to call it. Raises StageError when a weight is not finite.
+        """
+        bad = torch.stack([m.isfinite().logical_not().any() for m in self.masters.values()]).float()
+        self.group.sum_([bad])
+        for n, there in zip(self.masters, bad.tolist(), strict=True):
+            if there:
                 raise StageError("distill", f"{n} is not finite", HINT)
-        out = {f"param.{n}": m for n, m in self.masters.items()} | {f"best.{n}": b for n, b in self.best.items()}
+        out: dict[str, Tensor] = {}
+        for n, m in self.masters.items():
+            out[f"param.{n}"], out[f"best.{n}"] = self._whole(n, m), self._whole(n, self.best[n])
+            for k, v in self.optimizer.state.get(m, {}).items():
+                out[f"optimizer.{k}.{n}"] = self._whole(n, v) if v.dim() else v
         out["best_score"] = torch.tensor(self.best_score, dtype=torch.float64)
         out["predictions"] = torch.tensor(self.predictions)
-        for n, m in self.masters.items():
-            out |= {f"optimizer.{k}.{n}": v for k, v in self.optimizer.state.get(m, {}).items()}
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -252,14 +285,19 @@ class Distiller:
                 raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}")
             return tensors[name]
 
+        def part(kind: str, name: str) -> Tensor:
+            if not self.shards or name not in self.shards[0].parts:
+                return take(f"{kind}.{name}", self.masters[name].shape)
+            return self.shards[0].part(name, take(f"{kind}.{name}", self.shards[0].shapes[name]))
+
         none = torch.Size()
         self.best_score, self.predictions = take("best_score", none).item(), int(take("predictions", none).item())
         for n, m in self.masters.items():
-            m.copy_(take(f"param.{n}", m.shape))
-            self.best[n].copy_(take(f"best.{n}", m.shape))
+            m.copy_(part("param", n))
+            self.best[n].copy_(part("best", n))
             if f"optimizer.step.{n}" in tensors:
-                shapes = {"step": none, "exp_avg": m.shape, "exp_avg_sq": m.shape}
-                slots = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
+                slots = {"step": take(f"optimizer.step.{n}", none)}
+                slots |= {k: part(f"optimizer.{k}", n) for k in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[m] = {k: v.to(self.device, copy=True) for k, v in slots.items()}
         self.write(self.masters)
 
@@ -306,7 +344,11 @@ def distill(
         raise StageError("distill", what, "a larger calib.holdout, or a longer calibration text")
     trainer = Distiller(student, ids, counts, train=train, config=config, group=group, start=start)
     with products_for(trainer.device):
-        curve = _run(trainer, seed, resume, save, progress)
+        try:
+            curve = _run(trainer, seed, resume, save, progress)
+        finally:
+            if isinstance(trainer.gradients, Gradients):
+                trainer.gradients.close()
     return replace(student, stage="distilled"), curve
 
 
@@ -339,8 +381,9 @@ def _run(
         state.step = done
         if save and config.saves_after(done):
             state.tensors = trainer.state()
-            save(state)
+            if trainer.group.rank == 0:
+                save(state)
         if progress:
             progress(done, config.steps, loss)
-    trainer.write(trainer.best)
+    trainer.finish()
     return state.curve

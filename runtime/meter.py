@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import psutil
+import torch
 
 INTERVAL = 0.005  # seconds between looks at the memory where there is no high-water mark
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -73,6 +74,26 @@ class Meter:
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL):
             self.peak = max(self.peak, psutil.Process().memory_info().rss)
+
+
+class Peak:
+    """`with Peak(device) as p:`, then p.bytes: on CUDA the most that tensors took on the device, else as Meter's."""
+
+    bytes: int
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._meter = device, Meter()
+
+    def __enter__(self) -> Peak:
+        self._meter.__enter__()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._meter.__exit__(*error)
+        cuda = self.device.type == "cuda"
+        self.bytes = torch.cuda.max_memory_allocated(self.device) if cuda else self._meter.peak
 
 
 def _look(meters: list[Meter]) -> bool:

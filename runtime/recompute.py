@@ -33,6 +33,20 @@ def recompute_between(gm: GraphModule, cuts: Collection[str]) -> GraphModule:
 
     Raises StageError when the graph writes into a value of another segment: doing so twice is not doing it once.
     """
+    parts = segments(gm, cuts, "checkpoint_activations")
+    for name in parts.meta["partition_names"]:
+        setattr(parts, name, Recomputed(parts.get_submodule(name)))
+    return parts
+
+
+def segments(gm: GraphModule, cuts: Collection[str], option: str) -> GraphModule:
+    """The same function, with a submodule for each segment, which ends at a named node.
+
+    Its names are in meta["partition_names"]; gm's parameters are handed to them as arguments, those of gm's modules are
+    shared. option: the key of [distill] that asks for it.
+
+    Raises StageError when the graph writes into a value of another segment.
+    """
     segment: dict[Node, int] = {}
     number = 0
     for node in gm.graph.nodes:
@@ -42,11 +56,10 @@ def recompute_between(gm: GraphModule, cuts: Collection[str]) -> GraphModule:
     for node in filter(is_mutation, gm.graph.nodes):
         for base in _written(node):
             if segment.get(base) != segment[node]:
-                what = f"checkpoint_activations: {node.name} writes into {base.name}, which another part computes"
-                raise StageError("distill", what, "distill.checkpoint_activations = false")
+                what = f"{option}: {node.name} writes into {base.name}, which another part computes"
+                raise StageError("distill", what, f"distill.{option} = false")
     parts = split_module(gm, gm, segment.__getitem__, keep_original_order=True)
-    for name in parts.meta["partition_names"]:
-        setattr(parts, name, Recomputed(parts.get_submodule(name)))
+    parts.meta["partition_names"] = {str(n.target) for n in parts.graph.nodes if n.op == "call_module"}
     return parts
 
 

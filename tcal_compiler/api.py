@@ -21,9 +21,11 @@ from .passes.types import Plan
 from .progress import Progress
 from .recorded import reading
 from .report import PLOTS_HINT, can_plot, render_report
+from .runtime.distill_checks import check_processes
 from .runtime.manifest import TeacherRecord, package_version
 from .runtime.memory import is_out_of_memory, out_of_memory_error
 from .runtime.onnx_export import check_supported
+from .runtime.parallel import current
 from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.sources import CalibrationText
@@ -84,6 +86,8 @@ def prepare(
     """Checks everything that a conversion is given, and reads it; writes nothing. Raises TcalError for bad input."""
     if until not in STAGES:
         raise ConfigError("until", f"unknown stage {until!r}", f"stages are {', '.join(STAGES)}")
+    if STAGES.index(until) >= STAGES.index("distill"):
+        check_processes(current(), config.distill)
     check_names(config.calib.text, teacher=teacher, tokenizer=tokenizer, out=out)
     place, calib = check_device(device), config.calib
     text = CalibrationText.of(calib.text, default=CALIBRATION_TEXT, repeats=calib.repeats)

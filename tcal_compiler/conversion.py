@@ -25,7 +25,7 @@ from .progress import Parts, Progress
 from .resume import resuming
 from .runtime.align import align, levelled_off
 from .runtime.calibrate import half_lives, initialise
-from .runtime.distill import check_short, check_train
+from .runtime.distill_checks import check_short, check_train
 from .runtime.onnx_export import context_length, export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program

@@ -18,6 +18,7 @@ from .passes.types import Check
 from .resume import resuming
 from .runtime.distill import distill, stopped_at
 from .runtime.flops import device_peak, distillation_flops
+from .runtime.meter import Peak
 from .runtime.parallel import current
 from .runtime.run_folder import RunFolder
 from .runtime.token_cache import cached_rows
@@ -109,7 +110,8 @@ def distill_stage(work: Conversion) -> None:
         clock = StepClock(
             work.progress.bar("distillation", tokens=tokens, utilisation=utilisation, loss_name=config.divergence)
         )
-        with resuming(stage, work.progress, config.steps) as (resume, save):
+        peak = Peak(work.device)
+        with peak, resuming(stage, work.progress, config.steps) as (resume, save):
             started, begun = time.monotonic(), resume.step if resume else 0
             _, curve = distill(
                 work.student,
@@ -137,6 +139,8 @@ def distill_stage(work: Conversion) -> None:
             "steps": config.steps,
             "stopped_at": stopped,
             "processes": group.size,
+            "shard": config.shard,
+            "peak_memory": group.each(peak.bytes, work.device),
             "speed": _speed(work, tokens, seconds, clock.median(), utilisation),
         }
         if stopped is not None:

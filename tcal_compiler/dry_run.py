@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, scored_by
 from .passes.types import Plan, SiteScan
 from .progress import Parts, Progress, clock
-from .runtime.distill import check_short, check_train
+from .runtime.distill_checks import check_short, check_train
 from .runtime.meter import Meter, Time
 from .runtime.step_seconds import policy_seconds
 from .trial import StageCost, Trial

@@ -1,7 +1,8 @@
-"""What every process of test_parallel runs under torchrun, and what that test runs alone: one small distillation."""
+"""What each of several processes of test_parallel runs, and what that test runs alone: small distillations."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -14,14 +15,30 @@ from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.parallel import SOLO, Group, joined
 from tcal_compiler.runtime.student import Student
+from tcal_compiler.runtime.training import TrainState
 
 TRAIN = 6
 IDS = example_ids(TRAIN + 4, 20, VOCAB, seed=1)
 COUNTS = torch.ones(TRAIN + 4, 19, dtype=torch.bool)
 COUNTS[2, 11:] = False
 CONFIG = DistillConfig(
-    steps=4, batch=3, warmup=2, lr_gdn=3e-3, lr_other=1e-3, score_every=2, chunk=16, cross_entropy=0.2, divergence="js"
+    steps=4,
+    batch=3,
+    warmup=2,
+    lr_gdn=3e-3,
+    lr_other=1e-3,
+    score_every=2,
+    checkpoint_every=2,
+    chunk=16,
+    cross_entropy=0.2,
+    divergence="js",
 )
+VARIANTS: dict[str, dict[str, object]] = {
+    "replicated": {},
+    "sharded": {"shard": True},
+    "sharded, recomputed": {"shard": True, "checkpoint_activations": True, "short_length": 10},
+    "sharded, gdn": {"shard": True, "train": "gdn", "student_dtype": "bfloat16", "teacher_dtype": "bfloat16"},
+}
 
 
 def start() -> Student:
@@ -35,19 +52,26 @@ def weights(student: Student) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in student.gm.named_parameters()}
 
 
-def trained(student: Student, group: Group = SOLO) -> dict[str, object]:
-    curve = distill(student, IDS, COUNTS, train=TRAIN, config=CONFIG, seed=3, group=group)[1]
-    return {"curve": curve, "weights": weights(student)}
+def trained(group: Group, resume: TrainState | None = None, apart: float = 0.0, **changes: object) -> dict[str, object]:
+    """Curve, weights and the last checkpoint. apart: is added to the weights first."""
+    student, saved = start(), list[TrainState]()
+    teacher = {n: p.clone() for n, p in student.capture.gm.named_parameters()}
+    with torch.no_grad():
+        for p in student.gm.parameters():
+            p.add_(apart)
+    config = CONFIG.model_copy(update=changes)
+    options = {"resume": copy.deepcopy(resume), "save": lambda s: saved.append(copy.deepcopy(s)), "group": group}
+    curve = distill(student, IDS, COUNTS, train=TRAIN, config=config, seed=3, **options)[1]
+    assert all(torch.equal(p, teacher[n]) for n, p in student.capture.gm.named_parameters())
+    return {"curve": curve, "weights": weights(student), "saved": saved[-1] if saved else None}
 
 
 def main() -> None:
     with joined(torch.device("cpu")) as group:
-        student = start()
-        if group.rank:  # it has to take the weights of process 0
-            with torch.no_grad():
-                for p in student.gm.parameters():
-                    p.add_(0.1)
-        torch.save(trained(student, group), Path(sys.argv[1]) / f"{group.rank}.pt")
+        apart = 0.1 * group.rank  # the second process has to take the weights of the first
+        found = {name: trained(group, apart=apart, **changes) for name, changes in VARIANTS.items()}
+        found["sharded, resumed"] = trained(group, trained(SOLO)["saved"], shard=True)
+        torch.save(found, Path(sys.argv[1]) / f"{group.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.runtime.logits import split_model
-from tcal_compiler.runtime.recompute import recompute_between
+from tcal_compiler.runtime.recompute import recompute_between, segments
 from tcal_compiler.runtime.student import Student, make_student
 
 IDS = example_ids(2, 33, VOCAB, seed=2)
@@ -112,3 +112,6 @@ def test_writing_across_a_cut_is_refused(where):
     with pytest.raises(StageError, match="writes into") as e:
         split()
     assert "checkpoint_activations = false" in e.value.hint
+    with pytest.raises(StageError, match=r"shard: .* writes into") as e:
+        segments(gm, [cut], "shard")
+    assert "shard = false" in e.value.hint

@@ -1,0 +1,81 @@
+"""Memory of each process of a small distillation, with all weights in each or with a part in each (distill.shard).
+
+    torchrun --nproc-per-node 2 examples/measure_shards.py [--shard] [--checkpoint-activations]
+
+A Llama with random weights, half of its layers converted, three steps on the CPU with gloo. Per process: the most
+memory while it trained, what it had before, both models in it, and what docs/method.md says of it. Prints one line of
+JSON. With glibc set MALLOC_MMAP_THRESHOLD_=262144, or memory that was given back still counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+import psutil
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.runtime.config import DistillConfig
+from tcal_compiler.runtime.distill import distill
+from tcal_compiler.runtime.live import capture_live
+from tcal_compiler.runtime.meter import Peak
+from tcal_compiler.runtime.parallel import SOLO, joined, launched
+from tcal_compiler.runtime.student import make_student
+
+SIZES = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, vocab_size=8192)
+LENGTH, CPU = 32, torch.device("cpu")
+
+
+def measured(group, options: argparse.Namespace) -> dict[str, object]:
+    torch.manual_seed(0)
+    sizes = LlamaConfig(num_hidden_layers=options.layers, tie_word_embeddings=True, **SIZES)
+    capture = capture_live(LlamaForCausalLM(sizes).eval())
+    scan = find_attention(capture)
+    student = make_student(capture, scan, choose(scan, "uniform:50%"))
+    ids = torch.randint(SIZES["vocab_size"], (8, LENGTH), generator=torch.Generator().manual_seed(1))
+    config = DistillConfig(
+        steps=3, batch=4, shard=options.shard, checkpoint_activations=options.checkpoint_activations, chunk=32
+    )
+    counts = torch.ones(8, LENGTH - 1, dtype=torch.bool)
+    before = psutil.Process().memory_info().rss
+    with Peak(CPU) as peak:
+        _, curve = distill(student, ids, counts, train=4, config=config, seed=0, group=group)
+    weights, teacher = (sum(p.numel() for p in gm.parameters()) for gm in (student.gm, capture.gm))
+    models, state, parts = 4 * (weights + teacher), 4 * teacher + 20 * weights, group.size
+    formula = max(state / parts, models * (1 + 1 / parts)) if options.shard else state
+    return {
+        "processes": group.size,
+        "shard": options.shard,
+        "student": weights,
+        "teacher": teacher,
+        "before_mb": [round(b / 1e6) for b in group.each(before, CPU)],
+        "peak_mb": [round(b / 1e6) for b in group.each(peak.bytes, CPU)],
+        "models_mb": round(models / 1e6),
+        "formula_mb": round(formula / 1e6),
+        "kl": curve[-1]["kl"],
+        "torch": torch.__version__,
+        "commit": os.environ.get("TCAL_COMMIT", "?"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--checkpoint-activations", action="store_true")
+    options = parser.parse_args()
+    if not launched():
+        print(json.dumps(measured(SOLO, options)))
+        return
+    with joined(CPU) as group:
+        found = measured(group, options)
+        if group.rank == 0:
+            print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
