@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +22,7 @@ from tcal_compiler.passes.files import unreadable
 
 from .declared_size import check_folder, gguf_shell
 from .gguf_reader import plain_gguf_reader
+from .manifest import MANIFEST_NAME
 from .tokenizer import quiet_transformers
 
 _GGUF_HINT = "pip install gguf"
@@ -34,18 +36,27 @@ def say(e: BaseException) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
+def _check_names(folder: Path) -> None:
+    """Raises TeacherError for a folder without config.json."""
+    if (folder / "config.json").is_file():
+        return
+    seen = sorted(p.name for p in folder.iterdir())
+    hint = "the folder that transformers' save_pretrained wrote"
+    if MANIFEST_NAME in seen:
+        what = "is a run folder, not a teacher"
+        raise TeacherError(str(folder), what, f"the teacher that it was made from, with -o {shlex.quote(str(folder))}")
+    if "adapter_config.json" in seen:
+        hint = "merge the adapter into its base model (merge_and_unload) and save that"
+    elif any(name.endswith((".gguf", ".pt2")) for name in seen):
+        hint = f"the file itself: {next(n for n in seen if n.endswith(('.gguf', '.pt2')))}"
+    raise TeacherError(str(folder), f"a folder without config.json; seen: {seen[:8]}", hint)
+
+
 def folder_config(folder: Path) -> Any:
     """The configuration in a folder. Raises TeacherError when there is none, or none of a causal language model."""
+    _check_names(folder)
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        seen = sorted(p.name for p in folder.iterdir())
-        hint = "the folder that transformers' save_pretrained wrote"
-        if "adapter_config.json" in seen:
-            hint = "merge the adapter into its base model (merge_and_unload) and save that"
-        elif any(name.endswith((".gguf", ".pt2")) for name in seen):
-            hint = f"the file itself: {next(n for n in seen if n.endswith(('.gguf', '.pt2')))}"
-        raise TeacherError(str(folder), f"a folder without config.json; seen: {seen[:8]}", hint)
     if wrong := unreadable(folder):
         raise TeacherError(str(folder), wrong, "the files as they were saved")
     try:
@@ -61,9 +72,9 @@ def folder_config(folder: Path) -> Any:
 
 def load_folder(folder: Path, progress: Progress | None = None) -> nn.Module:
     """The model of a folder in float32. progress: is told how many tensors are read. Raises TeacherError."""
+    config = folder_config(folder)
     from transformers import AutoModelForCausalLM
 
-    config = folder_config(folder)
     loader: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
     options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
     try:

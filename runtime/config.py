@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST = 1_000_000  # sequences
+MOST_STEPS = 1_000_000_000
+
 
 class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -20,13 +23,14 @@ class CalibConfig(StrictModel):
         description="path of a .txt, .jsonl, .jsonl.zst or .parquet file, or datasets:NAME[,CONFIG]@SPLIT[:COLUMN], or "
         "a list of them, with :WEIGHT behind each where their shares are not the same; default: the text that ships",
     )
-    sequences: int = Field(64, ge=1, le=1_000_000, description="number of sequences for statistics and training")
+    sequences: int = Field(64, ge=1, le=MOST, description="number of sequences for statistics and training")
     length: int = Field(512, ge=8, le=1 << 20, description="tokens in a sequence")
-    holdout: int = Field(8, ge=1, description="further sequences that only score: never trained on")
-    batch: int = Field(8, ge=1, description="sequences in one teacher forward")
+    holdout: int = Field(8, ge=1, le=MOST, description="further sequences that only score: never trained on")
+    batch: int = Field(8, ge=1, le=MOST, description="sequences in one teacher forward")
     init_sequences: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="how many of the sequences statistics and initialisation use, whose teacher values are then kept; "
         "alignment computes those of all sequences anew in each step, so that there can be any number; default: all",
     )
@@ -60,9 +64,14 @@ class CalibConfig(StrictModel):
 class ScoreConfig(StrictModel):
     """What the policies kl, ar, greedy and forward measure."""
 
-    sequences: int = Field(8, ge=1, description="calibration sequences, from the end, that each site is scored on")
+    sequences: int = Field(
+        8, ge=1, le=MOST, description="calibration sequences, from the end, that each site is scored on"
+    )
     align_steps: int = Field(
-        200, ge=0, description="steps that every site is aligned for before kl and forward measure sets of sites"
+        200,
+        ge=0,
+        le=MOST_STEPS,
+        description="steps that every site is aligned for before kl and forward measure sets of sites",
     )
 
 
@@ -92,13 +101,15 @@ _LATER = {"divergence", "hidden", "patience", "least_gain", "compile", "short_le
 class TrainConfig(StrictModel):
     """What every stage that takes optimiser steps has."""
 
-    steps: int = Field(ge=0, description="optimiser steps; 0 skips the stage")
-    batch: int = Field(ge=1, description="sequences in a step")
-    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    steps: int = Field(ge=0, le=MOST_STEPS, description="optimiser steps; 0 skips the stage")
+    batch: int = Field(ge=1, le=MOST, description="sequences in a step")
+    warmup: int = Field(20, ge=0, le=MOST_STEPS, description="steps of linear warm-up")
     weight_decay: float = Field(ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    score_every: int = Field(50, ge=1, description="steps between scores on the held-out slice")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a stopped run resumes from")
+    score_every: int = Field(50, ge=1, le=MOST_STEPS, description="steps between scores on the held-out slice")
+    checkpoint_every: int = Field(
+        50, ge=1, le=MOST_STEPS, description="steps between checkpoints that a stopped run resumes from"
+    )
 
     def scores_after(self, steps: int) -> bool:
         """Whether a score is taken when so many steps are done."""
@@ -118,8 +129,8 @@ class TrainConfig(StrictModel):
 class AlignConfig(TrainConfig):
     """Layerwise alignment: AdamW on every converted site at once."""
 
-    steps: int = Field(300, ge=0, description="optimiser steps; 0 skips the stage")
-    batch: int = Field(8, ge=1, description="sequences in a step")
+    steps: int = Field(300, ge=0, le=MOST_STEPS, description="optimiser steps; 0 skips the stage")
+    batch: int = Field(8, ge=1, le=MOST, description="sequences in a step")
     lr_new: float = Field(
         2e-2, gt=0, description="peak learning rate of gates and norm; of the gates' matrices where x has rms 1/4"
     )
@@ -132,6 +143,7 @@ class AlignConfig(TrainConfig):
     patience: int | None = Field(
         None,
         ge=1,
+        le=MOST_STEPS,
         description="training stops early when the last so many scores together have lowered the mean held-out error "
         "of the weights that are kept by less than least_gain of it; default: never",
     )
@@ -141,11 +153,11 @@ class AlignConfig(TrainConfig):
 class DistillConfig(TrainConfig):
     """End-to-end distillation on the calibration text but its held-out slice: AdamW on the teacher's distribution."""
 
-    steps: int = Field(0, ge=0, description="optimiser steps; 0 skips the stage")
+    steps: int = Field(0, ge=0, le=MOST_STEPS, description="optimiser steps; 0 skips the stage")
     tokens: int | None = Field(
-        None, ge=1, description="tokens to train on, instead of steps: rounded up to whole steps"
+        None, ge=1, le=1 << 50, description="tokens to train on, instead of steps: rounded up to whole steps"
     )
-    batch: int = Field(16, ge=1, description="sequences in a step")
+    batch: int = Field(16, ge=1, le=MOST, description="sequences in a step")
     train: Literal["all", "gdn", "attention"] = Field(
         "all",
         description="gdn: only converted sites with their projections; attention: only the kept softmax sites with "
@@ -191,12 +203,16 @@ class DistillConfig(TrainConfig):
         "instead of all; less memory, the same numbers within rounding",
     )
     patience: int | None = Field(
-        None, ge=1, description="scores in a row without a better one after which training stops early; default: never"
+        None,
+        ge=1,
+        le=MOST_STEPS,
+        description="scores in a row without a better one after which training stops early; default: never",
     )
-    chunk: int = Field(1024, ge=1, description="predictions whose logits are in memory at once")
+    chunk: int = Field(1024, ge=1, le=1 << 30, description="predictions whose logits are in memory at once")
     short_length: int | None = Field(
         None,
         ge=8,
+        le=1 << 20,
         description="in some steps the sequences are cut into pieces of so many tokens, each of which begins without "
         "context as a short prompt does; a divisor of calib.length; default: they are never cut",
     )
@@ -240,7 +256,7 @@ class ExportConfig(StrictModel):
         "operators of ONNX itself alone; cuda: as ort, with float16 products and caches and float32 recurrent states",
     )
     opset: int = Field(21, ge=21, le=27, description="ONNX opset, 21 to 24; of profile standard always 27")
-    max_length: int = Field(8192, ge=16, description="context length written into genai_config.json")
+    max_length: int = Field(8192, ge=16, le=1 << 30, description="context length written into genai_config.json")
     bounded_windows: bool = Field(
         True, description="sliding-window layers keep their window alone; false: all positions, for onnxruntime-genai"
     )

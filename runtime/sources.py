@@ -25,6 +25,7 @@ from .tokenizer import TokenizerLike, prompt_start
 WHERE = "calib.text"
 LEAST = 1e-6  # weight
 LEAST_LENGTH = 8  # of calib.length
+EXPANDED = 20  # tokens of a byte that is not ASCII, at most: NFKC makes 33 bytes of the three of U+FDFA
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ def _weight(tail: str, given: str, head: str) -> float:
     return weight
 
 
+def _most_tokens(document: str) -> int:
+    further = len(document.encode("utf-8", "surrogatepass")) - len(document)
+    return len(document) + EXPANDED * further
+
+
 def mix(weights: Sequence[float]) -> Iterator[int]:
     """Which file each row is of, without end: of the first n rows file i has n w_i / sum w, rounded up or down.
 
@@ -128,6 +134,23 @@ class CalibrationText:
         """Raises DataError for a file that is missing or empty; reads none."""
         for source in self.sources:
             source.check()
+
+    def check_enough(self, *, count: int, length: int, holdout: int) -> None:
+        """Raises DataError for a file that is too short whatever the tokenizer is.
+
+        Counted: a token for each byte of ASCII, EXPANDED for each further byte, as normalising may make several of
+        one, and 2 for each document: its end and what a tokenizer puts in front. Of a sequence one token may be the
+        prompt's. Large files are not read.
+        """
+        order = self._order(count)
+        for i, source in enumerate(self.sources):
+            short = _Short(source.label, 0, order == i, length, 0, holdout, most=True)
+            need = int(short.mine.sum()) * (length - 1)
+            if isinstance(source, TextSource) and 0 < source.path.stat().st_size < EXPANDED * need:
+                docs = source.documents()
+                most = sum(map(_most_tokens, docs))
+                if most + 2 * len(docs) < need:
+                    raise replace(short, have=most).error()
 
     @property
     def name(self) -> str:
@@ -173,11 +196,9 @@ class CalibrationText:
                 bar = progress(f"tokens of {source.short}") if progress else None
                 most = share * length
                 tokens = data.encode_documents(docs, tokenizer, tokenizer.eos_token_id, most=most, progress=bar)
-                fit = data.count_rows(tokens, length=length, start=start)
-                if fit < share:
-                    before = int((order == i).nonzero()[fit])  # rows in front of the first that is missing
-                    have, starts = len(tokens), len(start)
-                    raise _too_short(source.label, have, share, length, starts, (count, holdout, before))
+                short = _Short(source.label, len(tokens), order == i, length, len(start), holdout)
+                if data.count_rows(tokens, length=length, start=start) < share:
+                    raise short.error()
                 parts.append(data.pack(tokens, sequences=share, length=length, what=source.label, start=start))
         return self._repeated(torch.cat(parts)[order.argsort(stable=True).argsort()], tokenizer)
 
@@ -212,16 +233,46 @@ class CalibrationText:
         return torch.tensor([next(turns) for _ in range(count)])
 
 
-def _too_short(where: str, have: int, share: int, length: int, start: int, rows: tuple[int, int, int]) -> DataError:
-    """A file of `have` tokens that lacks some for `share` sequences, each behind `start` tokens of the prompt's.
+@dataclass(frozen=True)
+class _Short:
+    """A text of `have` tokens that lacks some for its sequences.
 
-    rows: of all files, those that were asked for, those of them that only score, and those that can be had.
+    mine [N] bool: which of all sequences are of this text. length: of one, of which `start` tokens are the prompt's.
+    most: `have` is the most that there can be.
     """
-    count, holdout, fit = rows
-    need = share * (length - start)
-    what = f"has {have} tokens, but {share} sequences of {length} tokens need {need}"
-    what += f": of all {count}, {count - holdout} to train on + {holdout} held out (calib.holdout)"
-    more, shorter = f"{need - have} more tokens of text", have // share + start
-    if fit > holdout:
-        return DataError(where, what, f"--calib-sequences {fit - holdout}, or {more}")
-    return DataError(where, what, f"--calib-length {shorter}, or {more}" if shorter >= LEAST_LENGTH else more)
+
+    where: str
+    have: int
+    mine: Tensor
+    length: int
+    start: int
+    holdout: int
+    most: bool = False
+
+    @property
+    def need(self) -> int:
+        return int(self.mine.sum()) * (self.length - self.start)
+
+    def error(self) -> DataError:
+        count, share = len(self.mine), int(self.mine.sum())
+        what = f"has {'at most about ' * self.most}{self.have} tokens"
+        what += f", but {share} sequences of {self.length} tokens need {self.need}"
+        what += f": of all {count}, {count - self.holdout} to train on + {self.holdout} held out (calib.holdout)"
+        hint = ", or ".join([*self._smaller(share), f"{self.need - self.have} more tokens of text"])
+        return DataError(self.where, what, hint)
+
+    def _rows(self, length: int) -> int:
+        """Sequences of all texts in front of the first of this one that is missing."""
+        places, fit = self.mine.nonzero().flatten(), self.have // (length - self.start)
+        return int(places[fit]) if fit < len(places) else len(self.mine)
+
+    def _smaller(self, share: int) -> list[str]:
+        """Fewer sequences and shorter ones; where neither is enough, fewer and shorter ones."""
+        found = []
+        if (rows := self._rows(self.length)) > self.holdout:
+            found.append(f"--calib-sequences {rows - self.holdout}")
+        if (shorter := self.have // share + self.start) >= LEAST_LENGTH:
+            found.append(f"--calib-length {shorter}")
+        halves = [n for i in range(1, self.length.bit_length()) if (n := self.length >> i) > LEAST_LENGTH]
+        both = ((n, self._rows(n) - self.holdout) for n in [*halves, LEAST_LENGTH] if n > self.start)
+        return found or [f"--calib-sequences {rows} --calib-length {n}" for n, rows in both if rows > 0][:1]

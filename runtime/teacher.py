@@ -265,7 +265,7 @@ def _load_factory(spec: str) -> _Loaded:
             for part in path.split("."):
                 made = getattr(made, part)
             made = made()
-        except Exception as e:  # the user's own code may raise anything
+        except (Exception, SystemExit) as e:  # the user's own code may raise anything
             hint = "a module that can be imported from the working directory, and a function in it without arguments"
             raise TeacherError(spec, f"the factory failed: {say(e)}", hint) from e
     model, folder = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -295,7 +295,7 @@ def _load_pickle(path: Path, *, allow_pickle: bool) -> _Loaded:
     try:
         with _working_directory_first():
             model = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise TeacherError(str(path), f"cannot be unpickled: {say(e)}", EXPORT_HINT) from e
     if not isinstance(model, nn.Module):
         raise TeacherError(str(path), f"holds a {type(model).__name__}, not a torch.nn.Module", EXPORT_HINT)

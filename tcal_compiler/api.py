@@ -92,6 +92,7 @@ def prepare(
     place, calib = check_device(device), config.calib
     text = CalibrationText.of(calib.text, default=CALIBRATION_TEXT, repeats=calib.repeats)
     text.check()
+    text.check_enough(count=calib.rows, length=calib.length, holdout=calib.holdout)
     find_tokenizer(None, tokenizer)
     if until == "export":
         check_supported(config.export)

@@ -6,6 +6,8 @@ cli_inspect.py.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import NoReturn
 import typer
 
 from . import cli_inspect, cli_runs, cli_stages
-from .errors import TcalError
+from .errors import StageError, TcalError
 from .progress import printable
 from .runtime.memory import is_out_of_memory, out_of_memory_error
 
@@ -50,7 +52,7 @@ def _run(target: typer.Typer) -> None:
         sys.argv.remove("--debug")
     prepare_process()
     try:
-        target()
+        _to_the_end(target)
     except TcalError as e:
         if debug:
             raise
@@ -65,9 +67,26 @@ def _run(target: typer.Typer) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as e:
+        if isinstance(e, OSError) and e.filename is None and e.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            _fail(StageError("the output", f"cannot be written: {e.strerror}", "another place for it, with free space"))
         if debug or not is_out_of_memory(e):
             raise
         _fail(out_of_memory_error(Path(sys.argv[0]).name, e))
+
+
+def _to_the_end(target: typer.Typer) -> None:
+    """Runs a command; what is still to be written to stdout is written before its status is known.
+
+    Characters that the terminal's encoding lacks are written as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        target()
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
 
 
 def _keeps_checkpoints(words: list[str]) -> bool:

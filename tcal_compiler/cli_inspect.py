@@ -66,11 +66,15 @@ def inspect(
 
     with Progress() as progress:
         source = open_source(teacher, allow_pickle=allow_pickle, need_tokenizer=False, progress=progress)
+    info = source.teacher.info
     sites, refused = [s.summary() for s in source.scan.sites], [asdict(r) for r in source.scan.rejected]
     if as_json:
-        print(json.dumps({"sites": sites, "refused": refused}, indent=1))
+        known = {k: info[k] for k in ("family", "vocab_size", "context_length")}
+        print(json.dumps({"teacher": known, "sites": sites, "refused": refused}, indent=1))
         return
     _print_sites(sites, refused)
+    context = info["context_length"]
+    print("Context of the teacher: " + (f"{context} tokens." if context else "not known from its file."))
 
 
 def _print_sites(sites: list[dict[str, Any]], refused: list[dict[str, Any]]) -> None:

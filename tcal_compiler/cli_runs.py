@@ -101,7 +101,7 @@ def _print_scores(found: Evaluation, *, as_json: bool) -> None:
             rows.setdefault(name, {})["tasks"] = [_finite(asdict(s)) for s in scores]
         print(json.dumps(rows, indent=1))
         return
-    from .report.sections import with_error
+    from .report.numbers import with_error
 
     for name, r in found.text.items():
         ratio = r.perplexity / found.text["teacher"].perplexity

@@ -53,8 +53,6 @@ def _convert(
     from .api import convert, report_file
     from .dry_run import dry_run
     from .recorded import settings_before
-    from .report import verdict_of
-    from .runtime.run_files import read_manifest
 
     config_file, plan = options.pop("config"), options.pop("plan")
     run_options = {k: options.pop(k) for k in ("tokenizer", "allow_pickle", "device")}
@@ -78,8 +76,16 @@ def _convert(
         return
     print(f"{path}: {until} is complete. Report: {report_file(path)}")
     print(f'Try: tcal generate {path} "Once upon a time"' if until == "export" else f"Plan: {path / 'plan.toml'}")
-    if said := verdict_of(read_manifest(path)):
-        print(said)
+    _print_conclusion(path)
+
+
+def _print_conclusion(path: Path) -> None:
+    from .recorded import reading
+    from .report import conclusion_of
+    from .runtime.run_files import read_manifest
+
+    with reading(path):
+        print("".join(f"{line}.\n" for line in conclusion_of(read_manifest(path))), end="")
 
 
 def _stage_command(until: str, description: str) -> Callable[..., None]:
@@ -220,6 +226,7 @@ def distill(
         print((path / "tcal.json").read_text(encoding="utf-8"))
     elif path is not None:
         print(f"{path}: distillation is complete. Report: {report_file(path)}")
+        _print_conclusion(path)
 
 
 compile_command = _stage_command("export", "Converts TEACHER into a hybrid Gated DeltaNet student in a run folder.")

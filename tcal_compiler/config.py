@@ -80,17 +80,33 @@ def _meaning(key: str) -> str:
     return f"{key}: {model.model_fields[name].description}"
 
 
+def _place(data: Any, location: tuple[int | str, ...]) -> str:
+    """The dotted key of an error: pydantic's location also names the type that was tried, where there is a choice."""
+    found: list[str] = []
+    for part in location:
+        if not (part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)):
+            break
+        found.append(str(part))
+        data = data[part]
+    return ".".join(found)
+
+
 def build_config(data: dict[str, Any], where: str) -> Config:
     """A checked configuration. Raises ConfigError that names the key, the value seen and the nearest known key."""
     try:
         return Config.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
-        key = ".".join(str(p) for p in first["loc"])
+        key = _place(data, first["loc"])
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, _known_keys(), 1)
             hint = f"did you mean {near[0]}?" if near else f"keys are {', '.join(_known_keys())}"
             raise ConfigError(where, f"unknown key {key}", hint) from None
+        if first["type"] == "value_error":  # of keys that do not go together
+            what = f"{key}: {first['ctx']['error']}".removeprefix(": ")
+            raise ConfigError(
+                where, what, _meaning(key) if key else "docs/reference.md says what every key is"
+            ) from None
         raise ConfigError(where, f"{key} = {first.get('input')!r}: {first['msg']}", _meaning(key)) from None
 
 

@@ -26,6 +26,7 @@ from .resume import resuming
 from .runtime.align import align, levelled_off
 from .runtime.calibrate import half_lives, initialise
 from .runtime.distill_checks import check_short, check_train
+from .runtime.held_out import score_held_out
 from .runtime.onnx_export import context_length, export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
@@ -192,9 +193,13 @@ class Conversion:
         with self.run.stage("export", config=settings, inputs={"distill": self.run.stage_hash("distill")}) as stage:
             if stage.done:
                 return
+            load_weights(self.student, student_weights(self.run))
+            bar, batch = self.progress.bar("held-out text"), 1 if self.device.type == "cpu" else self.config.calib.batch
+            held = score_held_out(
+                self.student.gm, self.source.capture, self.ids[self.train :], batch=batch, progress=bar
+            )
             move_to(self.source.capture.gm, torch.device("cpu"))
             move_to(self.student.gm, torch.device("cpu"))
-            load_weights(self.student, student_weights(self.run))
             timed = self.config.export.profile != "cuda"  # whose operators are slow stand-ins here
             shares = {n: share for n, share in EXPORT.items() if timed or n != SPEED}
             parts = Parts(self.progress, "export", shares, unit=self.source.capture_seconds)
@@ -226,6 +231,7 @@ class Conversion:
                 "checks": [asdict(c) for c in checks],
                 "opset": artifact.opset,
                 "profile": artifact.profile,
+                "held_out": asdict(held),
             }
             if timed:
                 parts.begin(SPEED)

@@ -58,7 +58,7 @@ class Measures:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ConfigError for measures that are out of range, contradictory or none."""
+        """Raises ConfigError for measures that are out of range, contradictory or none; DataError for no task file."""
         if self.sequences < 1 or (self.length is not None and self.length < 2):
             what = f"{self.sequences} sequences of {self.length} tokens"
             raise ConfigError("eval", what, "at least 1 sequence of 2 tokens")
@@ -70,6 +70,8 @@ class Measures:
         if bool(self.tasks) != (self.task_files is not None):
             what = "--tasks and --task-files go together, one of them is missing"
             raise ConfigError("eval", what, "--tasks arc_easy,piqa --task-files FOLDER")
+        for name in self.tasks:
+            task_file(Path(str(self.task_files)), name)
         if (self.needle or self.recall) and self.text is None:
             raise ConfigError("eval", "--needle and --recall need a text to hide facts in", "--text FILE")
         if self.text is None and not self.tasks:

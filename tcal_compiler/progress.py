@@ -145,7 +145,8 @@ class Parts:
 
     A part whose length is known (`update`) is counted up at its own rate. The others are taken to need the shares of
     the stage's time that they usually have: a unit of them lasts what it did in the parts before, or `unit` seconds at
-    the beginning. Before anything is known no time left is shown, nor where a part takes longer than that.
+    the beginning. Before anything is known no time left is shown; where a part takes longer than that, what
+    those behind it need at the least: they are longer in proportion.
     """
 
     def __init__(self, progress: Progress, stage: str, shares: Mapping[str, float], *, unit: float = math.nan) -> None:
@@ -185,7 +186,7 @@ class Parts:
         return not self._rate() > 0 and spent >= self._shares[self._at] * self._share_seconds() + 1
 
     def left(self) -> float:
-        """Seconds to the end of the stage, 0 or more; NaN where nothing is known."""
+        """Seconds to the end of the stage, 0 or more; NaN where nothing is known, the least where a part is late."""
         now, share, rate = time.monotonic(), self._shares[self._at], self._rate()
         part, spent = now - self._began, self._began - self._started
         behind, ahead = sum(self._shares[: self._at]), sum(self._shares[self._at + 1 :])
@@ -194,6 +195,8 @@ class Parts:
             rest = max((self._total - done) / rate - (now - at), 0.0)
             return rest + ahead * (spent + part + rest) / (behind + share)
         unit = self._share_seconds()
+        if self._is_late():  # so do those that follow, as far as is known
+            return ahead * (spent + part) / (behind + share)
         return max(share * unit - part, 0.0) + ahead * unit if math.isfinite(unit) else math.nan
 
     def so_far(self) -> str:
@@ -203,7 +206,7 @@ class Parts:
             words = [f"{self._lengths[-1][1]:.4g}/{self._total:.4g}{self._of}", f"{rate:.3g}{self._of}/s"]
         words.append(f"{clock(time.monotonic() - self._started)} so far")
         if self._is_late():
-            words.append("longer than expected")
+            words.append("longer than expected" + (f", at least {clock(left)} left" if left >= 1 else ""))
         elif left >= 1:
             words.append(f"about {clock(left)} left")
         return ", ".join(words)

@@ -72,12 +72,15 @@ class _Checks(_Record):
     checks: list[_CheckRecord] = []
 
 
+DAMAGE = (ValidationError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
 @contextmanager
 def reading(run: Path) -> Iterator[None]:
     """The manifest is read inside the block: a record of another shape becomes a RunFolderError."""
     try:
         yield
-    except (ValidationError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+    except DAMAGE as e:
         first = e.errors()[0] if isinstance(e, ValidationError) else None
         what = f"at {'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(e).__name__}: {e}"
         raise RunFolderError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from .api import STAGES, convert
 from .config import load_config
 from .distillation import student_weights
 from .errors import ConfigError, DataError
+from .inputs import check_names
 from .passes.capture import example_ids
 from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Parts, Progress
 from .recorded import (
+    DAMAGE,
     plan_of,
+    reading,
     recorded_teacher,
     settings_before,
     teacher_info,
@@ -28,6 +31,8 @@ from .report import can_plot
 from .report.compare import compare_html, compare_json, compare_markdown
 from .report.facts import Facts
 from .run_models import student_program, teacher_of
+from .runtime.durable import write_atomic
+from .runtime.manifest import MANIFEST_NAME
 from .runtime.onnx_export import OnnxArtifact
 from .runtime.onnx_parity import check_parity
 from .runtime.run_folder import RunFolder
@@ -45,6 +50,16 @@ TEACHER, STUDENT, RUNTIME = "teacher", "student", "ONNX Runtime against PyTorch"
 VERIFY = {TEACHER: 0.15, STUDENT: 2.0, RUNTIME: 3.0}
 
 
+def _check_page(page: Path) -> None:
+    """Raises ConfigError for a page that might be written over something else."""
+    check_names(None, **{"--html": page})
+    place = page.resolve()
+    if place.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError("--html", f"{page} does not end in .html", "--html both.html")
+    if any((folder / MANIFEST_NAME).is_file() for folder in place.parents):
+        raise ConfigError("--html", f"{page} lies in a run folder, whose files are its own", "--html both.html")
+
+
 def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None, as_json: bool = False) -> str:
     """The reports of two run folders side by side as Markdown; with a path for page, as HTML into that file too.
 
@@ -52,6 +67,8 @@ def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = N
 
     Raises RunFolderError for a folder without a plan, and ConfigError when the page cannot be made or written.
     """
+    if page is not None:
+        _check_page(page)
     both, paths = [], [Path(first).absolute(), Path(second).absolute()]
     for path in paths:
         with RunFolder.open_existing(path) as run:
@@ -61,11 +78,22 @@ def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = N
         if not can_plot():
             raise ConfigError("--html", "needs matplotlib, which is not installed", "pip install matplotlib")
         try:
-            page.write_text(compare_html(*both), encoding="utf-8")
+            write_atomic(page.resolve(), _made(compare_html, both, paths).encode())
         except OSError as e:
             what = f"{page} cannot be written: {e.strerror or e}"
             raise ConfigError("--html", what, "a file in a folder that exists") from e
-    return compare_json(*both) if as_json else compare_markdown(*both)
+    return _made(compare_json if as_json else compare_markdown, both, paths)
+
+
+def _made(make: Callable[[Facts, Facts], str], both: list[Facts], paths: list[Path]) -> str:
+    """Raises RunFolderError for the manifest that is damaged."""
+    try:
+        return make(*both)
+    except DAMAGE:
+        for run, path in zip(both, paths, strict=True):
+            with reading(path):
+                make(run, run)
+        raise
 
 
 def verify_run(

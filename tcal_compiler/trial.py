@@ -26,6 +26,7 @@ from .runtime.align import GroupTrainer
 from .runtime.calibrate import half_lives, initialise
 from .runtime.config import AlignConfig, TrainConfig
 from .runtime.distill import Distiller
+from .runtime.held_out import score_held_out
 from .runtime.logits import split_model
 from .runtime.meter import Meter, Time
 from .runtime.onnx_export import context_length
@@ -63,8 +64,8 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 def counts(config: TrainConfig) -> tuple[int, int]:
     """Scores, the one before the first step included, and checkpoints of a training stage."""
-    steps = range(1, config.steps + 1)
-    return 1 + sum(map(config.scores_after, steps)), sum(map(config.saves_after, steps))
+    scores = 1 + config.steps // config.score_every + bool(config.steps % config.score_every)
+    return scores, max(config.steps - 1, 0) // config.checkpoint_every
 
 
 class Trial:
@@ -259,6 +260,8 @@ class Trial:
     def export(self) -> StageCost:
         config = self.config.export
         gc.collect()
+        with self.meter() as held:
+            score_held_out(self.student.gm, self.source.capture, self.sample[self.take :])
         with self.meter() as program:
             exported = self.student.export()
         with self.meter() as graph:
@@ -273,7 +276,8 @@ class Trial:
         onnx = each * (ONNX_NODE * len(unchecked.gm.graph.nodes))
         parity = (checked.time - plain.time) * PARITY
         time = program.time * (1 + SAVED_PROGRAM) + graph.time + checked.time + onnx + parity
-        peak = max(m.peak for m in (program, graph, checked)) + self.weights  # beside ONNX Runtime's own
+        time += held.time * (self.config.calib.holdout / self.held)
+        peak = max(m.peak for m in (held, program, graph, checked)) + self.weights  # beside ONNX Runtime's own
         self.left = self.weights
         return StageCost("export", time + self.writing * (3 * self.weights), max(self.before, peak), 2 * self.weights)
 

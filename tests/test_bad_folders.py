@@ -75,6 +75,27 @@ def test_a_damaged_manifest(planned):
     assert contents(planned) == before
 
 
+def test_a_page_of_a_comparison_is_never_written_over_something_else(planned, tmp_path):
+    before = contents(planned)
+    for page in (planned / "tcal.json", planned, planned / "report.html", tmp_path / "notes.md", ""):
+        refused(call("tcal", "compare", planned, planned, "--html", page), "ConfigError", "Try: --html both.html")
+    assert contents(planned) == before and list(tmp_path.iterdir()) == [planned]
+
+
+def test_a_comparison_names_the_run_whose_manifest_is_damaged(shared_run, finished):
+    manifest = json.loads((finished / "tcal.json").read_text())
+    manifest["stages"]["align"]["evidence"]["curve"] = "x"
+    (finished / "tcal.json").write_text(json.dumps(manifest))
+    for words in ((shared_run, finished), (finished, shared_run, "--json")):
+        refused(call("tcal", "compare", *words), "RunFolderError", str(finished), "what this program does not write")
+
+
+def test_a_run_folder_is_no_teacher(planned):
+    before = contents(planned)
+    refused(call("tcal", "export", planned, "-o", planned), "TeacherError", "is a run folder, not a teacher", "-o ")
+    assert contents(planned) == before
+
+
 def test_a_second_process_on_a_run_folder(planned):
     from tcal_compiler.runtime.run_folder import RunFolder
 

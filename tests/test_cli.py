@@ -26,12 +26,14 @@ ROOT = Path(__file__).parents[1]
 def test_inspect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = json.loads(done("tcal", "inspect", TINY, "--json"))
-    assert set(found) == {"sites", "refused"} and found["refused"] == [] and len(found["sites"]) == 4
+    assert set(found) == {"teacher", "sites", "refused"} and found["refused"] == [] and len(found["sites"]) == 4
     keys = {"layer", "module", "heads", "kv_heads", "head_dim", "value_dim", "scale", "window", "rope", "causal"}
     keys |= {"scores"}
     assert all(set(s) == keys and s["heads"] > s["kv_heads"] and s["rope"] for s in found["sites"])
     table = done("tcal", "inspect", TINY)
     assert "4 sites can be converted, 0 are refused." in table and "is_causal" in table
+    assert found["teacher"] == {"family": None, "vocab_size": 256, "context_length": None}
+    assert "Context of the teacher: not known from its file." in table
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,9 +56,11 @@ def test_the_same_command_again_does_nothing(finished):
     result = call("tcal-compile", TINY, "-o", finished, *[w for w in options if w != "--quiet"])
     printed = result.out
     assert "export is complete" in printed and "every stage was complete already, nothing was to do" in result.err
-    assert printed.splitlines()[-1].startswith(
-        "Converted layers know little of the teacher's on unseen text (mean held"
+    quality, said = printed.splitlines()[-2:]
+    assert quality.startswith("Perplexity ") and quality.endswith(
+        "8 held-out sequences of 48 tokens of calibration.txt."
     )
+    assert said.startswith("Converted layers know little of the teacher's on unseen text (mean held")
     assert contents(finished) == before
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
 

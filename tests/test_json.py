@@ -43,7 +43,14 @@ class Refused(Strict):
     reason: str
 
 
+class Teacher(Strict):
+    family: str | None
+    vocab_size: int | None
+    context_length: int | None
+
+
 class Inspected(Strict):
+    teacher: Teacher
     sites: list[Site]
     refused: list[Refused]
 

@@ -27,7 +27,7 @@ from tcal_compiler.recorded import reading
 from tcal_compiler.report import page, plots, render_report
 from tcal_compiler.report.compare import compare_markdown
 from tcal_compiler.report.facts import Facts
-from tcal_compiler.report.sections import REASONS, verdict
+from tcal_compiler.report.sections import REASONS
 from tcal_compiler.runtime.manifest import parse_manifest
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.session import OnnxSession
@@ -149,29 +149,6 @@ def test_speed_is_shown_where_the_context_has_room(shared_run):
     rows[0]["decode_seconds"] = 0.0  # found by fuzzing
     with pytest.raises(RunFolderError, match="ZeroDivisionError: float division by zero"), reading(shared_run):
         render_report(edited(facts(shared_run), edit).manifest)
-
-
-@pytest.mark.parametrize(
-    ("held_out", "trained", "said"),
-    [
-        (0.49, 0.4, None),
-        (1.05, 0.051, "know little of the teacher's on unseen text (mean held-out error 1.05, 0.051 on the text"),
-        (0.2, 0.066, "better than other text (mean held-out error 0.2, 0.066 on the text trained on): more"),
-        (0.09, 0.01, None),
-    ],
-    ids=["well", "little", "overfit", "small"],
-)
-def test_a_student_that_knows_little_beyond_its_text_is_told_of(held_out, trained, said, shared_run):
-    def edit(body: dict[str, Any]) -> None:
-        for point in body["stages"]["align"]["evidence"]["curve"]:
-            point["held_out"] = dict.fromkeys(point["held_out"], held_out)
-            point["train"] = dict.fromkeys(point["train"], trained)
-
-    run = edited(facts(shared_run), edit)
-    text = verdict(run)
-    assert bool(text) is bool(said) and (said or "") in text and "\n" not in text
-    for html in (False, True):
-        assert (escape(text) if html else text) in render_report(run.manifest, html=html)
 
 
 def test_memory_of_a_window_is_what_is_kept(shared_run):

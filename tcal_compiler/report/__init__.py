@@ -10,9 +10,10 @@ import importlib.util
 
 from ..runtime.manifest import Manifest
 from . import markdown, page
+from .conclusion import quality, verdict
 from .facts import Facts
 from .plots import shared_scales
-from .sections import sections, verdict
+from .sections import sections
 
 TITLE = "Conversion report"
 PLOTS_HINT = "report.html needs matplotlib: pip install matplotlib, then tcal report"
@@ -30,6 +31,7 @@ def render_report(manifest: Manifest, *, html: bool = False) -> str:
     return page.write(TITLE, parts) if html else markdown.write(TITLE, parts)
 
 
-def verdict_of(manifest: Manifest) -> str:
-    """sections.verdict of such a run folder: one line, or empty."""
-    return verdict(Facts("", manifest))
+def conclusion_of(manifest: Manifest) -> list[str]:
+    """Of such a run folder: what its student is worth as far as it was measured, and what is wrong with it."""
+    run = Facts("", manifest)
+    return [line for line in (quality(run), verdict(run)) if line]

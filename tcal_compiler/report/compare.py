@@ -9,8 +9,9 @@ from ..config import Config
 from . import markdown, page
 from .blocks import Block, Table
 from .facts import Facts
+from .numbers import fixed, number, size, with_error
 from .plots import Scales, shared_scales
-from .sections import SECTIONS, fixed, layers, number, size, with_error
+from .sections import SECTIONS, layers
 
 TITLE = "Comparison"
 AT_A_GLANCE = "At a glance"

@@ -10,7 +10,9 @@ import tomli_w
 
 from . import plots
 from .blocks import Block, Code, Paragraph, Plot, Section, Table
-from .facts import Facts, finite
+from .conclusion import quality, verdict
+from .facts import Facts
+from .numbers import fixed, number, size, spread, with_error
 from .plots import Scales
 
 REASONS = {
@@ -35,51 +37,6 @@ MODELS = {  # that are scored beside the teacher
     "no linear": "the student with its converted layers giving 0",
 }
 
-LITTLE, SMALL = 0.5, 0.1  # mean held-out errors: from the first layers know little, up to the second all is well
-OVERFIT = 2.0  # times the error on the text that was trained on
-
-
-def number(x: Any, digits: int = 4) -> str:
-    return f"{x:.{digits}g}" if finite(x) else "-"
-
-
-def fixed(x: Any, digits: int) -> str:
-    return f"{x:.{digits}f}" if finite(x) else "-"
-
-
-def with_error(x: Any, error: Any, digits: int) -> str:
-    """A value and its standard error, which a single sequence or example does not have."""
-    return f"{fixed(x, digits)} ± {fixed(error, digits)}" if finite(error) else fixed(x, digits)
-
-
-def spread(values: list[float] | None, digits: int) -> str:
-    """Smallest to largest over the heads of a layer."""
-    return f"{fixed(min(values), digits)} to {fixed(max(values), digits)}" if values else ""
-
-
-def size(count: int) -> str:
-    return f"{count / 2**20:.3g} MiB"
-
-
-def verdict(run: Facts) -> str:
-    """One line on converted layers that know little of the teacher's, or little beyond the text that they were
-    trained on; empty where neither is so, before alignment and after a distillation.
-    """
-    if run.mean_errors is None or run.distillation:
-        return ""
-    _, after, trained = run.mean_errors
-    where = f"mean held-out error {number(after, 3)}, {number(trained, 3)} on the text trained on"
-    if after > LITTLE:
-        return (
-            f"Converted layers know little of the teacher's on unseen text ({where}; 0 is the teacher, 1 is zeros): "
-            "more calibration text (--calib-sequences), more --align-steps, then --distill-tokens. The same command "
-            "with larger values makes this folder anew"
-        )
-    if after > max(OVERFIT * trained, SMALL):
-        what = "Converted layers know the text that they were trained on better than other text"
-        return f"{what} ({where}): more calibration text (--calib-sequences)"
-    return ""
-
 
 def summary(run: Facts, _: Scales) -> list[Block]:
     t, plan = run.manifest.teacher, run.manifest.plan
@@ -94,6 +51,8 @@ def summary(run: Facts, _: Scales) -> list[Block]:
     if run.mean_errors:
         before, after = run.mean_errors[:2]
         rows.append(["mean held-out error of a layer", f"{number(before)} before alignment, {number(after)} after"])
+    if held := quality(run):
+        rows.append(["held-out slice of the calibration text", held])
     if "student" in run.scores:
         base, mine = run.scores["teacher"]["perplexity"], run.scores["student"]
         text = f"{fixed(mine['perplexity'], 2)}, the teacher's is {fixed(base, 2)}; "
