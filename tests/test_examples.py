@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import ASSETS
 
 from tcal_compiler.runtime.session import OnnxSession
@@ -45,7 +47,15 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "time_planning": "docs/results.md",
     "published_recipe": "test_measure_conversion",
 }
-HERE = {"convert_and_generate", "compile_in_place", "onnx_by_hand", "own_model", "stop_and_share", "walk_the_passes"}
+HERE = {
+    "convert_and_generate",
+    "compile_in_place",
+    "copying_layers",
+    "onnx_by_hand",
+    "own_model",
+    "stop_and_share",
+    "walk_the_passes",
+}
 
 
 def test_no_example_is_forgotten():
@@ -82,6 +92,26 @@ def test_walk_the_passes(monkeypatch, capsys):
 def test_own_model(tmp_path, monkeypatch, capsys):
     shown = run("own_model", "--out", tmp_path / "own", "--until", "plan", monkeypatch=monkeypatch, capsys=capsys)
     assert "1 stay softmax, 2 become Gated DeltaNet" in shown and (tmp_path / "own/run/plan.toml").is_file()
+
+
+def test_copying_layers(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "copying.json"
+    words = (TINY, "--tokenizer", "bytes", "--sequences", 2, "--length", 96, "--json", out)
+    shown = run("copying_layers", *words, monkeypatch=monkeypatch, capsys=capsys).strip().splitlines()
+    body = json.loads(out.read_text())
+    assert [row["site"] for row in body["copying"]] == list(range(len(shown) - 1))
+    for row, line in zip(body["copying"], shown[1:], strict=True):
+        assert f"{row['repeated_kl']:.4f}" == line.split()[2] and row["fresh_kl"] > 1e-5
+    assert 10 < body["predictions"]["repeated"] < body["predictions"]["fresh"] < 2 * 95
+
+
+def test_what_counts_as_repeated(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    plain, copied = torch.arange(12)[None], torch.arange(12)[None].clone()
+    copied[0, 4:10] = 50
+    counts = importlib.import_module("examples.copying_layers").counted(plain, copied)
+    assert (counts["repeated"][0].nonzero()[:, 0] + 1).tolist() == [7, 8, 9]
+    assert (counts["fresh"][0].nonzero()[:, 0] + 1).tolist() == [1, 2, 3, 11]
 
 
 @pytest.mark.slow
