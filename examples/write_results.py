@@ -21,9 +21,10 @@ HEAD = """# Measured results
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/profile_step.py`,
 `examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
-`examples/estimate_conversion.py`, `examples/rank_sets.py` and, from run folders, this script itself wrote. Each section
-names its command's arguments, machine, versions and commit. Ratios are to the teacher in the same run. Calibration
-texts and scored texts are different files, and a scored text that was calibrated on is refused.
+`examples/estimate_conversion.py`, `examples/rank_sets.py`, `examples/copying_layers.py` and, from run folders, this
+script itself wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to the teacher
+in the same run. Calibration texts and scored texts are different files, and a scored text that was calibrated on is
+refused.
 """
 
 
@@ -53,7 +54,7 @@ def conversion(name: str, body: dict[str, Any]) -> str:
     seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
     if aligned := body.get("seconds_to_aligned"):
         seconds += ". From loaded teacher to aligned student: " + ", ".join(f"{n} {s}" for n, s in aligned.items())
-    return "\n".join([*lines, "", f"Seconds: {seconds}.", ""])
+    return "\n".join([*lines, "", " ".join([f"Seconds: {seconds}.", body.get("note", "")]).rstrip(), ""])
 
 
 def _candidates(candidates: dict[str, Any], a: dict[str, Any]) -> list[str]:
@@ -150,14 +151,65 @@ def _distilled(d: dict[str, Any], config: dict[str, Any]) -> str:
     first, last, speed = d["curve"][0], d["curve"][-1], d["speed"]
     return (
         f"Distilled for {d['steps']} steps of {config['batch']} sequences, rates {config['lr_gdn']:g} at converted "
-        f"sites and {config['lr_other']:g} elsewhere, by {d['processes']} process(es): {speed['tokens']} tokens in "
-        f"{speed['seconds']:.0f} s, {speed['tokens_per_second']:.0f} a second{_mfu(speed)}; KL on the held-out "
+        f"sites and {config['lr_other']:g} elsewhere{_short(config)}, by {d['processes']} process(es): "
+        f"{speed['tokens']} tokens in {speed['seconds']:.0f} s, {speed['tokens_per_second']:.0f} a second{_mfu(speed)}; KL on the held-out "
         f"calibration sequences {first['kl']:.4f} before, {last['kl']:.4f} after."
     )
 
 
+def _short(config: dict[str, Any]) -> str:
+    length = config.get("short_length")
+    return f", a share of {config['short_share']:g} of the steps in pieces of {length} tokens" if length else ""
+
+
 def _mfu(speed: dict[str, Any]) -> str:
     return f", {speed['step_seconds']} s a step (MFU {speed['mfu']:.1%})" if speed.get("mfu") else ""
+
+
+def gpus(name: str, body: dict[str, Any]) -> str:
+    """Distillation records of run folders that differ in their processes alone."""
+    c, first = body["config"], next(iter(body["gpus"].values()))
+    tokens = c["batch"] * c["length"]
+    lines = [
+        f"## {name}\n",
+        f"Teacher {body['teacher']}; {first['steps']} steps of distillation with {c['batch']} x {c['length']} tokens "
+        f"of {body['calibrated_on']}, rates {c['lr_gdn']:g} at converted sites and {c['lr_other']:g} elsewhere.",
+        machine(body["environment"]),
+        "",
+        "| run | KL on held-out sequences before | after | median step, s | tokens a second of it | over the first "
+        "| tokens a second of all steps | peak memory of a process, GB |",
+        "|---" * 8 + "|",
+    ]
+    for run, e in body["gpus"].items():
+        speed = e["speed"]
+        cells = [run, *(f"{e['curve'][i]['kl']:.5f}" for i in (0, -1)), f"{speed['step_seconds']:.4f}"]
+        cells += [
+            f"{tokens / speed['step_seconds']:.0f}",
+            f"{first['speed']['step_seconds'] / speed['step_seconds']:.2f}",
+        ]
+        cells += [f"{speed['tokens_per_second']:.0f}", f"{max(e['peak_memory']) / 1e9:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", body["note"], ""])
+
+
+def copying(name: str, body: dict[str, Any]) -> str:
+    """examples/copying_layers.py."""
+    a, seen, base = body["arguments"], body["predictions"], body["teacher_nll"]
+    lines = [
+        f"## {name}\n",
+        f"Teacher {a['teacher']}, {a['sequences']} x {a['length']} tokens of {a['calib']}, a share of {a['share']:g} "
+        f"repeated, by `examples/copying_layers.py`: KL when one layer's attention is bypassed, nats per token, on "
+        f"{seen['fresh']} fresh and {seen['repeated']} repeated tokens, and what their negative log likelihood rises "
+        f"by (teacher: {base['fresh']:.3f} on fresh, {base['repeated']:.3f} on repeated ones).",
+        machine(body["environment"]),
+        "",
+        "| site | KL, fresh | KL, repeated | NLL, repeated |",
+        "|---|---|---|---|",
+    ]
+    for row in body["copying"]:
+        cells = [f"{row['fresh_kl']:.3f}", f"{row['repeated_kl']:.3f}", f"{row['repeated_nll']:+.3f}"]
+        lines.append("| " + " | ".join([str(row["site"]), *cells]) + " |")
+    return "\n".join([*lines, ""])
 
 
 def dry_runs(name: str, body: dict[str, Any]) -> str:
@@ -303,7 +355,8 @@ def main() -> None:
     parts = [HEAD]
     for path in sorted(args.folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"decode": decode, "variant_decode": variants, "calibrated_on": run_folder, "dry_runs": dry_runs}
+        kinds = {"gpus": gpus, "copying": copying, "decode": decode, "variant_decode": variants}
+        kinds |= {"calibrated_on": run_folder, "dry_runs": dry_runs}
         kinds |= {
             "estimate": estimate,
             "set_ranks": set_ranks,
