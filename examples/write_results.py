@@ -152,8 +152,8 @@ def _distilled(d: dict[str, Any], config: dict[str, Any]) -> str:
     return (
         f"Distilled for {d['steps']} steps of {config['batch']} sequences, rates {config['lr_gdn']:g} at converted "
         f"sites and {config['lr_other']:g} elsewhere{_short(config)}, by {d['processes']} process(es): "
-        f"{speed['tokens']} tokens in {speed['seconds']:.0f} s, {speed['tokens_per_second']:.0f} a second{_mfu(speed)}; "
-        f"KL on the held-out calibration sequences {first['kl']:.4f} before, {last['kl']:.4f} after."
+        f"{speed['tokens']} tokens in {speed['seconds']:.0f} s, {speed['tokens_per_second']:.0f} a second"
+        f"{_mfu(speed)}; KL on the held-out calibration sequences {first['kl']:.4f} before, {last['kl']:.4f} after."
     )
 
 
