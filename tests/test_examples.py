@@ -39,6 +39,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "conversion_schedule": "measure_conversion",
     "measure_conversion": "test_measure_conversion",
     "measure_dry_run": "docs/results.md",
+    "measure_shards": "its numbers in docs/method.md",
     "estimate_conversion": "test_estimate",
     "rank_sets": "docs/results.md",
     "time_alignment": "docs/kernels.md",
