@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +20,6 @@ _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)  
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up; Triton's own also serves inside kernels and takes microseconds."""
     return -(-a // b)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:

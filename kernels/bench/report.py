@@ -15,6 +15,8 @@ import torch
 
 from .peers import versions
 
+FLOAT32 = {"state", "dg", "dbeta", "d_initial_state"}  # results that are not rounded to the inputs' dtype
+
 
 def environment(device: str) -> dict[str, Any]:
     """Hardware, versions, commit and time. TCAL_COMMIT stands for the commit of a copy without its history."""
@@ -86,7 +88,8 @@ def _time(kind: str, t: dict[str, float], bound: float | None, ours: dict[str, f
 
 def summary(results: list[dict[str, Any]]) -> list[str]:
     """Over all shapes of an op: how near its bounds ours comes, times and memory of others as multiples of ours, our
-    errors as multiples of theirs."""
+    errors as multiples of theirs, apart for results in the inputs' dtype and in float32: plain PyTorch multiplies in
+    float32 whatever the dtype, so that its error is the one rounding of a result, or next to none."""
     found: list[str] = []
     for op in dict.fromkeys(r["op"] for r in results):
         some = [r for r in results if r["op"] == op and "wrong" not in r]
@@ -97,7 +100,7 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
             # flash attention's forward stands beside kinds of ours that it has no name for
             for own in [kind] if any(kind in r["times"]["tcal"] for r in some) else list(some[0]["times"]["tcal"]):
                 found += _multiples(op, some, name, kind, own)
-        found += [f"{op}: our errors {_range(v)} of {n}'s" for n, v in _error_multiples(some) if v]
+        found += _error_multiples(op, some)
         found += [f"{op}: NOT RIGHT at {r['shape']}: {r['wrong']}" for r in results if r["op"] == op and "wrong" in r]
     return found
 
@@ -119,10 +122,14 @@ def _multiples(op: str, some: list[dict[str, Any]], name: str, kind: str, own: s
             yield f"{op}, {own}: {what} of {name}{'' if own == kind else ', ' + kind} {_range(values)} of ours"
 
 
-def _error_multiples(some: list[dict[str, Any]]) -> Iterator[tuple[str, list[float]]]:
+def _error_multiples(op: str, some: list[dict[str, Any]]) -> Iterator[str]:
     for name in dict.fromkeys(n for r in some for n in r.get("errors_beside", {})):
-        yield name, [r["errors"][part] / max(error, 1e-30) for r in some
-                     for part, error in r["errors_beside"].get(name, {}).items() if part != "failed"]  # fmt: skip
+        pairs = [(part, r["errors"][part] / max(error, 1e-30)) for r in some
+                 for part, error in r["errors_beside"].get(name, {}).items() if part != "failed"]  # fmt: skip
+        whose = "of pytorch's float32 computation" if name == "pytorch" else f"of {name}'s"
+        for kept, what in ((False, "results in the inputs' dtype"), (True, "float32 results")):
+            if values := [value for part, value in pairs if (part.split(",")[0] in FLOAT32) == kept]:
+                yield f"{op}: our errors in {what} {_range(values)} {whose}"
 
 
 def _range(values: list[float]) -> str:

@@ -54,7 +54,7 @@ def make_inputs(batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtyp
 
 
 def forward_and_backward(inputs: list[Tensor], seeds: list[Tensor], scale: float) -> tuple[Tensor, ...]:
-    """Plain PyTorch, in the inputs' dtype: outputs, final state and all gradients."""
+    """Plain PyTorch, float32 or float64 inside: outputs, final state and all gradients."""
     return (
         *gated_delta_rule_chunked(*inputs, scale=scale),
         *gated_delta_rule_chunked_backward(*seeds, *inputs, scale=scale),

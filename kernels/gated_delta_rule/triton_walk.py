@@ -13,6 +13,7 @@ One segment is the third launch alone. Sums and the state are float32. Segments 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch, processors
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
 
 from .triton_layout import COUNTS, Cuts, Layout, segment_at
@@ -199,6 +200,11 @@ def _cut(chunks: int, rows: int, value_dim: int, columns: int, at_once: int, dev
     while columns > 32 and rows * cdiv(value_dim, columns) <= count:
         columns //= 2
     return 1, columns
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:

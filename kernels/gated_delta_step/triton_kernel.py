@@ -1,8 +1,8 @@
 """Triton kernel of the decode step: one launch, each state read and written once, in registers between.
 
 A program takes BV of the Dv columns of one state [Dk, Dv], and all its rows. With the norm it takes all columns, since
-their squares have one sum; a tile of more than MOST_FUSED numbers does not fit in registers, so that there the norm is
-a second launch, as where that was measured to be faster (`tuning`). Both readings of a token come from the state before
+their squares have one sum; with a state of more than MOST_FUSED numbers a second launch for the norm is faster, as
+where that was measured (`tuning`). Both readings of a token come from the state before
 it, so that neither waits for the update:
 
     w = beta (v - exp(g) S^T k)     o = scale (exp(g) S^T q + (k . q) w)     S <- exp(g) S + k w^T
@@ -10,49 +10,27 @@ it, so that neither waits for the update:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch, processors
+from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 from .reference import L2_EPS
 
-MOST_FUSED = 128 * 256  # numbers of a state that one program holds
-MOST_REGISTERS = 128  # of a thread: so a multiprocessor holds two whole states of 128 x 128
+MOST_FUSED = 128 * 64  # numbers of a state that one program holds
+MOST_REGISTERS = 128  # of a thread: so a multiprocessor holds four tiles of 128 x 64
 ENOUGH_PROGRAMS = 512
+NORM_ROWS = 2  # heads of one program of the norm's own launch
 
 
 @triton.jit
 def _vector(ptr, i, D):
     return tl.load(ptr + i, mask=i < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _token(
-    state, q, k, v, g, beta, gate, weight, scale, eps, l2_eps, dk, dv,
-    DK: tl.constexpr, DV: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """One token of one state: y in columns dv, and the state behind it; pointers are to this token's numbers."""
-    query, key, value = _vector(q, dk, DK), _vector(k, dk, DK), _vector(v, dv, DV)
-    keep, rate = tl.exp(tl.load(g).to(tl.float32)), tl.load(beta).to(tl.float32)
-    q_size, k_size = scale, 1.0
-    if NORMALIZE:
-        q_size = scale / tl.sqrt(tl.sum(query * query, 0) + l2_eps)
-        k_size = 1.0 / tl.sqrt(tl.sum(key * key, 0) + l2_eps)
-    recalled = tl.sum(state * key[:, None], 0) * (keep * k_size)
-    read = tl.sum(state * query[:, None], 0) * (keep * q_size)
-    write = (value - recalled) * (rate * k_size)
-    state = state * keep + key[:, None] * write[None, :]
-    y = read + write * (tl.sum(key * query, 0) * q_size)
-    if NORM:
-        z, w = _vector(gate, dv, DV), _vector(weight, dv, DV)
-        y = y / tl.sqrt(tl.sum(y * y, 0) / DV + eps) * w * z / (1.0 + tl.exp(-z))
-    return y, state
 
 
 @triton.jit(do_not_specialize=["H", "K"], do_not_specialize_on_alignment=["T"])
@@ -74,37 +52,23 @@ def _step(
     v_at, z_at = v + b * vb + shared * vh, gate + b * zb + h * zh
     for t in range(T):
         here = (b * T + t) * H + h
-        y, state = _token(
-            state, q_at, k_at, v_at, g + here, beta + here, z_at, weight + h * DV, scale, eps, l2_eps, dk, dv,
-            DK, DV, NORMALIZE, NORM,
-        )  # fmt: skip
+        query, key, value = _vector(q_at, dk, DK), _vector(k_at, dk, DK), _vector(v_at, dv, DV)
+        keep, rate = tl.exp(tl.load(g + here).to(tl.float32)), tl.load(beta + here).to(tl.float32)
+        q_size, k_size = scale, 1.0
+        if NORMALIZE:
+            q_size = scale / tl.sqrt(tl.sum(query * query, 0) + l2_eps)
+            k_size = 1.0 / tl.sqrt(tl.sum(key * key, 0) + l2_eps)
+        recalled = tl.sum(state * key[:, None], 0) * (keep * k_size)
+        read = tl.sum(state * query[:, None], 0) * (keep * q_size)
+        write = (value - recalled) * (rate * k_size)
+        state = state * keep + key[:, None] * write[None, :]
+        y = read + write * (tl.sum(key * query, 0) * q_size)
+        if NORM:
+            z, w = _vector(z_at, dv, DV), _vector(weight + h * DV, dv, DV)
+            y = y / tl.sqrt(tl.sum(y * y, 0) / DV + eps) * w * z / (1.0 + tl.exp(-z))
         tl.store(out + here * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)
         q_at, k_at, v_at, z_at = q_at + qt, k_at + kt, v_at + vt, z_at + zt
     tl.store(final + at, state.to(final.dtype.element_ty), mask=there, eviction_policy=EVICTION)
-
-
-@triton.jit(do_not_specialize=["H", "K", "COUNT", "PROGRAMS"])
-def _turns(
-    q, k, v, g, beta, gate, weight, start, out, final, scale, eps, l2_eps, COUNT, PROGRAMS, H, K,
-    qb, qh, kb, kh, vb, vh, zb, zh,
-    DK: tl.constexpr, DV: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, EVICTION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`_step` of one token; a program takes tiles in turn, and loads those that follow into shared memory meanwhile."""
-    parts = tl.cdiv(DV, BV)
-    dk, columns = tl.arange(0, BK), tl.arange(0, BV)
-    for i in tl.range(tl.program_id(0), COUNT, PROGRAMS, num_stages=STAGES):
-        here, v0 = (i // parts).to(tl.int64), i % parts * BV
-        b, h, dv = here // H, here % H, v0 + columns
-        at, there = here * DK * DV + dk[:, None] * DV + dv[None, :], (dk[:, None] < DK) & (dv[None, :] < DV)
-        state = tl.load(start + at, mask=there, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-        shared = h // (H // K)
-        y, state = _token(
-            state, q + b * qb + h * qh, k + b * kb + shared * kh, v + b * vb + shared * vh, g + here, beta + here,
-            gate + b * zb + h * zh, weight + h * DV, scale, eps, l2_eps, dk, dv, DK, DV, NORMALIZE, NORM,
-        )  # fmt: skip
-        tl.store(out + here * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)
-        tl.store(final + at, state.to(final.dtype.element_ty), mask=there, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["N", "T", "H"])
@@ -126,18 +90,13 @@ def _norm(
 
 class Tile(NamedTuple):
     """What the kernel is compiled for: all key columns, the value columns of one program, its warps, a thread's
-    registers, and whether the state is the first that the cache gives up. turns: of one token, programs that a
-    processor runs at once, which take states in turn; stages: tiles that these have under way or in hand; 0 turns: each
-    program takes one. norm_rows: heads of one program of the norm's own launch."""
+    registers, and whether the state is the first that the cache gives up."""
 
     BK: int
     BV: int
     num_warps: int
     maxnreg: int = MOST_REGISTERS
     streams: int = 0
-    turns: int = 0
-    stages: int = 2
-    norm_rows: int = 4
 
 
 def measured_for(q: Tensor, v: Tensor, *, normed: bool) -> Fields:
@@ -165,27 +124,6 @@ def tiles(key_dim: int, value_dim: int, *, whole: bool, measured: Fields | None 
 def choose_tile(options: list[Tile], rows: int, value_dim: int) -> Tile:
     """Few states are cut finer, so that every multiprocessor gets some."""
     return next((t for t in options if rows * cdiv(value_dim, t.BV) >= ENOUGH_PROGRAMS), options[-1])
-
-
-def _launch_step(
-    given: tuple[Any, ...], tile: Tile, sizes: tuple[int, int, int, int], *, normalize: bool, fused: bool
-) -> None:
-    """sizes: B, T, H, K."""
-    batch, tokens, heads, kv_heads = sizes
-    q, k, v, z = (given[i] for i in (0, 1, 2, 5))
-    parts = cdiv(v.shape[3], tile.BV)
-    count = batch * heads * parts
-    blocks: dict[str, Any] = dict(
-        DK=q.shape[3], DV=v.shape[3], NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
-        EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
-    )  # fmt: skip
-    if tile.turns and tokens == 1:
-        programs = min(tile.turns * processors(q.device), cdiv(count, 2))  # so that a small proof takes turns too
-        strides = [n for x in (q, k, v, z) for n in (x.stride(0), x.stride(2))]
-        launch(_turns, programs, *given, count, programs, heads, kv_heads, *strides, STAGES=tile.stages, **blocks)
-    else:
-        strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
-        launch(_step, count, *given, tokens, heads, kv_heads, *strides, **blocks)
 
 
 def gated_delta_step_triton(
@@ -224,15 +162,20 @@ def gated_delta_step_triton(
     final = start if in_place else torch.empty_like(start)
     dtype = v.dtype if gate is None or fused else torch.float32
     out = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=q.device)
-    given = (q, k, v, g, beta, z, w, start, out, final, scale, eps, L2_EPS)
-    _launch_step(given, tile, (batch, tokens, heads, kv_heads), normalize=normalize, fused=fused)
+    strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
+    launch(
+        _step, rows * cdiv(value_dim, tile.BV), q, k, v, g, beta, z, w, start, out, final,
+        scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
+        DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
+        EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
+    )  # fmt: skip
     if gate is not None and not fused:
         y, out = out, torch.empty_like(out, dtype=v.dtype)
         sizes = (batch * tokens * heads, tokens, heads, *z.stride()[:3])
         block = triton.next_power_of_2(value_dim)
         launch(
-            _norm, cdiv(sizes[0], tile.norm_rows), y, z, w, out, eps, *sizes,
-            DV=value_dim, BV=block, ROWS=tile.norm_rows, num_warps=1,
+            _norm, cdiv(sizes[0], NORM_ROWS), y, z, w, out, eps, *sizes,
+            DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1,
         )  # fmt: skip
     if not in_place:
         return out, final

@@ -110,7 +110,13 @@ def test_what_is_said_of_a_result():
     assert "step, core: time of fla 2.00 to 8.00 times, geometric mean 4.00 of 2, of ours" in said
     assert "step, core: memory of fla 1.50 to 1.50 times, geometric mean 1.50 of 1, of ours" in said
     assert "step, core: time of flash, forward 0.80 to 0.80 times, geometric mean 0.80 of 1, of ours" in said
-    assert any(line.startswith("step: our errors 1.00 to 2.00 times") and "pytorch" in line for line in said)
+    errors = [line for line in said if "our errors" in line]
+    assert [line.split(" times")[0] for line in errors] == [
+        "step: our errors in results in the inputs' dtype 2.00 to 2.00",  # y, a rounded result of both
+        "step: our errors in float32 results 1.00 to 1.00",
+        "step: our errors in results in the inputs' dtype 0.50 to 0.50",
+    ]
+    assert errors[0].endswith("of pytorch's float32 computation") and errors[2].endswith("of fla's")
     wrong = {"op": "rule", "shape": (1,), "errors": {"o": float("nan")}, "wrong": "not timed"}
     assert report.summary([wrong]) == ["rule: NOT RIGHT at (1,): not timed"]
 
