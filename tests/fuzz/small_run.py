@@ -121,7 +121,7 @@ def made(out: Path) -> dict[str, str]:
     found = {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     for name, record in records(out).items():
         said = {k: record[k] for k in ("config_hash", "inputs_hash", "made_from", "evidence")}
-        said["evidence"] = {k: v for k, v in record["evidence"].items() if k != "speed"}
+        said["evidence"] = {k: v for k, v in record["evidence"].items() if k not in ("speed", "peak_memory")}
         if name != "report":
             found[f"stage {name}"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     return found
