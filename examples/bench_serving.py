@@ -179,8 +179,9 @@ def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> di
 
 
 def card_mb() -> float:
-    """What the first card holds now: neither runtime gives memory back while it runs."""
-    asked = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """What the first card that this process sees holds now: neither runtime gives memory back while it runs."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    asked = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 1.048576
 
 

@@ -35,7 +35,7 @@ class DeviceSession:
             options.enable_profiling, options.profile_file_prefix = True, profile_prefix
         if provider == CUDA:
             ort.preload_dlls()  # CUDA and cuDNN from pip's packages, where no system has them
-        names = [provider] if provider == CPU else [provider, CPU]
+        names = [provider] if provider == CPU else [(provider, {"use_tf32": 0} if provider == CUDA else {}), CPU]
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=names)
         if self.session.get_providers()[0] != provider:
             sys.exit(f"{provider} cannot be used here; available: {ort.get_available_providers()}")

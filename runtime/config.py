@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -256,6 +256,12 @@ class ExportConfig(StrictModel):
         "operators of ONNX itself alone; cuda: as ort, with float16 products and caches and float32 recurrent states",
     )
     opset: int = Field(21, ge=21, le=27, description="ONNX opset, 21 to 24; of profile standard always 27")
+    float32_layers: int | None = Field(
+        None,
+        ge=0,
+        description="of profile cuda: so many layers, from the first, stay float32, weights too, caches not; default: "
+        "the fewest of none, a tenth, a fifth and two fifths with which the student's KL is within its bound",
+    )
     max_length: int = Field(8192, ge=16, le=1 << 30, description="context length written into genai_config.json")
     bounded_windows: bool = Field(
         True, description="sliding-window layers keep their window alone; false: all positions, for onnxruntime-genai"
@@ -266,3 +272,15 @@ class ExportConfig(StrictModel):
     def _opset_of_standard(cls, values: object) -> object:
         standard = isinstance(values, dict) and values.get("profile") == "standard"
         return {"opset": 27} | values if standard else values  # type: ignore[operator]
+
+    def float32_layer_counts(self, layers: int) -> tuple[int, ...]:
+        """What to try of a student with so many layers, in this order, until it is within its bound."""
+        if self.profile != "cuda" or self.float32_layers is not None:
+            return (self.float32_layers or 0,)
+        return tuple(dict.fromkeys(-(-layers * tenths // 10) for tenths in (0, 1, 2, 4)))
+
+    @model_validator(mode="after")
+    def _float32_layers_of_cuda(self) -> Self:
+        if self.float32_layers is not None and self.profile != "cuda":
+            raise ValueError("float32_layers are for profile cuda: the other profiles are float32 throughout")
+        return self

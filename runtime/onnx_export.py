@@ -118,7 +118,7 @@ def export_onnx(
     """
     info = info or {}
     check_supported(config)
-    model = build_model(stateful, profile=config.profile, opset=config.opset)
+    model = build_model(stateful, config)
     context = context_length(config, info)
     if context < config.max_length and not any(layer.kind == "softmax" for layer in stateful.layers):
         context = config.max_length if runs_behind(stateful, config.max_length - 1) else context
@@ -144,11 +144,12 @@ def context_length(config: ExportConfig, info: dict[str, Any]) -> int:
     return min(config.max_length, info.get("context_length") or config.max_length)
 
 
-def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
+def build_model(stateful: StatefulGraph, config: ExportConfig) -> Any:
     """The stateful graph as an onnx_ir.Model, with the fallback function of the profile."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+    profile, opset = config.profile, config.opset
     lowering = LOWERINGS[profile]
     program = export_stateful(replace(stateful, gm=without_complex(stateful.gm)))
     if not (lowering.fused and all(_is_fused(layer) for layer in stateful.layers if layer.kind == "softmax")):
@@ -177,7 +178,7 @@ def build_model(stateful: StatefulGraph, *, profile: str, opset: int) -> Any:
     if lowering.fused:
         fuse_rotary(model)
     if lowering.half:
-        halve(model)
+        halve(model, float32_layers=config.float32_layers or 0)
     RemoveUnusedNodesPass()(model)  # ONNX Runtime warns of constants that fused parts left behind
     _strip(model)
     _name_cache_axes(model, stateful)

@@ -1,8 +1,13 @@
 """An exported graph in float16 for GPUs: products, attention and its caches in half precision, the rest in float32.
 
 Only values that are computed from embeddings or caches change; positions and masks stay as they are. Norms, softmax,
-gates and recurrences (FLOAT_OPS) read float32 copies and keep float32 states. Whatever else reads a float16 value runs
-in float16, its constants with it; logits leave as float32.
+gates and recurrences (FLOAT_OPS) read float32 copies and keep float32 states. Rows of an embedding table are widened,
+and a sum with a float32 value is float32, so that the residual stream is. Whatever else reads a float16 value runs in
+float16, its constants with it; logits leave as float32.
+
+A layer whose MLP makes activations of thousands out of tens, as some of the first do for the first token, magnifies the
+rounding of all that lies before it. No scale helps, since float16 rounds relatively; the layers up to there have to be
+float32, weights included. Caches and what reads them stay float16: CUDA's GroupQueryAttention knows no float32.
 """
 
 from __future__ import annotations
@@ -18,22 +23,41 @@ LARGEST = 65504.0
 _NO_FLOATS = {"Shape", "Size", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "IsNaN"}
 
 
-def halve(model: Any) -> int:
+def halve(model: Any, *, float32_layers: int = 0) -> int:
     """Rewrites a model whose values still have types; returns how many nodes run in float16.
+
+    float32_layers: what the attention or recurrence of this layer, from 0, is computed from stays float32, but for
+    embedding tables, caches and what reads these: so many layers, and the next one's queries, keys and values.
 
     Raises ExportError when a constant is beyond float16, or a node has a sub-graph whose types cannot be followed.
     """
-    work = _Halving(model.graph)
+    work = _Halving(model.graph, float32_layers)
     for node in list(model.graph):
         work.visit(node)
     work.finish()
     return work.count
 
 
+def _before_layer(graph: Any, layer: int) -> set[Any]:
+    """The nodes that whatever reads this layer's past depends on; all where there are fewer layers; none for 0."""
+    if layer == 0:
+        return set()
+    start = [u.node for v in graph.inputs if v.name.startswith(f"past_key_values.{layer}.") for u in v.uses()]
+    if not start:
+        return set(graph)
+    found: set[Any] = set()
+    while start:
+        makers = (v.producer() for v in start.pop().inputs if v is not None)
+        new = {n for n in makers if n is not None} - found
+        found |= new
+        start += new
+    return found
+
+
 class _Halving:
     """One walk in the order of the graph; `half` and `wide` are what of each kind exists of a value."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, float32_layers: int) -> None:
         import onnx_ir as ir
 
         self.ir, self.graph = ir, graph
@@ -41,10 +65,12 @@ class _Halving:
         self.followed: set[Any] = set()  # float values that depend on embeddings or caches
         self.copies: dict[tuple[Any, Any], Any] = {}
         self.count = 0
+        self.leading = _before_layer(graph, float32_layers)
         for v in graph.inputs:
             if v.dtype == self.float and v.name.startswith("past_key_values."):
                 self.followed.add(v)
                 if v.name.endswith((".key", ".value")):
+                    self.leading -= {u.node for u in v.uses()}
                     v.type = ir.TensorType(self.float16)
 
     def visit(self, node: Any) -> None:
@@ -59,8 +85,7 @@ class _Halving:
                 v.type = self.ir.TensorType(self.float)
         outputs = [v for v in node.outputs if v.dtype == self.float]
         self.followed |= set(outputs)
-        product = node.op_type in ("MatMul", "Gemm")
-        wide = node.op_type in FLOAT_OPS or (not product and not table and all(i.dtype == self.float for i in seen))
+        wide = not table and self._is_wide(node, [i.dtype == self.float for i in seen])
         for i, v in enumerate(node.inputs):
             if v is not None and v.dtype in (self.float, self.float16):
                 node.replace_input_with(i, self.copy(v, self.float if wide else self.float16, node))
@@ -71,6 +96,26 @@ class _Halving:
             v.type = self.ir.TensorType(self.float16)
         if node.op_type == "Cast" and outputs:
             node.attributes["to"] = self.ir.AttrInt64("to", int(self.float16))
+        if table and node.op_type == "Gather":
+            self._widen(node.outputs[0])
+
+    def _is_wide(self, node: Any, floats: list[bool]) -> bool:
+        """floats: for each followed input whether it is float32 now."""
+        if node.op_type in FLOAT_OPS or node in self.leading:
+            return True
+        if node.op_type in ("MatMul", "Gemm"):
+            return False
+        return any(floats) if node.op_type == "Add" else all(floats)
+
+    def _widen(self, value: Any) -> None:
+        """All that reads the float16 value reads a float32 copy."""
+        made = self._cast(value, self.float)
+        cast = made.producer()
+        for use in list(value.uses()):
+            if use.node is not cast:
+                use.node.replace_input_with(use.idx, made)
+        self.followed.add(made)
+        self.copies[made, self.float16] = value
 
     def _reads_table(self, node: Any) -> bool:
         """Whether it takes rows of, or transposes, a constant matrix."""
@@ -114,11 +159,12 @@ class _Halving:
         return made
 
     def finish(self) -> None:
-        """Outputs that stay float32 leave through a Cast; constants that nothing reads any more are dropped."""
+        """Caches leave as float16, the rest as float32; constants that nothing reads any more are dropped."""
         for i, v in enumerate(self.graph.outputs):
-            if v.dtype == self.float16 and not v.name.endswith((".key", ".value")):
-                name, v.name = v.name, f"{v.name}_float16"
-                made = self._cast(v, self.float)
+            due = self.float16 if v.name.endswith((".key", ".value")) else self.float
+            if v in self.followed and v.dtype != due:
+                name, v.name = v.name, f"{v.name}_{v.dtype.name.lower()}"
+                made = self._cast(v, due)
                 made.name, self.graph.outputs[i] = name, made
         for name, v in list(self.graph.initializers.items()):
             if not v.uses() and not v.is_graph_output():

@@ -212,25 +212,28 @@ class Conversion:
             context = context_length(self.config.export, self.source.teacher.info)
             bounded = self.config.export.bounded_windows
             stateful = make_stateful(flat, max_length=context, bounded=bounded)
-            parts.begin(ONNX)
-            artifact = export_onnx(
-                stateful,
-                stage.dir / "onnx",
-                config=self.config.export,
-                info=self.source.teacher.info,
-                tokenizer=self.source.tokenizer,
-            )
-            parts.begin(PARITY)
-            prompt = self.ids[-1, :16].tolist()
-            checks = (*flat.checks, *stateful.checks, *artifact.checks)
-            checks += check_parity(
-                artifact, stateful, whole=lambda ids: run(*flat.inputs(ids)), prompts=[prompt], new_tokens=16
-            )
-            require("export", checks, "tcal doctor, which checks this machine; --restart runs every stage anew")
+            info, prompt = self.source.teacher.info, self.ids[-1, :16].tolist()
+            checks = (*flat.checks, *stateful.checks)
+            for count in self.config.export.float32_layer_counts(len(stateful.layers)):
+                parts.begin(ONNX)
+                chosen = self.config.export.model_copy(update={"float32_layers": count})
+                artifact = export_onnx(
+                    stateful, stage.dir / "onnx", config=chosen, info=info, tokenizer=self.source.tokenizer
+                )
+                parts.begin(PARITY)
+                parity = check_parity(
+                    artifact, stateful, whole=lambda ids: run(*flat.inputs(ids)), prompts=[prompt], new_tokens=16
+                )
+                if all(c.passed for c in parity):
+                    break
+            checks += (*artifact.checks, *parity)
+            hint = "tcal doctor, which checks this machine; --restart runs every stage anew"
+            require("export", checks, hint if timed else "--profile ort, or more [export] float32_layers")
             stage.evidence = {
                 "checks": [asdict(c) for c in checks],
                 "opset": artifact.opset,
                 "profile": artifact.profile,
+                "float32_layers": count,
                 "held_out": asdict(held),
             }
             if timed:

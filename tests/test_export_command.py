@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import onnxruntime
 import pytest
 from command_line import SMALL, TINY, call, contents, done, refused
 
-from tcal_compiler import api
+from tcal_compiler import api, conversion
 from tcal_compiler.config import Config, load_config
+from tcal_compiler.errors import ConfigError
+from tcal_compiler.passes.types import Check
+from tcal_compiler.runtime.config import ExportConfig
 
 AGAIN = """
 import sys
@@ -103,6 +107,33 @@ def test_what_cannot_be_exported_is_told_first(finished, tmp_path, monkeypatch, 
     refused(call("tcal-compile", TINY, "-o", "new", *OPTIONS, *options), kind, said)
     refused(call("tcal", "export", TINY, "-o", finished, *OPTIONS, *options), kind, said)
     assert not Path("new").exists() and contents(finished) == before
+
+
+def test_layers_stay_float32_where_the_bound_needs_it(finished, monkeypatch):
+    """Caches stay float16, for CUDA's operator; what was chosen is in the manifest."""
+    tried = []
+
+    def parity(artifact, *_, **__):
+        model = onnx.load(artifact.path)
+        types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+        assert types["past_key_values.0.key"] == types["present.0.key"] == onnx.TensorProto.FLOAT16
+        halves = sum(i.data_type == onnx.TensorProto.FLOAT16 for i in model.graph.initializer)
+        tried.append(halves)
+        return (Check("KL", float(len(tried) == 1), 0.5),)
+
+    monkeypatch.setattr(conversion, "check_parity", parity)
+    done("tcal", "export", TINY, "-o", finished, *OPTIONS, "--profile", "cuda")
+    assert tried[0] > tried[1] > 0
+    assert json.loads((finished / "tcal.json").read_text())["stages"]["export"]["evidence"]["float32_layers"] == 1
+
+
+def test_how_many_layers_stay_float32():
+    assert ExportConfig(profile="cuda").float32_layer_counts(30) == (0, 3, 6, 12)
+    assert ExportConfig(profile="cuda").float32_layer_counts(2) == (0, 1)
+    assert ExportConfig(profile="cuda", float32_layers=5).float32_layer_counts(30) == (5,)
+    assert ExportConfig().float32_layer_counts(30) == (0,)
+    with pytest.raises(ConfigError, match="float32 throughout"):
+        load_config(None, {"export.float32_layers": 1})
 
 
 def test_a_variant_is_made_of_profile_ort_alone(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def test_a_state_that_is_too_large_is_not_tried():
     bench_serving.check_room({"most_state_gb": 1.0}, 10**9)
     with pytest.raises(DataError, match=r"would take 1\.1 GB"):
         bench_serving.check_room({"most_state_gb": 1.0}, 11 * 10**8)
+
+
+def test_the_memory_is_that_of_the_card_measured_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$1" | tr -dc 0-9\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert bench_serving.card_mb() == pytest.approx(3 * 1.048576)
 
 
 def test_a_session_on_a_device_is_ours(shared_run: Path):
