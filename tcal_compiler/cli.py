@@ -60,7 +60,7 @@ def _run(target: typer.Typer) -> None:
     except (KeyboardInterrupt, SystemExit) as e:
         if isinstance(e, SystemExit) and e.code != 130:  # what typer makes of Ctrl-C
             raise
-        again = " The same command goes on from the last checkpoint." if _keeps_checkpoints(sys.argv[1:]) else ""
+        again = " The same command goes on." if _keeps_checkpoints(sys.argv[1:]) else ""
         print(f"\nStopped.{again}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
