@@ -259,6 +259,7 @@ class ExportConfig(StrictModel):
     float32_layers: int | None = Field(
         None,
         ge=0,
+        le=100_000,
         description="of profile cuda: so many layers, from the first, stay float32, weights too, caches not; default: "
         "the fewest of none, a tenth, a fifth and two fifths with which the student's KL is within its bound",
     )

@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -51,6 +52,8 @@ def _run(target: typer.Typer) -> None:
     if debug:
         sys.argv.remove("--debug")
     prepare_process()
+    if not debug:
+        warnings.formatwarning = _note  # type: ignore[assignment]
     try:
         _to_the_end(target)
     except TcalError as e:
@@ -93,6 +96,11 @@ def _keeps_checkpoints(words: list[str]) -> bool:
     """Whether this is tcal-compile or one of tcal's stages, neither a dry run nor an export of another dtype."""
     runs_stages = Path(sys.argv[0]).stem == "tcal-compile" or (words and words[0] in STAGES)
     return bool(runs_stages) and not any(w.split("=")[0] in ("--dry-run", "--dtype") for w in words)
+
+
+def _note(message: Warning | str, *_place: object) -> str:
+    """A warning without the place in this program that it comes from."""
+    return f"Note: {message}\n"
 
 
 def _fail(e: TcalError) -> NoReturn:

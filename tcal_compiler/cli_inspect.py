@@ -77,6 +77,14 @@ def inspect(
     print("Context of the teacher: " + (f"{context} tokens." if context else "not known from its file."))
 
 
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _print_sites(sites: list[dict[str, Any]], refused: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -84,7 +92,7 @@ def _print_sites(sites: list[dict[str, Any]], refused: list[dict[str, Any]]) -> 
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(*[k.replace("_", " ") for k in (sites[0] if sites else {"site": 0})])
     for s in sites:
-        table.add_row(*["-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in s.values()])
+        table.add_row(*map(_cell, s.values()))
     console.print(table)
     for r in refused:
         console.print(f"refused: {r['layer'] or r['node']}: {r['reason']}", markup=False)

@@ -103,6 +103,8 @@ def _print_scores(found: Evaluation, *, as_json: bool) -> None:
         return
     from .report.numbers import with_error
 
+    if found.text:
+        print(f"On {found.sequences} x {found.length} tokens:")
     for name, r in found.text.items():
         ratio = r.perplexity / found.text["teacher"].perplexity
         print(f"{name:12} perplexity {r.perplexity:10.3f}  x{ratio:8.3f}  KL {with_error(r.kl, r.kl_stderr, 4)}")

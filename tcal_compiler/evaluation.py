@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,16 @@ class Measures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """text: results by model, of Measures.text. tasks: scores of every task and metric, by model. What both took."""
+    """text: results by model, of `sequences` of `length` tokens of Measures.text. tasks: scores of every task and
+    metric, by model. What both took.
+    """
 
     text: dict[str, EvalResult] = field(default_factory=dict)
     tasks: dict[str, list[TaskScore]] = field(default_factory=dict)
     text_seconds: float = 0.0
     task_seconds: float = 0.0
+    sequences: int = 0
+    length: int = 0
 
 
 def evaluate_run(
@@ -138,6 +142,7 @@ def evaluate_run(
             what = f"a model fails on sequences of {longest} tokens: {str(e).splitlines()[0]}"
             raise StageError("eval", what, "a smaller --length") from e
         if ids is not None:
+            found = replace(found, sequences=len(ids), length=ids.shape[1])
             _record_text(run, last, Path(str(measures.text)), ids, found)
         if tasks:
             _record_tasks(run, last, measures, found)

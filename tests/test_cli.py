@@ -33,6 +33,7 @@ def test_inspect(tmp_path, monkeypatch):
     table = done("tcal", "inspect", TINY)
     assert "4 sites can be converted, 0 are refused." in table and "is_causal" in table
     assert found["teacher"] == {"family": None, "vocab_size": 256, "context_length": None}
+    assert "yes" in table and "True" not in table
     assert "Context of the teacher: not known from its file." in table
     assert list(tmp_path.iterdir()) == []
 
@@ -77,6 +78,7 @@ def test_eval_and_report(finished):
     assert "3 sequences of 64 tokens" in text and "| student |" in text
     one = ("--length", "32", "--sequences", "1", "--student-only")
     plain = done("tcal", "eval", finished, "--text", HELD_OUT, *one)  # one sequence has no standard error
+    assert plain.startswith("On 1 x 32 tokens:\nteacher")
     assert "teacher" in plain and "student" in plain and "naive" not in plain and done("tcal", "report", finished)
 
 

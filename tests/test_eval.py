@@ -62,9 +62,12 @@ def test_a_single_sequence_has_no_error_bar(capsys):
     found = Evaluation(
         {"teacher": EvalResult(9, 2.0, math.nan, 0.0, 0.0), "student": EvalResult(9, 3.0, math.nan, 0.5, math.nan)},
         {"student": [TaskScore("boolq", "acc", 0.25, math.nan, 1, None, -0.5, math.nan)]},
+        sequences=1,
+        length=10,
     )
     _print_scores(found, as_json=False)
-    rows = capsys.readouterr().out.splitlines()
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == "On 1 x 10 tokens:"
     assert [row.rpartition("KL ")[2] for row in rows[:2]] == ["0.0000 ± 0.0000", "0.5000"]
     assert rows[2].split("acc")[1].split() == ["0.2500", "minus", "the", "teacher's", "-0.5000"]
 

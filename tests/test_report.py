@@ -344,6 +344,7 @@ def test_compare(finished, tmp_path):
         and "calib." not in text
         and " None " not in text
     )
+    assert "| held-out slice | Perplexity " in text
     assert "| layers that stay softmax | [0] | [3] |" in text and "KL, student" in text
     assert "| 0 | run | " in text and "| 3 | other | " in text
     reader = Reader((tmp_path / "both.html").read_text())

@@ -8,6 +8,7 @@ from typing import Any
 from ..config import Config
 from . import markdown, page
 from .blocks import Block, Table
+from .conclusion import quality
 from .facts import Facts
 from .numbers import fixed, number, size, with_error
 from .plots import Scales, shared_scales
@@ -37,6 +38,8 @@ def _figures(run: Facts) -> dict[str, str]:
         for part, label in ((0, "before"), (1, "after")):
             mean = sum(e[part] for e in run.held_out.values()) / len(run.held_out)
             found[f"mean held-out error {label} alignment"] = number(mean)
+    if said := quality(run):
+        found["held-out slice"] = said
     if run.scores:
         e = run.evidence("eval")
         found["scored on"] = f"{e['text']}, {e['sequences']} x {e['length']} tokens"
