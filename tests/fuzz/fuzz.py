@@ -27,6 +27,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from fuzz_watch import FLOOR, Memory, Watch
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +181,7 @@ def row(name: str, tally: Tally) -> list[str]:
 
 def main() -> None:
     """Prints a table of counts, then the findings; exit 1 when there are any."""
+    torch.set_num_threads(1)  # a forked child would wait for ever for OpenMP threads that only its parent has
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="a finished run folder of a model with four layers")
     parser.add_argument("--inputs", type=int, default=20_000)
