@@ -63,12 +63,16 @@ def _candidates(candidates: dict[str, Any], a: dict[str, Any]) -> list[str]:
         return []
     steps = list(next(iter(candidates.values()))[0]["kl"])
     lines = ["\nCandidate sets of kl on held-out sequences, after so many steps of alignment of every site; chosen by "]
-    lines[0] += f"that after {a['score_align_steps']}.\n"
+    asked = a.get("score_distill_steps")
+    lines[0] += f"that after {a['score_align_steps']}{f'+{asked[0]}' if asked else ''}."
+    if asked:
+        lines[0] += " Behind +: steps of distillation of each set, and behind / those of warm-up, else a third at most."
+    lines[0] += "\n"
     head = ["policy", "rule", "kept", f"KL after {steps[0]} steps", *(f"after {n} steps" for n in steps[1:])]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for policy, rows in candidates.items():
         for r in rows:
-            kls = [f"{r['kl'][n]:.4f}" for n in steps]
+            kls = [f"{r['kl'][n]:.4f}" if n in r["kl"] else "" for n in steps]
             lines.append("| " + " | ".join([policy, r["rule"], ", ".join(map(str, r["keep"])), *kls]) + " |")
     return lines
 

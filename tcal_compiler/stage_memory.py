@@ -182,6 +182,9 @@ class _Shell:
                 stages.append(Need(name, cost.peak, cost.files, cost.scratch))
                 if name == "calibrate":
                     values = trial.values_in_all
+                    if scored_by(plan.policy):  # before it; with any number of models
+                        score = trial.score(1)
+                        stages.insert(1, Need("score", score.peak, score.files, score.scratch))
             student = trial.weights
         peak = base + weights + round(EXPORT * student) + _compared_logits(self.source)
         stages.append(Need("export", peak, 2 * student))
