@@ -14,6 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench_serving
+import check_cuda
+import export_tables
 import verify_runtimes
 from device_session import CPU, DeviceSession
 from tiny_gguf import HEADS, HIDDEN, KV, LAYERS, write_llama
@@ -95,6 +97,41 @@ def test_a_row_of_a_device(shared_run: Path):
     assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
     with pytest.raises(DataError, match="would take"):
         bench_serving.device_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3, "most_state_gb": 1e-9})
+
+
+def test_what_is_checked_on_a_device(shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out.json"
+    words = [
+        "check",
+        str(shared_run),
+        "--against",
+        str(shared_run),
+        "--provider",
+        CPU,
+        "--contexts",
+        "8",
+        "--steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "2", "--sequences", "2", "--length", "24", "--json", str(out)])
+    check_cuda.main()
+    found = json.loads(out.read_text())
+    assert found["kl"] < 1e-9 and found["nodes"][CPU]["LinearAttention"] == 3 and set(found["contexts"]) == {"8"}
+    assert found["greedy"] == {"prompts": 2, "tokens": 64, "same": 64, "margin": 0.0}
+    assert export_tables.on_device("tiny", found).count("Of 64 greedy tokens behind 2 prompts 64 were") == 1
+    device, exact = DeviceSession(shared_run / "onnx", CPU), OnnxSession(shared_run / "onnx", threads=1)
+    logits, forward = exact.forward(np.array([[5, 6, 7]])), device.forward
+    other = int(logits[0, -1].argsort()[-2])  # the second best where the first token is due
+
+    def second_best(ids: np.ndarray) -> onnxruntime.OrtValue:
+        changed = forward(ids).numpy()
+        changed[0, -1, other] = 1e9
+        return onnxruntime.OrtValue.ortvalue_from_numpy(changed)
+
+    monkeypatch.setattr(device, "forward", second_best)
+    part = check_cuda.greedy(device, exact, np.array([[5, 6, 7]]), 4)
+    gap = np.sort(logits[0, -1])[-1] - logits[0, -1, other]
+    assert part == {"prompts": 1, "tokens": 4, "same": 0, "margin": pytest.approx(gap, rel=1e-4)}
 
 
 @pytest.mark.slow
