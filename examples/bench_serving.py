@@ -3,16 +3,16 @@
     python examples/bench_serving.py --onnx teacher=run-all --onnx hybrid=run --torch teacher=smollm2 \
         --llama teacher=smollm2.gguf --dtypes fp32 int8 --contexts 128 1024 8192 32768 --batches 1 8 --json out.json
 
---onnx NAME=RUN is a run folder, in ONNX Runtime; --torch NAME=FOLDER a transformers model, in PyTorch with its KV
-cache; --llama NAME=FILE a GGUF file, in llama.cpp (package xllamacpp). Everything runs on --threads threads, every row
-in a process of its own, whose peak memory is given. The state behind a context is filled with one small number, because
-neither time depends on the values; decode is the median of single-token steps, prefill the time of one chunk whose last
-token is the context's last. llama.cpp cannot be given a state: it prefills the whole context, so its prefill figure is
-an average over it; it has one row only, and is left out beyond --llama-longest. Beyond an ONNX student's own context
-its rotary tables are repeated. A state of more than --most-state-gb is not tried. Beside a decode step of an ONNX
-student stands the least time in which one thread reads the bytes that it needs, at the speed that is measured behind
-it: all weights but embedding tables, caches of the context, recurrent states both ways. --pages huge lets glibc ask
-for memory in pages of 2 MB.
+--onnx NAME=RUN is a run folder, in ONNX Runtime; --torch NAME=PATH a transformers folder or a GGUF file, whose weights
+are widened, in PyTorch with its KV cache; --llama NAME=FILE a GGUF file, in llama.cpp (package xllamacpp). Everything
+runs on --threads threads, every row in a process of its own, whose peak memory is given. The state behind a context is
+filled with one small number, because neither time depends on the values; decode is the median of single-token steps,
+prefill the time of one chunk whose last token is the context's last. llama.cpp cannot be given a state: it prefills the
+whole context, so its prefill figure is an average over it; it has one row only, and is left out beyond --llama-longest.
+Beyond an ONNX student's own context its rotary tables are repeated. A state of more than --most-state-gb is not tried.
+Beside a decode step of an ONNX student stands the least time in which one thread reads the bytes that it needs, at the
+speed that is measured behind it: all weights but embedding tables, caches of the context, recurrent states both ways.
+--pages huge lets glibc ask for memory in pages of 2 MB.
 
 --provider CUDAExecutionProvider measures on a GPU, with onnxruntime-gpu: students and teachers of profile cuda as they
 were exported, and --torch in float16. State and logits stay there, peak memory is what the whole card holds, CUDA's own
@@ -49,6 +49,7 @@ from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.quantize import WEIGHT_TYPES, quantize
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.speed import FILL, decode_seconds, go_behind, prefill_seconds
+from tcal_compiler.runtime.teacher import load_teacher
 
 ROOM = 8  # positions behind the context, at least, for warming up
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read when a process starts
@@ -119,11 +120,13 @@ def check_room(job: dict[str, Any], state: int) -> None:
 
 def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     torch.set_num_threads(job["threads"])
     device, dtype = ("cuda", torch.float16) if job["on_card"] else ("cpu", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype).to(device).eval()
+    model: Any = load_teacher(job["path"]).module
+    for weight in model.to(device).parameters():  # and no buffers, which from_pretrained leaves in float32 too
+        weight.data = weight.data.to(dtype)
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
@@ -179,10 +182,11 @@ def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> di
 
 
 def card_mb() -> float:
-    """What the first card that this process sees holds now: neither runtime gives memory back while it runs."""
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    asked = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 1.048576
+    """What the card holds that this process sees first, other processes included; neither runtime gives memory back."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e6
 
 
 KINDS = {"onnx": onnx_row, "torch": torch_row, "llama": llama_row}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bench_serving
+import check_cuda
+import export_tables
 import verify_runtimes
 from device_session import CPU, DeviceSession
+from tiny_gguf import HEADS, HIDDEN, KV, LAYERS, write_llama
 
 from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.onnx_parity import TorchLogits
@@ -64,12 +66,17 @@ def test_a_state_that_is_too_large_is_not_tried():
         bench_serving.check_room({"most_state_gb": 1.0}, 11 * 10**8)
 
 
-def test_the_memory_is_that_of_the_card_measured_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$1" | tr -dc 0-9\n')
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert bench_serving.card_mb() == pytest.approx(3 * 1.048576)
+def test_the_memory_is_that_of_the_card_measured_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5_000_000, 8_000_000))
+    assert bench_serving.card_mb() == 3
+    assert bench_serving.measured({"batch": 1, "on_card": True}, 0.5, 4, 0.25)["peak_mb"] == 3
+
+
+def test_a_row_of_a_gguf_file(tmp_path: Path):
+    job = {"path": str(write_llama(tmp_path / "tiny.gguf")), "on_card": False, "threads": 1, "most_state_gb": 1.0}
+    row = bench_serving.torch_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3})
+    assert row["state_mb"] == 2 * LAYERS * 3 * KV * 20 * (HIDDEN // HEADS) * 4 / 1e6
+    assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
 
 
 def test_a_session_on_a_device_is_ours(shared_run: Path):
@@ -90,6 +97,41 @@ def test_a_row_of_a_device(shared_run: Path):
     assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
     with pytest.raises(DataError, match="would take"):
         bench_serving.device_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3, "most_state_gb": 1e-9})
+
+
+def test_what_is_checked_on_a_device(shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out.json"
+    words = [
+        "check",
+        str(shared_run),
+        "--against",
+        str(shared_run),
+        "--provider",
+        CPU,
+        "--contexts",
+        "8",
+        "--steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, "--steps", "2", "--sequences", "2", "--length", "24", "--json", str(out)])
+    check_cuda.main()
+    found = json.loads(out.read_text())
+    assert found["kl"] < 1e-9 and found["nodes"][CPU]["LinearAttention"] == 3 and set(found["contexts"]) == {"8"}
+    assert found["greedy"] == {"prompts": 2, "tokens": 64, "same": 64, "margin": 0.0}
+    assert export_tables.on_device("tiny", found).count("Of 64 greedy tokens behind 2 prompts 64 were") == 1
+    device, exact = DeviceSession(shared_run / "onnx", CPU), OnnxSession(shared_run / "onnx", threads=1)
+    logits, forward = exact.forward(np.array([[5, 6, 7]])), device.forward
+    other = int(logits[0, -1].argsort()[-2])  # the second best where the first token is due
+
+    def second_best(ids: np.ndarray) -> onnxruntime.OrtValue:
+        changed = forward(ids).numpy()
+        changed[0, -1, other] = 1e9
+        return onnxruntime.OrtValue.ortvalue_from_numpy(changed)
+
+    monkeypatch.setattr(device, "forward", second_best)
+    part = check_cuda.greedy(device, exact, np.array([[5, 6, 7]]), 4)
+    gap = np.sort(logits[0, -1])[-1] - logits[0, -1, other]
+    assert part == {"prompts": 1, "tokens": 4, "same": 0, "margin": pytest.approx(gap, rel=1e-4)}
 
 
 @pytest.mark.slow
