@@ -5,7 +5,6 @@ B sequences, T tokens, H query heads, K key/value heads, G = H / K, Dk and Dv ke
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -136,14 +135,20 @@ class VariantMixer(GdnMixer):
         if variant.wide and heads == groups:
             raise UnsupportedModelError(site.layer or site.anchor, "has no shared key heads", "kvstate without -wide")
         if variant.taps > 1:
-            for name, count, dim in (("q", heads, site.key_dim), ("k", groups, site.key_dim), ("v", groups, site.value_dim)):
+            for name, count, dim in (
+                ("q", heads, site.key_dim),
+                ("k", groups, site.key_dim),
+                ("v", groups, site.value_dim),
+            ):
                 taps = torch.zeros(variant.taps, count, dim)
                 taps[0] = 1
                 self.register_parameter(f"{name}_taps", nn.Parameter(taps))
         if variant.window:
             self.window_scale = nn.Parameter(torch.zeros(heads))
         if variant.wide:  # entries of mean square 1, so that the rates of gates and norms fit them
-            start = torch.linalg.qr(torch.randn(groups, width, site.key_dim, generator=torch.Generator().manual_seed(0)))
+            start = torch.linalg.qr(
+                torch.randn(groups, width, site.key_dim, generator=torch.Generator().manual_seed(0))
+            )
             for name in ("q_map", "k_map"):
                 self.register_parameter(name, nn.Parameter(start.Q.mT.contiguous() * width**0.5))
         if variant.from_x:
