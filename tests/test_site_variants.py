@@ -175,3 +175,7 @@ def test_one_command_gives_the_json(variants, tmp_path, monkeypatch):
     assert all(r["mean_aligned"] < r["mean_start"] for r in rows.values())
     assert rows["kvstate-wide-x"]["extra_state_bytes"] == 0 < rows["conv+window+beta2"]["extra_state_bytes"]
     assert rows["batch2+rate2"]["mean_aligned"] != rows["base"]["mean_aligned"]
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(sys, "argv", ["write_results.py", str(tmp_path), "--out", str(page)])
+    importlib.import_module("write_results").main()
+    assert "| base | 1." in page.read_text() and "| +0 | +0 |" in page.read_text()
