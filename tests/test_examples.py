@@ -47,6 +47,8 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "time_alignment": "docs/kernels.md",
     "time_planning": "docs/results.md",
     "published_recipe": "test_measure_conversion",
+    "site_variants": "test_site_variants",
+    "variant_mixer": "test_site_variants",
 }
 HERE = {
     "convert_and_generate",
