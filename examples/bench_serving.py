@@ -100,7 +100,7 @@ def device_row(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def card_row(job: dict[str, Any]) -> dict[str, Any]:
-    """The card's name and the bytes it reads or writes a second in copies of 2 GB, the best of ten."""
+    """Name and UUID of the card that CUDA gives, and the bytes a second in copies of 2 GB, the best of ten."""
     import torch
 
     block, best = torch.ones(1 << 29, device="cuda"), 0.0
@@ -112,7 +112,8 @@ def card_row(job: dict[str, Any]) -> dict[str, Any]:
 
     for _ in range(10):
         best = max(best, 2 * block.nbytes / timed(copy))
-    return {"device": torch.cuda.get_device_name(), "reads": best}
+    card = torch.cuda.get_device_properties()
+    return {"device": card.name, "card": f"GPU-{card.uuid}", "reads": best}
 
 
 def check_room(job: dict[str, Any], state: int) -> None:
@@ -126,7 +127,7 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import DynamicCache
 
     torch.set_num_threads(job["threads"])
-    device, dtype = ("cuda", torch.float16) if job["on_card"] else ("cpu", torch.float32)
+    device, dtype = ("cuda", torch.float16) if job["card"] else ("cpu", torch.float32)
     model: Any = load_teacher(job["path"]).module
     for weight in model.to(device).parameters():  # and no buffers, which from_pretrained leaves in float32 too
         weight.data = weight.data.to(dtype)
@@ -145,7 +146,7 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     def feed(past: DynamicCache, count: int) -> None:
         ids = torch.ones(batch, count, dtype=torch.long, device=device)
         model(input_ids=ids, past_key_values=past, use_cache=True)
-        if job["on_card"]:
+        if job["card"]:
             torch.cuda.synchronize()
 
     with torch.no_grad():
@@ -210,16 +211,14 @@ def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> di
         "prefill_tokens_per_s": batch * chunk / prefill,
         "decode_ms": 1e3 * step,
         "decode_tokens_per_s": batch / step,
-        "peak_mb": card_mb() if job["on_card"] else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_mb": card_mb(job["card"]) if job["card"] else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 
 
-def card_mb() -> float:
-    """What the card holds that this process sees first, other processes included; neither runtime gives memory back."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / 1e6
+def card_mb(card: str) -> float:
+    """What a card holds now, other processes included: neither runtime gives memory back while it runs."""
+    asked = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 1.048576
 
 
 KINDS = {"onnx": onnx_row, "torch": torch_row, "llama": llama_row}
@@ -268,7 +267,7 @@ def jobs(args: argparse.Namespace, work: Path, card: dict[str, Any] | None = Non
         file = gguf_for_contexts(Path(path), work / f"{name}-gguf", positions)
         models.append((f"{name}, llama.cpp", "llama", str(file)))
     common = {k: getattr(args, k) for k in ("steps", "chunk", "threads", "most_state_gb", "provider", "llama_slots")}
-    common |= {"on_card": card is not None, "card_reads": (card or {}).get("reads")}
+    common |= {"card": card and card["card"], "card_reads": card and card["reads"]}
     pages = {"normal": (False,), "huge": (True,), "both": (False, True)}[args.pages]
     rows = [
         common

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,14 +70,21 @@ def test_a_state_that_is_too_large_is_not_tried():
         bench_serving.check_room({"most_state_gb": 1.0}, 11 * 10**8)
 
 
-def test_the_memory_is_that_of_the_card_measured_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5_000_000, 8_000_000))
-    assert bench_serving.card_mb() == 3
-    assert bench_serving.measured({"batch": 1, "on_card": True}, 0.5, 4, 0.25)["peak_mb"] == 3
+def test_the_memory_is_that_of_the_card_measured_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """CUDA gives a process one of a host's cards: nvidia-smi is asked of that one by its UUID."""
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\n[ "$1" = --id=GPU-5 ] && echo 3000\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(name="A card", uuid="5"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.empty(8))
+    found = bench_serving.card_row({})
+    assert (found["device"], found["card"]) == ("A card", "GPU-5") and found["reads"] > 0
+    assert bench_serving.measured({"batch": 1, "card": "GPU-5"}, 0.5, 4, 0.25)["peak_mb"] == 3000 * 1.048576
 
 
 def test_a_row_of_a_gguf_file(tmp_path: Path):
-    job = {"path": str(write_llama(tmp_path / "tiny.gguf")), "on_card": False, "threads": 1, "most_state_gb": 1.0}
+    job = {"path": str(write_llama(tmp_path / "tiny.gguf")), "card": None, "threads": 1, "most_state_gb": 1.0}
     row = bench_serving.torch_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3})
     assert row["state_mb"] == 2 * LAYERS * 3 * KV * 20 * (HIDDEN // HEADS) * 4 / 1e6
     assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
@@ -95,7 +103,7 @@ def test_a_session_on_a_device_is_ours(shared_run: Path):
 
 
 def test_a_row_of_a_device(shared_run: Path):
-    job = {"path": str(shared_run / "onnx"), "provider": CPU, "on_card": False, "threads": 1, "most_state_gb": 1.0}
+    job = {"path": str(shared_run / "onnx"), "provider": CPU, "card": None, "threads": 1, "most_state_gb": 1.0}
     row = bench_serving.device_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3})
     assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
     with pytest.raises(DataError, match="would take"):
@@ -169,7 +177,7 @@ def test_llama_goes_on_from_a_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     package = Mock(CommonParams=lambda: SimpleNamespace(**{p: SimpleNamespace() for p in parts}), Server=Server)
     monkeypatch.setitem(sys.modules, "xllamacpp", package)
     monkeypatch.setattr(bench_serving, "llama_slot", slot)
-    job = {"path": "x/tiny.gguf", "context": 30, "steps": 4, "threads": 1, "batch": 1, "on_card": False}
+    job = {"path": "x/tiny.gguf", "context": 30, "steps": 4, "threads": 1, "batch": 1, "card": None}
     first, second = (bench_serving.llama_row(job | {"llama_slots": str(tmp_path)}) for _ in range(2))
     assert asked == [30, "save", "restore", 30] and (tmp_path / "tiny-30.slot").is_file()
     assert first["prefill_tokens_per_s"] == pytest.approx(500) and "prefill_tokens_per_s" not in second
