@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import gguf
 import numpy as np
 import onnxruntime
 import pytest
@@ -66,14 +70,21 @@ def test_a_state_that_is_too_large_is_not_tried():
         bench_serving.check_room({"most_state_gb": 1.0}, 11 * 10**8)
 
 
-def test_the_memory_is_that_of_the_card_measured_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5_000_000, 8_000_000))
-    assert bench_serving.card_mb() == 3
-    assert bench_serving.measured({"batch": 1, "on_card": True}, 0.5, 4, 0.25)["peak_mb"] == 3
+def test_the_memory_is_that_of_the_card_measured_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """CUDA gives a process one of a host's cards: nvidia-smi is asked of that one by its UUID."""
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\n[ "$1" = --id=GPU-5 ] && echo 3000\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(name="A card", uuid="5"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.empty(8))
+    found = bench_serving.card_row({})
+    assert (found["device"], found["card"]) == ("A card", "GPU-5") and found["reads"] > 0
+    assert bench_serving.measured({"batch": 1, "card": "GPU-5"}, 0.5, 4, 0.25)["peak_mb"] == 3000 * 1.048576
 
 
 def test_a_row_of_a_gguf_file(tmp_path: Path):
-    job = {"path": str(write_llama(tmp_path / "tiny.gguf")), "on_card": False, "threads": 1, "most_state_gb": 1.0}
+    job = {"path": str(write_llama(tmp_path / "tiny.gguf")), "card": None, "threads": 1, "most_state_gb": 1.0}
     row = bench_serving.torch_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3})
     assert row["state_mb"] == 2 * LAYERS * 3 * KV * 20 * (HIDDEN // HEADS) * 4 / 1e6
     assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
@@ -92,7 +103,7 @@ def test_a_session_on_a_device_is_ours(shared_run: Path):
 
 
 def test_a_row_of_a_device(shared_run: Path):
-    job = {"path": str(shared_run / "onnx"), "provider": CPU, "on_card": False, "threads": 1, "most_state_gb": 1.0}
+    job = {"path": str(shared_run / "onnx"), "provider": CPU, "card": None, "threads": 1, "most_state_gb": 1.0}
     row = bench_serving.device_row(job | {"context": 20, "chunk": 8, "steps": 2, "batch": 3})
     assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] == pytest.approx(3e3 / row["decode_ms"])
     with pytest.raises(DataError, match="would take"):
@@ -132,6 +143,45 @@ def test_what_is_checked_on_a_device(shared_run: Path, tmp_path: Path, monkeypat
     part = check_cuda.greedy(device, exact, np.array([[5, 6, 7]]), 4)
     gap = np.sort(logits[0, -1])[-1] - logits[0, -1, other]
     assert part == {"prompts": 1, "tokens": 4, "same": 0, "margin": pytest.approx(gap, rel=1e-4)}
+
+
+def test_a_gguf_file_for_more_positions_than_it_says(tmp_path: Path):
+    field, source = "llama.context_length", write_llama(tmp_path / "tiny.gguf")
+    before = source.read_bytes()
+    assert bench_serving.gguf_for_contexts(source, tmp_path / "copy", 64) == source
+    copy = bench_serving.gguf_for_contexts(source, tmp_path / "copy", 100)
+    assert copy != source and gguf.GGUFReader(copy).get_field(field).contents() == 100
+    assert sum(a != b for a, b in zip(copy.read_bytes(), before, strict=True)) == 1 and source.read_bytes() == before
+
+
+def test_llama_goes_on_from_a_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a server that stands in for the package: what is asked of it, and no prefill where there was none."""
+    asked: list[Any] = []
+
+    class Server:
+        def __init__(self, params: Any) -> None:
+            assert (params.n_ctx, params.cpuparams.n_threads) == (30 + 4 + bench_serving.ROOM, 1)
+            assert params.slot_save_path == f"{tmp_path}/"
+
+        def handle_completions(self, request: dict[str, Any]) -> dict[str, Any]:
+            asked.append(len(request["prompt"]))
+            cached = 29 if "restore" in asked else 0
+            found = {"prompt_n": 30 - cached, "cache_n": cached, "prompt_ms": 60.0}
+            return {"timings": found | {"predicted_n": 4, "predicted_ms": 20.0}}
+
+    def slot(_: Any, action: str, name: str) -> None:
+        asked.append(action)
+        (tmp_path / name).touch()
+
+    parts = ("model", "cpuparams", "cpuparams_batch")
+    package = Mock(CommonParams=lambda: SimpleNamespace(**{p: SimpleNamespace() for p in parts}), Server=Server)
+    monkeypatch.setitem(sys.modules, "xllamacpp", package)
+    monkeypatch.setattr(bench_serving, "llama_slot", slot)
+    job = {"path": "x/tiny.gguf", "context": 30, "steps": 4, "threads": 1, "batch": 1, "card": None}
+    first, second = (bench_serving.llama_row(job | {"llama_slots": str(tmp_path)}) for _ in range(2))
+    assert asked == [30, "save", "restore", 30] and (tmp_path / "tiny-30.slot").is_file()
+    assert first["prefill_tokens_per_s"] == pytest.approx(500) and "prefill_tokens_per_s" not in second
+    assert first["decode_ms"] == second["decode_ms"] == 5
 
 
 @pytest.mark.slow
