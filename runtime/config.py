@@ -83,9 +83,9 @@ class ScoreConfig(StrictModel):
 
 
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
-InitPart = Literal["decay", "write-gate", "value-scale", "output-gate", "ridge"]
+InitPart = Literal["decay", "write-gate", "value-scale", "output-gate", "local-window", "ridge"]
 ALL_PARTS: tuple[InitPart, ...] = get_args(InitPart)
-INIT_PARTS: dict[InitName, tuple[InitPart, ...]] = {"closed-form": ALL_PARTS, "taylor": ALL_PARTS[:-1]}
+INIT_PARTS: dict[InitName, tuple[InitPart, ...]] = {"closed-form": ALL_PARTS, "taylor": ALL_PARTS[:-2]}
 
 
 def check_parts(init: InitName, without: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from tcal_compiler.passes.capture import require_causal
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import move_to
+from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.passes.rewrite_gdn import MIXERS
 from tcal_compiler.passes.types import Capture, Plan, SiteScan
 
@@ -96,9 +97,9 @@ def student_of_run(module: nn.Module, path: str | os.PathLike[str]) -> Student:
                 f"was made from another model than the compiled one: {_difference(capture, run)}",
                 f"the model it was made from: {run.manifest.teacher.source}",
             )
-        scan = find_attention(capture)
-        _check_sites(scan, run)
         plan: dict[str, Any] = run.manifest.plan
+        scan = with_local_windows(find_attention(capture), int(plan.get("local_window", 0)))
+        _check_sites(scan, run)
         student = make_student(capture, scan, Plan(tuple(plan["keep"]), tuple(plan["convert"]), plan["policy"]))
         load_weights(student, run.path / "weights.safetensors")
     return student

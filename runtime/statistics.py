@@ -89,6 +89,29 @@ def output_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, site: AttentionSi
 
 
 @dataclass(frozen=True)
+class LocalSums:
+    """Sums of the output w of attention over the last tokens; merge by adding.
+
+    cw, ww [H]: <ctx, w>, <w, w>. nw [H, D]: <n, w> per channel, n = o / rms(o) as in OutputSums.
+    """
+
+    cw: Tensor
+    ww: Tensor
+    nw: Tensor
+
+    def merge(self, other: LocalSums) -> LocalSums:
+        return LocalSums(*(getattr(self, f) + getattr(other, f) for f in ("cw", "ww", "nw")))
+
+
+@torch.no_grad()
+def local_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, w: Tensor, *, site: AttentionSite) -> LocalSums:
+    """Sums over B and T of the teacher's context on w [B, T, H, D], and of w on o; q, k, v as `output_sums`."""
+    of_context = output_sums(q, k, v, w, site=site)
+    n = o * o.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+    return LocalSums(of_context.co, of_context.oo, (n * w).sum((0, 1), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
 class NormalSums:
     """Normal equations of a linear map z -> r, float64: zz [Z, Z], zr [Z, R]; merge by adding."""
 

@@ -100,6 +100,7 @@ def prepare(
     if config.policy is not None and plan is None and not (out / "plan.toml").exists():
         check_policy(config.policy)
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
+    source = source.with_local_window(config.local_window)
     assert source.tokenizer is not None
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)

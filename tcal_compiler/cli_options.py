@@ -24,6 +24,12 @@ Policy = Annotated[
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045
 Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
+LocalWindow = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--local-window", help="tokens of softmax attention beside each converted layer's state; 0: none"
+    ),
+]
 Calib = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(

@@ -96,7 +96,13 @@ class Conversion:
         )
 
     def plan(self) -> None:
-        chosen = {"keep": list(self.chosen.keep), "convert": list(self.chosen.convert), "policy": self.chosen.policy}
+        chosen: dict[str, Any] = {
+            "keep": list(self.chosen.keep),
+            "convert": list(self.chosen.convert),
+            "policy": self.chosen.policy,
+        }
+        if self.config.local_window:  # left out where there is none, so that older folders stay valid
+            chosen["local_window"] = self.config.local_window
         inputs = {
             "teacher": self.source.capture.fingerprint,
             "tokenizer": self.source.teacher.info.get("tokenizer"),
