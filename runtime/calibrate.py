@@ -146,8 +146,8 @@ class SiteCalibrator:
         """Sums of the attention over the last tokens, with the mixer's present decay and write gate."""
         total: LocalSums | None = None
         for x, (q, k, v), _ in self.rows():
-            w = self.mixer.local_output(q, k, v)
-            sums = local_sums(q, k, v, self.mixer.core(q, k, v, x), w, site=self.site)
+            _, context = attention_statistics(q, k, v, site=self.site)
+            sums = local_sums(context, self.mixer.core(q, k, v, x), self.mixer.local_output(q, k, v))
             total = sums if total is None else total.merge(sums)
         assert total is not None
         return total

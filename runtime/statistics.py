@@ -104,11 +104,11 @@ class LocalSums:
 
 
 @torch.no_grad()
-def local_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, w: Tensor, *, site: AttentionSite) -> LocalSums:
-    """Sums over B and T of the teacher's context on w [B, T, H, D], and of w on o; q, k, v as `output_sums`."""
-    of_context = output_sums(q, k, v, w, site=site)
+def local_sums(context: Tensor, o: Tensor, w: Tensor) -> LocalSums:
+    """Sums over B and T, in float64: of the teacher's context on w, and of w on o; each [B, T, H, D]."""
     n = o * o.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
-    return LocalSums(of_context.co, of_context.oo, (n * w).sum((0, 1), dtype=torch.float64))
+    cw, ww, nw = ((a * b).sum((0, 1), dtype=torch.float64) for a, b in ((context, w), (w, w), (n, w)))
+    return LocalSums(cw.sum(-1), ww.sum(-1), nw)
 
 
 @dataclass(frozen=True)
