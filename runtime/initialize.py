@@ -132,7 +132,7 @@ def local_scale_(mixer: GdnMixer, sums: OutputSums, local: LocalSums) -> OutputS
     Returns the sums of what s w leaves of the context, for `closed_form_output_`.
     """
     part = local.nw / sums.nn.clamp_min(1e-30)
-    rest = torch.maximum(local.ww - (part * local.nw).sum(-1), 1e-6 * local.ww).clamp_min(1e-30)
+    rest = torch.maximum(local.ww - (part * local.nw).sum(-1), 1e-3 * local.ww).clamp_min(1e-30)
     scale = (local.cw - (part * sums.cn).sum(-1)) / rest
     mixer.local_scale.copy_(scale)
     return replace(sums, cn=sums.cn - mixer.local_scale.to(sums.cn)[:, None] * local.nw)

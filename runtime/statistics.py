@@ -106,7 +106,7 @@ class LocalSums:
 @torch.no_grad()
 def local_sums(context: Tensor, o: Tensor, w: Tensor) -> LocalSums:
     """Sums over B and T, in float64: of the teacher's context on w, and of w on o; each [B, T, H, D]."""
-    n = o * o.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+    n = o * (o.square().mean(-1, keepdim=True) + attention_stats.EPS).rsqrt()
     cw, ww, nw = ((a * b).sum((0, 1), dtype=torch.float64) for a, b in ((context, w), (w, w), (n, w)))
     return LocalSums(cw.sum(-1), ww.sum(-1), nw)
 
