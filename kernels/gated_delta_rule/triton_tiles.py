@@ -93,11 +93,10 @@ def setting_for(q: Tensor, v: Tensor, *, tf32: bool = False) -> Setting:
 def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
-    value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
-    value_columns = min(value_block, max(16, triton.next_power_of_2(value_dim)))
+    most = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
     return Setting(
         key_block=key_block,
-        value_block=value_columns,
+        value_block=64,
         key_part=min(64, key_block),
         dot=tl.bfloat16 if bfloat16_products else tl.float32,
         gate=tl.float32 if narrow else tl.float64,
@@ -106,10 +105,10 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         stages=2 if key_block <= 128 else 1,
         warps=4,
         pair_warps=4,
-        pair_columns=value_columns,
-        solve_warps=1 if narrow else 4,
-        solve_keys=16 if narrow else min(32, key_block),
-        read_columns=value_columns,
+        pair_columns=min(most, max(16, triton.next_power_of_2(value_dim))),
+        solve_warps=4,
+        solve_keys=key_block if narrow else min(32, key_block),
+        read_columns=64,
         read_stages=3 if bfloat16_products else 2 if key_block <= 64 else 1,
         read_warps=4,
         read_programs=1,
