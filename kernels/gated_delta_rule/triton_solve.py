@@ -20,44 +20,39 @@ from .triton_tiles import CHUNK, Setting, decay_sums, exp32, pair_decay
 
 
 @triton.jit
-def _diagonal(x, B: tl.constexpr):
-    """The blocks [64 / B, B, B] on the diagonal of [64, 64]."""
-    N: tl.constexpr = 64 // B
-    i = tl.arange(0, N)
+def _diagonal(x):
+    """The blocks [4, 16, 16] on the diagonal of [64, 64]."""
+    i = tl.arange(0, 4)
     same = (i[:, None] == i[None, :])[:, None, :, None]
-    return tl.sum(tl.where(same, tl.reshape(x, (N, B, N, B)), 0.0), 2)
+    return tl.sum(tl.where(same, tl.reshape(x, (4, 16, 4, 16)), 0.0), 2)
 
 
 @triton.jit
-def _paired(x, B: tl.constexpr):
-    """[2 N, B, B] as [N, 2 B, 2 B], two blocks on the diagonal of each."""
-    N: tl.constexpr = 32 // B
-    i = tl.arange(0, 2)
-    same = (i[:, None] == i[None, :])[None, :, None, :, None]
-    return tl.reshape(tl.where(same, tl.reshape(x, (N, 2, B, 1, B)), 0.0), (N, 2 * B, 2 * B))
+def _on_diagonal(blocks):
+    i = tl.arange(0, 4)
+    same = (i[:, None] == i[None, :])[:, None, :, None]
+    return tl.reshape(tl.where(same, tl.reshape(blocks, (4, 16, 1, 16)), 0.0), (64, 64))
 
 
 @triton.jit
-def _doubled(x, low, B: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + low)^-1 on blocks of 2 B of x, its inverse on blocks of B: X - X L X, L what of low lies between."""
+def _doubled(x, low, B: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Of x, (I + low)^-1 on diagonal blocks of B, that on blocks of 2 B: X - X L X, L what of low lies between them."""
     i = tl.arange(0, x.shape[-1])
     row, column = i[:, None], i[None, :]
     between = (row // (2 * B) == column // (2 * B)) & (row // B > column // B)
-    some = tl.where(between, low, 0.0)
-    return x - dot(dot(x, some, tl.float32, PRECISION), x, tl.float32, PRECISION)
+    return x - dot(dot(x, tl.where(between, low, 0.0), DOT, PRECISION), x, DOT, PRECISION)
 
 
 @triton.jit
-def _inverse(low, PRECISION: tl.constexpr):
-    """(I + low)^-1 of strictly lower [64, 64]: from blocks of 2 on, which double."""
-    blocks = _diagonal(low, 16)
+def _inverse(low, blocks, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + low)^-1 of the strictly lower part of low [64, 64], with its diagonal blocks: from blocks of 2 on."""
     i = tl.arange(0, 16)
     row, column = i[:, None], i[None, :]
-    x = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, blocks, 0.0)
+    first = (row // 2 == column // 2) & (row > column)
+    x = tl.where(row == column, 1.0, 0.0) - tl.where(first, blocks, 0.0)
     for level in tl.static_range(1, 4):
-        x = _doubled(x, blocks, 2**level, PRECISION)
-    x = _doubled(_paired(x, 16), _diagonal(low, 32), 16, PRECISION)
-    return _doubled(tl.reshape(_paired(x, 32), (64, 64)), low, 32, PRECISION)
+        x = _doubled(x, blocks, 2**level, DOT, PRECISION)
+    return _doubled(_doubled(_on_diagonal(x), low, 16, DOT, PRECISION), low, 32, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -68,7 +63,6 @@ def _solve(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
-    i = tl.arange(0, C)
     kp = k + h // (H // K) * DK
     rate = load_gate(beta + h, t0, H, end, C)
     c, last = decay_sums(g + h, t0, H, end, C, GATE)
@@ -86,11 +80,13 @@ def _solve(
     store_gate(into + pid * C, exp32(c), 0, 1, C, C)
     store_gate(fade + pid * C, exp32(last - c), 0, 1, C, C)
     tl.store(keep + pid, exp32(last))
-    row, column = i[:, None], i[None, :]
     low *= rate[:, None]
-    kept = 1.0 - tl.sum(tl.where(row == column, low, 0.0), 1)  # of what each token's key reads
-    tl.store(reach + pid, last.to(tl.float32) + tl.sum(tl.log(tl.maximum(tl.abs(kept), 1.0)), 0))
-    x = _inverse(tl.where(row > column, low, 0.0), PRECISION)
+    blocks = _diagonal(low)
+    j = tl.arange(0, 16)
+    kept = 1.0 - tl.sum(tl.where(j[:, None] == j[None, :], blocks, 0.0), 2)  # of what each token's key reads
+    grown = tl.sum(tl.sum(tl.log(tl.maximum(tl.abs(kept), 1.0)), 1), 0)
+    tl.store(reach + pid, last.to(tl.float32) + grown)
+    x = _inverse(low, blocks, DOT, PRECISION)
     store_rows(inverse + pid * C * C, x * decay, 0, C, C, 0, C, C, C)
 
 

@@ -18,6 +18,7 @@ from tcal_compiler.kernels.tiles import load_gate
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 CHUNK = 64
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -36,13 +37,15 @@ def exp32(x):
 def pair_decay(c, C: tl.constexpr):
     """L [C, C]: exp(c_i - c_j) for j <= i, else 0."""
     i = tl.arange(0, C)
-    return tl.exp(tl.where(i[:, None] >= i[None, :], (c[:, None] - c[None, :]).to(tl.float32), float("-inf")))
+    c = c * LOG2_E
+    return tl.exp2(tl.where(i[:, None] >= i[None, :], (c[:, None] - c[None, :]).to(tl.float32), float("-inf")))
 
 
 @triton.jit
 def pair_decay_transposed(c, C: tl.constexpr):
     i = tl.arange(0, C)
-    return tl.exp(tl.where(i[:, None] <= i[None, :], (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
+    c = c * LOG2_E
+    return tl.exp2(tl.where(i[:, None] <= i[None, :], (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
 
 
 @dataclass(frozen=True)
