@@ -57,13 +57,14 @@ def _inverse(low, blocks, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _solve(
-    q, k, g, beta, inverse, scores, into, fade, keep, reach, chunks, scale, T, N, H, K, DK,
+    q, k, g, beta, matrices, gates, chunks, scale, T, N, H, K, DK,
     C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
     kp = k + h // (H // K) * DK
+    to = matrices + pid * (1 + SCORES) * C * C
     rate = load_gate(beta + h, t0, H, end, C)
     c, last = decay_sums(g + h, t0, H, end, C, GATE)
     decay = pair_decay(c, C)
@@ -76,54 +77,43 @@ def _solve(
             queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
             pairs += dot(queries, tl.trans(keys), DOT, PRECISION)
     if SCORES:
-        store_rows(scores + pid * C * C, pairs * decay * scale, 0, C, C, 0, C, C, C)
-    store_gate(into + pid * C, exp32(c), 0, 1, C, C)
-    store_gate(fade + pid * C, exp32(last - c), 0, 1, C, C)
-    tl.store(keep + pid, exp32(last))
+        store_rows(to + C * C, pairs * decay * scale, 0, C, C, 0, C, C, C)
+    gates += pid * (2 * C + 2)
+    store_gate(gates, exp32(c), 0, 1, C, C)
+    store_gate(gates + C, exp32(last - c), 0, 1, C, C)
+    tl.store(gates + 2 * C, exp32(last))
     low *= rate[:, None]
     blocks = _diagonal(low)
     j = tl.arange(0, 16)
     kept = 1.0 - tl.sum(tl.where(j[:, None] == j[None, :], blocks, 0.0), 2)  # of what each token's key reads
     grown = tl.sum(tl.sum(tl.log(tl.maximum(tl.abs(kept), 1.0)), 1), 0)
-    tl.store(reach + pid, last.to(tl.float32) + grown)
+    tl.store(gates + 2 * C + 1, last.to(tl.float32) + grown)
     x = _inverse(low, blocks, DOT, PRECISION)
-    store_rows(inverse + pid * C * C, x * decay, 0, C, C, 0, C, C, C)
+    store_rows(to, x * decay, 0, C, C, 0, C, C, C)
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What every chunk of C tokens gives by itself; rows and N as in `triton_layout`, c the running sum of g."""
+    """What every chunk of C tokens gives by itself; rows and N as in `triton_layout`, c the running sum of g.
 
-    inverse: Tensor  # T [rows, N, C, C]
-    scores: Tensor  # P = scale (q k^T * L) [rows, N, C, C], or empty
-    into: Tensor  # e^c [rows, N, C]
-    fade: Tensor  # e^(c_C - c) [rows, N, C]
-    keep: Tensor  # e^c_C [rows, N]
-    reach: (
-        Tensor  # [rows, N]: no state's norm is more behind a chunk than e^reach of that before, by what it started from
-    )
+    The bound: what is left of the state before a chunk in the one behind it has a norm of at most e^bound of it. It is
+    c_C, and more where |1 - beta k^2| > 1 for some token.
+    """
+
+    matrices: Tensor  # T, and P if it was wanted: [rows, N, 1 or 2, C, C]
+    gates: Tensor  # e^c, e^(c_C - c), e^c_C and the bound: [rows, N, 2 C + 2]
 
 
 def solve_chunks(
     q: Tensor, k: Tensor, g: Tensor, beta: Tensor, layout: Layout, s: Setting, *, scale: float = 1.0, scores: bool
 ) -> Solved:
     """Tensors as `as_kernels_take` returns them; scores: whether P is wanted."""
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(layout.rows, layout.chunks, *size, dtype=dtype, device=k.device)
-
-    solved = Solved(
-        inverse=empty(CHUNK, CHUNK, dtype=s.kept),
-        scores=empty(CHUNK, CHUNK, dtype=s.kept) if scores else empty(0),
-        into=empty(CHUNK),
-        fade=empty(CHUNK),
-        keep=empty(),
-        reach=empty(),
-    )
+    matrices = k.new_empty(layout.rows, layout.chunks, 1 + scores, CHUNK, CHUNK, dtype=s.kept)
+    gates = k.new_empty(layout.rows, layout.chunks, 2 * CHUNK + 2, dtype=torch.float32)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:])
     launch(
-        _solve, layout.rows * layout.chunks, q, k, g, beta, *vars(solved).values(), layout.given(q), scale, *sizes,
+        _solve, layout.rows * layout.chunks, q, k, g, beta, matrices, gates, layout.given(q), scale, *sizes,
         C=CHUNK, BK=s.solve_keys, DOT=s.dot, GATE=s.gate, PRECISION=s.precision, PACKED=layout.packed, SCORES=scores,
-        num_warps=s.solve_warps, num_stages=1,
+        num_warps=s.solve_warps, maxnreg=s.solve_registers, num_stages=1,
     )  # fmt: skip
-    return solved
+    return Solved(matrices, gates)

@@ -64,6 +64,7 @@ class Setting:
     pair_warps: int  # of the gradients
     pair_columns: int  # value columns that these take at a time
     solve_warps: int
+    solve_registers: int | None  # of a thread at most
     solve_keys: int  # key columns that one product of the solve takes
     read_columns: int  # value columns of one program of the walk that reads the outputs, and of the ends before it
     read_stages: int
@@ -110,6 +111,7 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         pair_warps=4,
         pair_columns=min(most, max(16, triton.next_power_of_2(value_dim))),
         solve_warps=4,
+        solve_registers=168 if narrow else None,  # so that a processor runs three programs at once
         solve_keys=key_block if narrow else min(32, key_block),
         read_columns=64,
         read_stages=3 if bfloat16_products else 2 if key_block <= 64 else 1,

@@ -41,26 +41,28 @@ WORTH = 2  # from this many segments that run at once on one processor, cutting 
 
 
 @triton.jit
-def remembered(reach, at, STEP: tl.constexpr, count):
+def remembered(gates, at, STEP: tl.constexpr, count, C: tl.constexpr):
     """How many chunks, of `count` from place `at` on in steps of STEP, have a say in the state behind the first."""
     back = tl.arange(0, 128)
-    total = tl.cumsum(tl.load(reach + at + STEP * back, mask=back < count, other=0.0), 0)
+    bounds = tl.load(gates + (at + STEP * back) * (2 * C + 2) + 2 * C + 1, mask=back < count, other=0.0)
+    total = tl.cumsum(bounds, 0)
     return tl.minimum(tl.min(tl.where(total < FORGOTTEN, back + 1, count), 0), count)
 
 
 @triton.jit
 def _chunk(
-    state, kp, vp, bp, inverse, into, fade, keep, at, t0, v0, columns, T, H, K, DK, DV,
+    state, kp, vp, bp, inverse, gates, t0, v0, columns, T, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """V' of a chunk, [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are; others are 0."""
-    i = at * C + tl.arange(0, C)
+    i = tl.arange(0, C)
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
     values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV).to(tl.float32)
-    values -= dot(state, tl.trans(keys), DOT, PRECISION) * tl.load(into + i)[None, :]
+    values -= dot(state, tl.trans(keys), DOT, PRECISION) * tl.load(gates + i)[None, :]
     values *= load_gate(bp, t0, H, T, C)[None, :]
-    new = dot(values, load_columns(inverse + at * C * C, 0, C, C, 0, C, C, C), DOT, PRECISION)
-    return new, state * tl.load(keep + at) + dot(new * tl.load(fade + i)[None, :], keys, DOT, PRECISION)
+    new = dot(values, load_columns(inverse, 0, C, C, 0, C, C, C), DOT, PRECISION)
+    faded = new * tl.load(gates + C + i)[None, :]
+    return new, state * tl.load(gates + 2 * C) + dot(faded, keys, DOT, PRECISION)
 
 
 @triton.jit
@@ -92,9 +94,9 @@ def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.con
 
 @triton.jit(do_not_specialize=COUNTS)
 def _ends(
-    k, v, beta, inverse, into, fade, keep, reach, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    k, v, beta, matrices, gates, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PACKED: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV) + tl.cdiv(DK, BV)
     pid = tl.program_id(0).to(tl.int64)
@@ -105,11 +107,11 @@ def _ends(
     read = end_is_read(part, segment, segments, DV, BV)
     first = (segment * LENGTH).to(tl.int32)
     last = tl.where(read, tl.minimum(first + LENGTH, count), first)
-    first = last - remembered(reach, at + last - 1, -1, last - first)
+    first = last - remembered(gates, at + last - 1, -1, last - first, C)
     for n in tl.range(first, last, num_stages=STAGES):
         _, state = _chunk(
-            state, kp, vp, beta + origin * H + h, inverse, into, fade, keep, at + n, n * C, v0, columns, tokens,
-            H, K, DK, DV, C, BK, BV, DOT, PRECISION,
+            state, kp, vp, beta + origin * H + h, matrices + (at + n) * (1 + SCORES) * C * C,
+            gates + (at + n) * (2 * C + 2), n * C, v0, columns, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
     if read:
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
@@ -142,7 +144,7 @@ def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV
 
 @triton.jit(do_not_specialize=COUNTS)
 def _walk(
-    q, k, v, beta, inverse, scores, into, fade, keep, starts, states, fresh, final, out, cuts, scale,
+    q, k, v, beta, matrices, gates, starts, states, fresh, final, out, cuts, scale,
     T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr, READ: tl.constexpr,
@@ -157,17 +159,18 @@ def _walk(
     first = (segment * LENGTH).to(tl.int32)
     for n in tl.range(first, tl.minimum(first + LENGTH, count), num_stages=STAGES):
         at, t0 = at_start + n, n * C
+        inverse, gp = matrices + at * (1 + READ) * C * C, gates + at * (2 * C + 2)
         if READ:
             queries = load_columns(qp, t0, H * DK, tokens, 0, DK, C, BK)
-            read = dot(state, queries, DOT, PRECISION) * (tl.load(into + at * C + tl.arange(0, C)) * scale)[None, :]
+            read = dot(state, queries, DOT, PRECISION) * (tl.load(gp + tl.arange(0, C)) * scale)[None, :]
         else:
             store_columns(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
         new, state = _chunk(
-            state, kp, vp, beta + origin * H + h, inverse, into, fade, keep, at, t0, v0, DV, tokens,
-            H, K, DK, DV, C, BK, BV, DOT, PRECISION,
+            state, kp, vp, beta + origin * H + h, inverse, gp, t0, v0, DV, tokens, H, K, DK, DV,
+            C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
         if READ:
-            read += dot(new, load_columns(scores + at * C * C, 0, C, C, 0, C, C, C), DOT, PRECISION)
+            read += dot(new, load_columns(inverse + C * C, 0, C, C, 0, C, C, C), DOT, PRECISION)
             store_columns(op, read, t0, H * DV, tokens, v0, DV, C, BV)
         else:
             store_columns(fresh + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
@@ -258,23 +261,23 @@ class Walk:
         """
         lay, cuts = self.layout, self.layout.cuts(cut.segments)
         sizes = (lay.tokens, lay.chunks, cuts.length, cuts.each, lay.heads, *self.k.shape[2:], self.v.shape[3])
-        starts = self.state if cuts.total == lay.sequences else self._starts(cut, cuts, sizes)
+        starts = self.state if cuts.total == lay.sequences else self._starts(cut, cuts, sizes, scores=read)
         final = torch.empty_like(self.state)
         x = self.solved
         programs = cuts.total * lay.heads * cdiv(self.v.shape[3], cut.columns)
         launch(
-            _walk, programs, self.q, self.k, self.v, self.beta, x.inverse, x.scores, x.into, x.fade, x.keep,
+            _walk, programs, self.q, self.k, self.v, self.beta, x.matrices, x.gates,
             starts, states, fresh, final, out, cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(cut),
         )  # fmt: skip
         return final
 
-    def _starts(self, cut: Cut, cuts: Cuts, sizes: tuple[int, ...]) -> Tensor:
+    def _starts(self, cut: Cut, cuts: Cuts, sizes: tuple[int, ...], *, scores: bool) -> Tensor:
         """The true start of every segment, [segments, H, Dk, Dv]."""
         x, (key_dim, value_dim) = self.solved, sizes[-2:]
         ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
         programs = cuts.total * self.layout.heads * (cdiv(value_dim, cut.columns) + cdiv(key_dim, cut.columns))
-        read = (self.k, self.v, self.beta, x.inverse, x.into, x.fade, x.keep, x.reach, self.state)
-        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, **self._blocks(cut))
+        read = (self.k, self.v, self.beta, x.matrices, x.gates, self.state)
+        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, SCORES=scores, **self._blocks(cut))
         return join(self.state, ends, cuts, self.s)
 
     def _blocks(self, cut: Cut) -> dict[str, Any]:
