@@ -197,13 +197,13 @@ def gated_delta_rule_triton_backward(
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
     s, layout = setting_for(q, v, tf32=takes_tf32(inputs[0])), layout_of(q, bounds)
     solved = solve_chunks(q, k, g, beta, layout, s, scores=False)
-    states, fresh, _ = Walk(q, k, v, beta, solved, state, layout, s).states()
+    states, fresh, _ = Walk(q, k, v, solved, state, layout, s).states()
     d_rows = torch.empty_like(fresh)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
     blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
     programs = layout.rows * layout.chunks
     launch(_inward, programs, q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
-    d_states, d_start = walk_back(q, k, beta, d_out, d_rows, d_state, solved, layout, s, scale=scale)
+    d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
     grads = _at_all_chunks((q, k, v, g, beta, d_out), (states, fresh, d_rows, d_states), layout, scale, s)
     *firsts, dg, dbeta = grads
     dq, dk, dv = (_over_group(x, like) for x, like in zip(firsts, inputs[:3], strict=True))

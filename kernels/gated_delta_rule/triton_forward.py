@@ -40,5 +40,5 @@ def gated_delta_rule_triton(
     q, k, v, g, beta, state = as_kernels_take((q, k, v, g, beta, initial_state))
     s, layout = setting_for(q, v, tf32=tf32), layout_of(q, bounds)
     solved = solve_chunks(q, k, g, beta, layout, s, scale=scale, scores=True)
-    out, final = Walk(q, k, v, beta, solved, state, layout, s).outputs(scale, v_dtype)
+    out, final = Walk(q, k, v, solved, state, layout, s).outputs(scale, v_dtype)
     return out, final.to(state_dtype)

@@ -77,17 +77,22 @@ def _solve(
             queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
             pairs += dot(queries, tl.trans(keys), DOT, PRECISION)
     if SCORES:
-        store_rows(to + C * C, pairs * decay * scale, 0, C, C, 0, C, C, C)
-    gates += pid * (2 * C + 2)
-    store_gate(gates, exp32(c), 0, 1, C, C)
-    store_gate(gates + C, exp32(last - c), 0, 1, C, C)
-    tl.store(gates + 2 * C, exp32(last))
-    low *= rate[:, None]
+        store_rows(to + C * C, pairs * decay * rate[None, :] * scale, 0, C, C, 0, C, C, C)
+        low *= rate[None, :]
+    else:
+        low *= rate[:, None]
     blocks = _diagonal(low)
     j = tl.arange(0, 16)
     kept = 1.0 - tl.sum(tl.where(j[:, None] == j[None, :], blocks, 0.0), 2)  # of what each token's key reads
     grown = tl.sum(tl.sum(tl.log(tl.maximum(tl.abs(kept), 1.0)), 1), 0)
-    tl.store(gates + 2 * C + 1, last.to(tl.float32) + grown)
+    bound = last.to(tl.float32) + grown
+    gates += pid * 4 * C
+    i = tl.arange(0, C)
+    fade = exp32(last - c)
+    store_gate(gates, exp32(c), 0, 1, C, C)
+    store_gate(gates + C, fade * rate if SCORES else fade, 0, 1, C, C)
+    store_gate(gates + 2 * C, rate, 0, 1, C, C)
+    store_gate(gates + 3 * C, tl.where(i == 0, exp32(last), bound), 0, 1, C, C)
     x = _inverse(low, blocks, DOT, PRECISION)
     store_rows(to, x * decay, 0, C, C, 0, C, C, C)
 
@@ -100,8 +105,8 @@ class Solved:
     c_C, and more where |1 - beta k^2| > 1 for some token.
     """
 
-    matrices: Tensor  # T, and P if it was wanted: [rows, N, 1 or 2, C, C]
-    gates: Tensor  # e^c, e^(c_C - c), e^c_C and the bound: [rows, N, 2 C + 2]
+    matrices: Tensor  # with scores T~ and P diag(beta), else T: [rows, N, 2 or 1, C, C]
+    gates: Tensor  # e^c, e^(c_C - c) (with scores times beta), beta, and a row of e^c_C and bounds: [rows, N, 4, C]
 
 
 def solve_chunks(
@@ -109,7 +114,7 @@ def solve_chunks(
 ) -> Solved:
     """Tensors as `as_kernels_take` returns them; scores: whether P is wanted."""
     matrices = k.new_empty(layout.rows, layout.chunks, 1 + scores, CHUNK, CHUNK, dtype=s.kept)
-    gates = k.new_empty(layout.rows, layout.chunks, 2 * CHUNK + 2, dtype=torch.float32)
+    gates = k.new_empty(layout.rows, layout.chunks, 4, CHUNK, dtype=torch.float32)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:])
     launch(
         _solve, layout.rows * layout.chunks, q, k, g, beta, matrices, gates, layout.given(q), scale, *sizes,

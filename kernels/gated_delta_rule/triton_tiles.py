@@ -98,6 +98,7 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
     most = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
+    wide = narrow and value_dim > 64
     return Setting(
         key_block=key_block,
         value_block=64,
@@ -113,9 +114,9 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         solve_warps=4,
         solve_registers=168 if narrow else None,  # so that a processor runs three programs at once
         solve_keys=key_block if narrow else min(32, key_block),
-        read_columns=64,
+        read_columns=128 if wide else 64,
         read_stages=3 if bfloat16_products else 2 if key_block <= 64 else 1,
-        read_warps=4,
+        read_warps=8 if wide else 4,
         read_programs=1,
     )
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tcal_compiler.kernels.launch import cdiv, launch
-from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_columns, store_rows
+from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_columns, store_rows
 
 from .triton_layout import COUNTS, Cuts, Layout, segment_at
 from .triton_solve import Solved
@@ -44,25 +44,39 @@ WORTH = 2  # from this many segments that run at once on one processor, cutting 
 def remembered(gates, at, STEP: tl.constexpr, count, C: tl.constexpr):
     """How many chunks, of `count` from place `at` on in steps of STEP, have a say in the state behind the first."""
     back = tl.arange(0, 128)
-    bounds = tl.load(gates + (at + STEP * back) * (2 * C + 2) + 2 * C + 1, mask=back < count, other=0.0)
+    bounds = tl.load(gates + (at + STEP * back) * 4 * C + 3 * C + 1, mask=back < count, other=0.0)
     total = tl.cumsum(bounds, 0)
     return tl.minimum(tl.min(tl.where(total < FORGOTTEN, back + 1, count), 0), count)
 
 
 @triton.jit
+def load_gates(gates, C: tl.constexpr):
+    """The four rows of a chunk's gates but the last, and its first number. As one tile, of which Triton keeps one copy
+    in shared memory; it would load single rows into every thread that needs their numbers."""
+    rows, columns = tl.arange(0, 4)[:, None], tl.arange(0, C)[None, :]
+    tile = tl.permute(tl.reshape(tl.load(gates + rows * C + columns), (2, 2, C)), (2, 0, 1))
+    even, odd = tl.split(tile)
+    into, rate = tl.split(even)
+    fade, _ = tl.split(odd)
+    return into, fade, rate, tl.load(gates + 3 * C)
+
+
+@triton.jit
 def _chunk(
-    state, kp, vp, bp, inverse, gates, t0, v0, columns, T, H, K, DK, DV,
+    state, kp, vp, inverse, into, fade, rate, keep, t0, v0, columns, T, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr,
 ):  # fmt: skip
     """V' of a chunk, [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are; others are 0."""
-    i = tl.arange(0, C)
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
-    values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV).to(tl.float32)
-    values -= dot(state, tl.trans(keys), DOT, PRECISION) * tl.load(gates + i)[None, :]
-    values *= load_gate(bp, t0, H, T, C)[None, :]
-    new = dot(values, load_columns(inverse, 0, C, C, 0, C, C, C), DOT, PRECISION)
-    faded = new * tl.load(gates + C + i)[None, :]
-    return new, state * tl.load(gates + 2 * C) + dot(faded, keys, DOT, PRECISION)
+    values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV)
+    solve = load_columns(inverse, 0, C, C, 0, C, C, C)
+    seen = dot(state, tl.trans(keys), DOT, PRECISION) * into[None, :]
+    if SCORES:
+        new = dot(values, solve, DOT, PRECISION) - dot(seen, solve, DOT, PRECISION)
+    else:
+        new = dot((values.to(tl.float32) - seen) * rate[None, :], solve, DOT, PRECISION)
+    return new, state * keep + dot(new * fade[None, :], keys, DOT, PRECISION)
 
 
 @triton.jit
@@ -94,7 +108,7 @@ def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.con
 
 @triton.jit(do_not_specialize=COUNTS)
 def _ends(
-    k, v, beta, matrices, gates, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    k, v, matrices, gates, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
@@ -109,9 +123,10 @@ def _ends(
     last = tl.where(read, tl.minimum(first + LENGTH, count), first)
     first = last - remembered(gates, at + last - 1, -1, last - first, C)
     for n in tl.range(first, last, num_stages=STAGES):
+        into, fade, rate, keep = load_gates(gates + (at + n) * 4 * C, C)
         _, state = _chunk(
-            state, kp, vp, beta + origin * H + h, matrices + (at + n) * (1 + SCORES) * C * C,
-            gates + (at + n) * (2 * C + 2), n * C, v0, columns, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
+            state, kp, vp, matrices + (at + n) * (1 + SCORES) * C * C, into, fade, rate, keep, n * C, v0, columns,
+            tokens, K, DK, DV, C, BK, BV, DOT, PRECISION, SCORES,
         )  # fmt: skip
     if read:
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
@@ -144,7 +159,7 @@ def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV
 
 @triton.jit(do_not_specialize=COUNTS)
 def _walk(
-    q, k, v, beta, matrices, gates, starts, states, fresh, final, out, cuts, scale,
+    q, k, v, matrices, gates, starts, states, fresh, final, out, cuts, scale,
     T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr, READ: tl.constexpr,
@@ -159,15 +174,16 @@ def _walk(
     first = (segment * LENGTH).to(tl.int32)
     for n in tl.range(first, tl.minimum(first + LENGTH, count), num_stages=STAGES):
         at, t0 = at_start + n, n * C
-        inverse, gp = matrices + at * (1 + READ) * C * C, gates + at * (2 * C + 2)
+        inverse = matrices + at * (1 + READ) * C * C
+        into, fade, rate, keep = load_gates(gates + at * 4 * C, C)
         if READ:
             queries = load_columns(qp, t0, H * DK, tokens, 0, DK, C, BK)
-            read = dot(state, queries, DOT, PRECISION) * (tl.load(gp + tl.arange(0, C)) * scale)[None, :]
+            read = dot(state, queries, DOT, PRECISION) * (into * scale)[None, :]
         else:
             store_columns(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
         new, state = _chunk(
-            state, kp, vp, beta + origin * H + h, inverse, gp, t0, v0, DV, tokens, H, K, DK, DV,
-            C, BK, BV, DOT, PRECISION,
+            state, kp, vp, inverse, into, fade, rate, keep, t0, v0, DV, tokens, K, DK, DV,
+            C, BK, BV, DOT, PRECISION, READ,
         )  # fmt: skip
         if READ:
             read += dot(new, load_columns(inverse + C * C, 0, C, C, 0, C, C, C), DOT, PRECISION)
@@ -247,7 +263,6 @@ class Walk:
     q: Tensor  # [B, T, H, Dk]
     k: Tensor  # [B, T, K, Dk]
     v: Tensor  # [B, T, K, Dv]
-    beta: Tensor  # [B, T, H]
     solved: Solved
     state: Tensor  # [B, H, Dk, Dv], before the first chunk
     layout: Layout
@@ -266,7 +281,7 @@ class Walk:
         x = self.solved
         programs = cuts.total * lay.heads * cdiv(self.v.shape[3], cut.columns)
         launch(
-            _walk, programs, self.q, self.k, self.v, self.beta, x.matrices, x.gates,
+            _walk, programs, self.q, self.k, self.v, x.matrices, x.gates,
             starts, states, fresh, final, out, cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(cut),
         )  # fmt: skip
         return final
@@ -276,7 +291,7 @@ class Walk:
         x, (key_dim, value_dim) = self.solved, sizes[-2:]
         ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
         programs = cuts.total * self.layout.heads * (cdiv(value_dim, cut.columns) + cdiv(key_dim, cut.columns))
-        read = (self.k, self.v, self.beta, x.matrices, x.gates, self.state)
+        read = (self.k, self.v, x.matrices, x.gates, self.state)
         launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, SCORES=scores, **self._blocks(cut))
         return join(self.state, ends, cuts, self.s)
 

@@ -16,37 +16,36 @@ import triton.language as tl
 from torch import Tensor
 
 from tcal_compiler.kernels.launch import cdiv, launch
-from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_columns
+from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_columns
 
 from . import triton_walk
 from .triton_layout import COUNTS, Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
-from .triton_walk import end_is_read, end_start, join, remembered, store_end
+from .triton_walk import end_is_read, end_start, join, load_gates, remembered, store_end
 
 
 @triton.jit
 def _chunk_back(
-    state, qp, kp, gp, bp, inverse, d_fresh, gates, t0, v0, columns, scale, T, H, K, DK, DV,
+    state, qp, kp, gp, inverse, d_fresh, gates, t0, v0, columns, scale, T, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dR of a chunk, [BV, C], and dS before it, [BV, BK]. columns: those of dO that there are; the others are zero."""
-    i = tl.arange(0, C)
+    into, fade, rate, keep = load_gates(gates, C)
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
     new = load_columns(d_fresh, 0, DV, C, v0, columns, C, BV).to(tl.float32)
-    new += dot(state, tl.trans(keys), DOT, PRECISION) * tl.load(gates + C + i)[None, :]
+    new += dot(state, tl.trans(keys), DOT, PRECISION) * fade[None, :]
     rows = dot(new, load_rows(inverse, 0, C, C, 0, C, C, C), DOT, PRECISION)
-    left = tl.load(gates + i)
-    grad = load_columns(gp, t0, H * DV, T, v0, columns, C, BV).to(tl.float32) * (left * scale)[None, :]
-    state = state * tl.load(gates + 2 * C)
+    grad = load_columns(gp, t0, H * DV, T, v0, columns, C, BV).to(tl.float32) * (into * scale)[None, :]
+    state = state * keep
     state += dot(grad, load_rows(qp, t0, H * DK, T, 0, DK, C, BK), DOT, PRECISION)
-    state -= dot(rows * (left * load_gate(bp, t0, H, T, C))[None, :], keys, DOT, PRECISION)
+    state -= dot(rows * (into * rate)[None, :], keys, DOT, PRECISION)
     return rows, state
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _ends_back(
-    q, k, d_out, beta, inverse, d_fresh, gates, start, ends, cuts, scale,
+    q, k, d_out, inverse, d_fresh, gates, start, ends, cuts, scale,
     T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr,
@@ -65,8 +64,8 @@ def _ends_back(
     for step in tl.range(0, last - first, num_stages=STAGES):
         n = last - 1 - step
         _, state = _chunk_back(
-            state, qp, kp, gp, beta + origin * H + h, inverse + (at + n) * C * C, d_fresh + (at + n) * C * DV,
-            gates + (at + n) * (2 * C + 2), n * C, v0, columns, scale, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
+            state, qp, kp, gp, inverse + (at + n) * C * C, d_fresh + (at + n) * C * DV,
+            gates + (at + n) * 4 * C, n * C, v0, columns, scale, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
     if read:
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
@@ -74,7 +73,7 @@ def _ends_back(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _walk_back(
-    q, k, d_out, beta, inverse, d_fresh, gates, starts, d_states, d_start, cuts, scale,
+    q, k, d_out, inverse, d_fresh, gates, starts, d_states, d_start, cuts, scale,
     T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr,
@@ -93,8 +92,8 @@ def _walk_back(
         at = at_start + n
         store_columns(d_states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
         rows, state = _chunk_back(
-            state, qp, kp, gp, beta + origin * H + h, inverse + at * C * C, d_fresh + at * C * DV,
-            gates + at * (2 * C + 2), n * C, v0, DV, scale, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
+            state, qp, kp, gp, inverse + at * C * C, d_fresh + at * C * DV,
+            gates + at * 4 * C, n * C, v0, DV, scale, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
         store_columns(d_fresh + at * C * DV, rows, 0, DV, C, v0, DV, C, BV)
     if segment == segments - 1:
@@ -104,7 +103,6 @@ def _walk_back(
 def walk_back(
     q: Tensor,
     k: Tensor,
-    beta: Tensor,
     d_out: Tensor,
     d_fresh: Tensor,
     d_final: Tensor,
@@ -122,7 +120,7 @@ def walk_back(
     sizes = (scale, layout.tokens, chunks, cuts.length, cuts.each, heads, *k.shape[2:], value_dim)
     blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
     blocks |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
-    read = (q, k, d_out, beta, solved.matrices, d_fresh, solved.gates)
+    read = (q, k, d_out, solved.matrices, d_fresh, solved.gates)
     parts, starts = cdiv(value_dim, cut.columns), d_final
     if cuts.total > layout.sequences:
         ends = d_final.new_empty(cuts.total, heads, key_dim, value_dim + key_dim)
