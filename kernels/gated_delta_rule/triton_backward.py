@@ -48,7 +48,7 @@ def _inward(
     h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
     keys = load_rows(k + h // (H // K) * DK, t0, K * DK, end, 0, DK, C, BK)
     queries_t = load_columns(q + h * DK, t0, H * DK, end, 0, DK, C, BK)
-    c, _ = decay_sums(g + h, t0, H, end, C, GATE)
+    c, _ = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
     scores_t = dot(keys, queries_t, DOT, PRECISION) * pair_decay_transposed(c, C) * scale
     for v0 in range(0, DV, BV):
         grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
@@ -80,7 +80,7 @@ def _pairs(
     store_gate(d_rate + pid * C, by_value, 0, 1, C, C)
     i = tl.arange(0, C)
     strict = i[:, None] > i[None, :]
-    c, _ = decay_sums(g + h, t0, H, end, C, GATE)
+    c, _ = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
     decay = pair_decay(c, C)
     d_scores = d_scores * decay * scale
     d_low = tl.where(strict, d_low * decay, 0.0)
@@ -106,7 +106,7 @@ def _keys(
     k0 = part.to(tl.int32) * BK
     h, t0, end = chunk_at(at, chunks, T, N, H, C, PACKED)
     kv = h // (H // K)
-    c, last = decay_sums(g + h, t0, H, end, C, GATE)
+    c, last = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
     into, leave = exp32(c), exp32(last - c)
     rate = load_gate(beta + h, t0, H, end, C)
     by_query = tl.zeros((C, BK), tl.float32)

@@ -66,16 +66,17 @@ def _solve(
     kp = k + h // (H // K) * DK
     to = matrices + pid * (1 + SCORES) * C * C
     rate = load_gate(beta + h, t0, H, end, C)
-    c, last = decay_sums(g + h, t0, H, end, C, GATE)
-    decay = pair_decay(c, C)
+    given = load_gate(g + h, t0, H, end, C)  # before what needs it, to wait for all loads at once
     low = tl.zeros((C, C), tl.float32)
     pairs = tl.zeros((C, C), tl.float32)
     for k0 in range(0, DK, BK):
         keys = load_rows(kp, t0, K * DK, end, k0, DK, C, BK)
-        low += dot(keys, tl.trans(keys), DOT, PRECISION)
         if SCORES:
             queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
             pairs += dot(queries, tl.trans(keys), DOT, PRECISION)
+        low += dot(keys, tl.trans(keys), DOT, PRECISION)
+    c, last = decay_sums(given, GATE)
+    decay = pair_decay(c, C)
     if SCORES:
         store_rows(to + C * C, pairs * decay * rate[None, :] * scale, 0, C, C, 0, C, C, C)
         low *= rate[None, :]

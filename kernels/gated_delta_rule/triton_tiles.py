@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.tiles import load_gate
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 CHUNK = 64
@@ -22,9 +21,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def decay_sums(g_ptr, t0, stride, T, C: tl.constexpr, GATE: tl.constexpr):
-    """c_t [C], the running sum of g in type GATE, and c_C. A g below -70 has decayed everything."""
-    g = tl.maximum(load_gate(g_ptr, t0, stride, T, C), -70.0).to(GATE)
+def decay_sums(g, GATE: tl.constexpr):
+    """c_t [C], the running sum of g [C] in type GATE, and c_C. A g below -70 has decayed everything."""
+    g = tl.maximum(g, -70.0).to(GATE)
     return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
