@@ -111,6 +111,7 @@ def student_of_batches(
     *,
     policy: str,
     init: InitName = "closed-form",
+    local_window: int = 0,
     seed: int = 0,
     config: AlignConfig | None = None,
 ) -> Student:
@@ -118,6 +119,7 @@ def student_of_batches(
 
     Args:
         batches: int64 token ids [B, T], all of one length T. The last eighth of the sequences only scores.
+        local_window: tokens of the attention beside the states, see `with_local_windows`.
 
     Raises:
         TcalError: as a conversion does; DataError when the batches are no token ids of this model.
@@ -130,7 +132,7 @@ def student_of_batches(
     if int(ids.min()) < 0 or int(ids.max()) >= capture.vocab_size:
         what = f"hold ids {ids.min()} to {ids.max()}, but the vocabulary has {capture.vocab_size}"
         raise DataError(BATCHES, what, BATCHES_HINT)
-    require_sites(scan := find_attention(capture))
+    require_sites(scan := with_local_windows(find_attention(capture), local_window))
     student = make_student(capture, scan, choose(scan, policy))
     require_causal(capture)
     for gm in (capture.gm, student.gm):

@@ -24,7 +24,8 @@ from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, NEWER, t
 from tcal_compiler.kernels.gates import onnx_rule as gates_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.lower_complex import without_complex
-from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful, runs_behind
+from tcal_compiler.passes.make_stateful import export_stateful, runs_behind
+from tcal_compiler.passes.stateful_graph import LayerState, StatefulGraph
 from tcal_compiler.passes.types import Check
 
 from . import onnx_experts
@@ -334,7 +335,7 @@ def genai_config(
         "hidden_size": int(widths[0]) if widths else first.num_heads * first.key_dim,
         "num_attention_heads": first.num_heads,
         "num_key_value_heads": first.num_kv_heads,
-        "num_hidden_layers": len(stateful.layers),
+        "num_hidden_layers": stateful.depth,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",

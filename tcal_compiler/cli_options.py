@@ -26,9 +26,7 @@ ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file 
 Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
 LocalWindow = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(
-        "--local-window", help="tokens of softmax attention beside each converted layer's state; 0: none"
-    ),
+    typer.Option("--local-window", help="tokens of softmax attention beside each converted layer's state; 0: none"),
 ]
 Calib = Annotated[
     Optional[list[str]],  # noqa: UP045

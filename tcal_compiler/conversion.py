@@ -220,7 +220,7 @@ class Conversion:
             stateful = make_stateful(flat, max_length=context, bounded=bounded)
             info, prompt = self.source.teacher.info, self.ids[-1, :16].tolist()
             checks = (*flat.checks, *stateful.checks)
-            for count in self.config.export.float32_layer_counts(len(stateful.layers)):
+            for count in self.config.export.float32_layer_counts(stateful.depth):
                 parts.begin(ONNX)
                 chosen = self.config.export.model_copy(update={"float32_layers": count})
                 artifact = export_onnx(

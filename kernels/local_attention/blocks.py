@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_AS_EXPORTED: ContextVar[bool] = ContextVar("as_exported", default=False)
+
+
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """Inside, `local_attention` is computed as an exported program computes it, to the last bit."""
+    token = _AS_EXPORTED.set(True)
+    try:
+        yield
+    finally:
+        _AS_EXPORTED.reset(token)
 
 
 def _seen(length: int, window: int, device: torch.device) -> Tensor:
@@ -26,9 +42,9 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
 
     q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv], H a multiple of K -> [B, H, T, Dv] in their dtype. Memory
     O(T window): blocks of `window` queries see their own block and the one before. Differentiable, usable under vmap;
-    under export it is `local_attention_reference`.
+    under export and inside `as_exported` it is `local_attention_reference`.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or _AS_EXPORTED.get():
         return local_attention_reference(q, k, v, scale=scale, window=window)
     length, heads = q.shape[2], k.shape[1]
     blocks = -(-length // window)
