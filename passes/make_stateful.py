@@ -177,7 +177,7 @@ def _layer_numbers(cores: list[Node]) -> list[int]:
     numbers: list[int] = []
     for before, core in zip([None, *cores], cores, strict=False):
         beside = before is not None and before.target is RULE and core.target is not RULE
-        same = beside and module_path(core) == module_path(before) != ""
+        same = beside and module_path(core) == module_path(before) != ""  # type: ignore[arg-type]
         numbers.append(numbers[-1] if same else len(set(numbers)))
     return numbers
 
