@@ -52,7 +52,7 @@ class OnnxSession:
         if not self.path.is_file():
             raise ExportError(str(self.path), "no such file", "tcal export writes it")
         self._config, shares_buffers = read_genai_config(self.path.with_name(CONFIG_FILE))
-        self._session = _load(self.path, threads, optimized_path, profile_prefix)
+        self._session = load_model(self.path, threads, optimized_path, profile_prefix)
         capacity = self._config["context_length"] if shares_buffers else None
         try:
             self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
@@ -311,7 +311,10 @@ def read_genai_config(path: Path) -> tuple[dict[str, Any], bool]:
         raise ExportError(str(path), f"is damaged: {type(e).__name__}: {e}", "export again") from e
 
 
-def _load(path: Path, threads: int | None, optimized_path: Path | None, profile_prefix: str | None) -> Any:
+def load_model(
+    path: Path, threads: int | None, optimized_path: Path | None = None, profile_prefix: str | None = None
+) -> Any:
+    """The model as a session of ONNX Runtime; see `OnnxSession`."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -47,6 +47,14 @@ def test_every_variant_is_smaller_near_and_runs(finished):
     assert "int4 student: KL" in (finished / "report.md").read_text()
 
 
+def test_int8_takes_small_blocks_where_large_ones_err_too_much(finished):
+    large = export(finished, "int8")
+    assert {b["block_size"] for b in operators(finished / "onnx-int8/model.onnx")[1]} == {128}
+    small = export(finished, "int8", "--max-kl", str(0.99 * large["measured"]))
+    assert small["passed"] and small["measured"] < large["measured"]
+    assert {b["block_size"] for b in operators(finished / "onnx-int8/model.onnx")[1]} == {32}
+
+
 @pytest.mark.slow
 def test_the_guard_refuses_and_force_overrules(finished):
     before = contents(finished)
@@ -94,7 +102,7 @@ def test_products_become_blocks_and_the_recurrence_stays(shared_run, tmp_path, d
     source = shared_run / "onnx/model.onnx"
     before, _ = operators(source)
     after, blocks = operators(quantize(source, tmp_path / "a", dtype))
-    assert all(b["block_size"] == 32 and b["accuracy_level"] == 4 for b in blocks)
+    assert all(b["block_size"] == {8: 128, 4: 32}[b["bits"]] and b["accuracy_level"] == 4 for b in blocks)
     head = [b for b in blocks if b["N"] == 256]
     assert len(head) == 1 and head[0]["bits"] == 8
     assert {b["bits"] for b in blocks if b["N"] != 256} == {bits}
