@@ -4,7 +4,8 @@ fp16: matrices stored as float16 and widened when the model is loaded: a smaller
 int8, int4: MatMulNBits, symmetric blocks of 128 8-bit or 32 4-bit weights with a scale each, products with int8
 activations whose channels are evened out (smoothing.py). The head of int4 has 8 bits. Embeddings are float16 rows,
 widened when they are read. Gated delta rules, attention and their states stay as they are, and so do matrices with an
-edge below 64, such as the decay and write gates.
+edge below 64, such as the decay and write gates. int8-caches: int8, and so are keys and values of caches
+(int8_caches.py).
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from numpy.typing import NDArray
 
 from tcal_compiler.errors import ExportError
 
+from .int8_caches import ATTENTION, quantize_caches
 from .onnx_export import DATA_FILE, FINGERPRINT, MODEL_FILE, SINGLE_FILE_LIMIT
 from .session import OnnxSession
-from .smoothing import smooth
+from .smoothing import random_tokens, smooth
 
-WeightType = Literal["fp16", "int8", "int4"]
+WeightType = Literal["fp16", "int8", "int8-caches", "int4"]
 WEIGHT_TYPES: tuple[str, ...] = get_args(WeightType)
-MOST_KL = {"fp16": 1e-4, "int8": 1e-2, "int4": 1e-1}  # nats per token, where the user states no bound
+MOST_KL = {
+    "fp16": 1e-4,
+    "int8": 1e-2,
+    "int8-caches": 1e-2,
+    "int4": 1e-1,
+}  # nats per token, where the user states no bound
 BLOCKS = (128, 32)  # 8-bit weights with a common scale: what ONNX Runtime is fastest with, and what errs less
 _BLOCK_OF_4_BITS = 32
 _LEAST_EDGE = 64
@@ -43,12 +50,16 @@ class Divergence:
     tokens: int
 
 
-def quantize(source: Path, folder: Path, dtype: WeightType, *, block: int = BLOCKS[0]) -> Path:
+def quantize(
+    source: Path, folder: Path, dtype: WeightType, *, block: int = BLOCKS[0], ids: NDArray[np.int64] | None = None
+) -> Path:
     """Writes the model `source` with weights of another type as folder/model.onnx; same input, same bytes.
 
-    block: how many 8-bit weights have a common scale.
+    block: how many 8-bit weights have a common scale. ids [N, T]: tokens of a text, which caches are measured on where
+    they become int8; random ones where None.
 
-    Raises ExportError when the model cannot be read, run or written, or has no matrix that can be made smaller.
+    Raises ExportError when the model cannot be read, run or written, or has no matrix, or no cache, that can be made
+    smaller.
     """
     import onnx
 
@@ -61,13 +72,15 @@ def quantize(source: Path, folder: Path, dtype: WeightType, *, block: int = BLOC
         changed += _halve_matrices(model)
     else:
         smooth(model, source, set(_matrices(model)))
-        model, count = _to_blocks(model, 8 if dtype == "int8" else 4, block)
+        model, count = _to_blocks(model, 4 if dtype == "int4" else 8, block)
         changed += count
     if not changed:
         raise ExportError(str(source), f"holds no matrix that {dtype} makes smaller", "the float32 model")
+    if dtype == "int8-caches" and not quantize_caches(model, source, random_tokens(source) if ids is None else ids):
+        raise ExportError(str(source), f"holds no cache of {ATTENTION} that {dtype} makes smaller", "--dtype int8")
     for entry in model.metadata_props:
         if entry.key == FINGERPRINT:
-            entry.value = f"{entry.value}-{dtype}"
+            entry.value = f"{entry.value}-{dtype}" + f"-{block}" * (dtype != "fp16")
     path = folder / MODEL_FILE
     size = sum(len(t.raw_data) for t in model.graph.initializer)
     try:

@@ -117,21 +117,28 @@ def _divide(graph: Any, x: str, products: list[Any], factors: NDArray[np.float32
         product.input[0] = name
 
 
-def _channel_rms(source: Path, values: list[str]) -> dict[str, NDArray[np.float64]]:
-    """Root mean squares [K] of values [1, T, K] of the model in the file `source`, over random tokens."""
-    session = _session_with(source, values)
+def random_tokens(source: Path) -> NDArray[np.int64]:
+    """Sequences [N, T] for the model in the file `source`, no longer than its context.
+
+    Raises ExportError when there is no genai_config.json beside it.
+    """
     config, _ = read_genai_config(source.with_name(CONFIG_FILE))
     if not config:
         raise ExportError(str(source), f"has no {CONFIG_FILE} beside it", "a folder that tcal export wrote")
-    length, rng = min(LENGTH, config["context_length"]), np.random.default_rng(0)
+    length = min(LENGTH, config["context_length"])
+    return np.random.default_rng(0).integers(0, config["vocab_size"], (SEQUENCES, length))
+
+
+def _channel_rms(source: Path, values: list[str]) -> dict[str, NDArray[np.float64]]:
+    """Root mean squares [K] of values [1, T, K] of the model in the file `source`, over random tokens."""
+    session, tokens = _session_with(source, values), random_tokens(source)
     feeds = {i.name: _empty(i) for i in session.get_inputs()}
     total: dict[str, Any] = dict.fromkeys(values, 0.0)
-    for _ in range(SEQUENCES):
-        feeds["input_ids"] = rng.integers(0, config["vocab_size"], (1, length))
-        feeds["attention_mask"] = np.ones((1, length), np.int64)
+    for row in tokens:
+        feeds |= {"input_ids": row[None], "attention_mask": np.ones_like(row[None])}
         for name, value in zip(values, session.run(values, feeds), strict=True):
             total[name] = total[name] + np.square(value[0], dtype=np.float64).mean(0)
-    return {name: np.sqrt(sums / SEQUENCES) for name, sums in total.items()}
+    return {name: np.sqrt(sums / len(tokens)) for name, sums in total.items()}
 
 
 def _session_with(source: Path, values: list[str]) -> Any:
