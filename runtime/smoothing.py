@@ -7,12 +7,13 @@ strength 1/2)
     s = sqrt(rms(x) / max |W|), max over the outputs of all products that read x,
 
 in eighths of an octave, so that the last digits of a measurement change no byte. rms(x) is of random tokens: no text is
-needed. 1 / s goes into the weights of the norm that x comes from, or is a product with a vector where it does not come
-from a norm.
+needed. 1 / s goes into the weights of the norm, or the matrix, that x comes from; only behind attention is it a product
+with a vector.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -47,20 +48,62 @@ def smooth(model: Any, source: Path, names: set[str]) -> int:
     if not chosen:
         return 0
     sizes = _channel_rms(source, sorted(chosen))
-    tensors = {t.name: t for t in model.graph.initializer}
-    makers = {o: n for n in model.graph.node for o in n.output}
+    work = _Folding(model, readers)
+    matrices = {x: [_array(work.tensors[n.input[1]]) for n in own] for x, own in chosen.items()}
+    factors = {x: _factors(sizes[x], matrices[x]) for x in chosen}
     for x, own in chosen.items():
-        factors = _factors(sizes[x], [_array(tensors[n.input[1]]) for n in own])
-        norm = _norm_weights(x, readers, makers, tensors)
-        if norm is None:
-            _divide(model.graph, x, own, factors)
-        else:
+        folds = all(n.op_type == "MatMul" and work.is_own(n.input[1], n) for n in readers[x])
+        if folds and work.divide(x, factors[x]):
             own = readers[x]
-            _set(tensors[norm], (_array(tensors[norm]) / factors).astype(np.float32))
+        else:
+            _divide(model.graph, x, own, factors[x])
         for node in own:
-            matrix = tensors[node.input[1]]
-            _set(matrix, _array(matrix) * factors[:, None])
+            work.multiply(node.input[1], factors[x][:, None])
     return len(chosen)
+
+
+class _Folding:
+    """Factors that go into the constants which a value is computed from."""
+
+    def __init__(self, model: Any, readers: dict[str, list[Any]]) -> None:
+        self.readers = readers
+        self.makers = {o: n for n in model.graph.node for o in n.output}
+        self.tensors = {t.name: t for t in model.graph.initializer}
+
+    def is_own(self, name: str, reader: Any) -> bool:
+        """Whether it is a constant that nothing else reads."""
+        return name in self.tensors and self.readers[name] == [reader]
+
+    def multiply(self, name: str, factors: NDArray[np.float32]) -> None:
+        import onnx
+
+        array = _array(self.tensors[name]) * factors
+        self.tensors[name].CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+
+    def divide(self, value: str, factors: NDArray[np.float32]) -> bool:
+        """Divides a value by factors [K] of its last channels, whatever axes these are, in a constant that made it.
+
+        Returns False, with nothing changed, where no constant can take them.
+        """
+        maker = self.makers.get(value)
+        kind = None if maker is None else maker.op_type
+        if kind == "MatMul" and self.is_own(maker.input[1], maker):
+            self.multiply(maker.input[1], 1 / factors)
+            return True
+        if kind == "Mul":
+            for name in maker.input:
+                if self.is_own(name, maker) and self._has_channels(name, len(factors)):
+                    self.multiply(name, (1 / factors).reshape(self.tensors[name].dims))
+                    return True
+        above = maker.input if kind == "Mul" else maker.input[:1] if kind == "Reshape" else ()
+        return any(self.readers[v] == [maker] and self.divide(v, factors) for v in above)
+
+    def _has_channels(self, name: str, count: int) -> bool:
+        """Whether a constant has a number for each channel: the right many, and none that is broadcast among them."""
+        dims = list(self.tensors[name].dims)
+        while dims[:1] == [1]:
+            dims.pop(0)
+        return 1 not in dims and math.prod(dims) == count
 
 
 def _readers(model: Any) -> dict[str, list[Any]]:
@@ -77,32 +120,12 @@ def _array(tensor: Any) -> NDArray[np.float32]:
     return onnx.numpy_helper.to_array(tensor)  # type: ignore[return-value]
 
 
-def _set(tensor: Any, array: NDArray[np.float32]) -> None:
-    import onnx
-
-    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-
-
 def _factors(rms: NDArray[np.float64], matrices: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     """s [K], with a geometric mean near 1."""
     weights = np.max([np.abs(m).max(1) for m in matrices], 0).astype(np.float64)
     logs = [np.log2(np.maximum(v, _LEAST * v.max())) if v.max() else np.zeros_like(v) for v in (rms, weights)]
     exponents = (logs[0] - logs[1]) / 2
     return np.exp2(np.round(8 * (exponents - exponents.mean())) / 8).astype(np.float32)
-
-
-def _norm_weights(x: str, readers: Any, makers: Any, tensors: Any) -> str | None:
-    """The vector [K] that x was multiplied with last, where only that and products of x need to change with it."""
-    maker = makers.get(x)
-    if maker is None or maker.op_type != "Mul":
-        return None
-    if any(n.op_type != "MatMul" or n.input[0] != x or n.input[1] not in tensors for n in readers[x]):
-        return None
-    if any(len(readers[n.input[1]]) > 1 for n in readers[x]):
-        return None
-    vectors = [i for i in maker.input if i in tensors and len(tensors[i].dims) == 1 and len(readers[i]) == 1]
-    width = tensors[readers[x][0].input[1]].dims[0]
-    return next((v for v in vectors if tensors[v].dims[0] == width), None)
 
 
 def _divide(graph: Any, x: str, products: list[Any], factors: NDArray[np.float32]) -> None:
