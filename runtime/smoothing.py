@@ -69,6 +69,7 @@ class _Folding:
         self.readers = readers
         self.makers = {o: n for n in model.graph.node for o in n.output}
         self.tensors = {t.name: t for t in model.graph.initializer}
+        self.outputs = {o.name for o in model.graph.output}
 
     def is_own(self, name: str, reader: Any) -> bool:
         """Whether it is a constant that nothing else reads."""
@@ -86,14 +87,16 @@ class _Folding:
         Returns False, with nothing changed, where no constant can take them.
         """
         maker = self.makers.get(value)
-        kind = None if maker is None else maker.op_type
+        if maker is None or value in self.outputs:
+            return False
+        kind, inverse = maker.op_type, (1 / factors).astype(np.float32)
         if kind == "MatMul" and self.is_own(maker.input[1], maker):
-            self.multiply(maker.input[1], 1 / factors)
+            self.multiply(maker.input[1], inverse)
             return True
         if kind == "Mul":
             for name in maker.input:
                 if self.is_own(name, maker) and self._has_channels(name, len(factors)):
-                    self.multiply(name, (1 / factors).reshape(self.tensors[name].dims))
+                    self.multiply(name, inverse.reshape(self.tensors[name].dims))
                     return True
         above = maker.input if kind == "Mul" else maker.input[:1] if kind == "Reshape" else ()
         return any(self.readers[v] == [maker] and self.divide(v, factors) for v in above)
