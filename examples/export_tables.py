@@ -130,7 +130,7 @@ def fused(name: str, body: dict[str, Any]) -> str:
     lines += ["| student | rewrite | nodes | ms |", "|---|---|---|---|"]
     for student, rows in body["fused"].items():
         lines += [f"| {student} | {r['name']} | {r['nodes']} | {r['ms']:.2f} |" for r in rows]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 
 def on_device(name: str, body: dict[str, Any]) -> str:

@@ -98,7 +98,7 @@ class _Folding:
                 if self.is_own(name, maker) and self._has_channels(name, len(factors)):
                     self.multiply(name, inverse.reshape(self.tensors[name].dims))
                     return True
-        above = maker.input if kind == "Mul" else maker.input[:1] if kind == "Reshape" else ()
+        above = maker.input if kind == "Mul" else maker.input[:1] if kind in ("Reshape", "Identity") else ()
         return any(self.readers[v] == [maker] and self.divide(v, factors) for v in above)
 
     def _has_channels(self, name: str, count: int) -> bool:
