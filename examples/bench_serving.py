@@ -32,7 +32,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -211,8 +210,14 @@ def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> di
         "prefill_tokens_per_s": batch * chunk / prefill,
         "decode_ms": 1e3 * step,
         "decode_tokens_per_s": batch / step,
-        "peak_mb": card_mb(job["card"]) if job["card"] else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_mb": card_mb(job["card"]) if job["card"] else process_mb(),
     }
+
+
+def process_mb() -> float:
+    """The peak of this program; getrusage would count what its parent held when it started it."""
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return float(peak.split()[1]) * 1.024e-3
 
 
 def card_mb(card: str) -> float:

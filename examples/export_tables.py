@@ -131,6 +131,16 @@ def _greedy(body: dict[str, Any]) -> str:
     return text + f"counted up to the first other one; there its logits were {g['margin']:.2g} apart at most."
 
 
+def fused(name: str, body: dict[str, Any]) -> str:
+    """examples/fused_step.py."""
+    lines = [f"## {name}\n", machine(body["environment"])]
+    lines += [f"A step behind {body['context']} tokens; each row has the rewrites above it too.", ""]
+    lines += ["| student | rewrite | nodes | ms |", "|---|---|---|---|"]
+    for student, rows in body["fused"].items():
+        lines += [f"| {student} | {r['name']} | {r['nodes']} | {r['ms']:.2f} |" for r in rows]
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
+
+
 def on_device(name: str, body: dict[str, Any]) -> str:
     """examples/check_cuda.py."""
     nodes = {p.removesuffix("ExecutionProvider"): sum(ops.values()) for p, ops in body["nodes"].items()}

@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from export_tables import decode, machine, on_device, runtimes, serving, step_parts, variants
+from export_tables import decode, fused, machine, on_device, runtimes, serving, step_parts, variants
 
 HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/profile_step.py`,
-`examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
+`examples/fused_step.py`, `examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
 `examples/estimate_conversion.py`, `examples/rank_sets.py`, `examples/copying_layers.py`, `examples/site_variants.py`
 and, from run folders, this script itself wrote. Each section names its command's arguments, machine, versions and
 commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are different files, and a scored
@@ -380,6 +380,7 @@ def main() -> None:
             "runtime_parity": runtimes,
             "serving": serving,
             "step_parts": step_parts,
+            "fused": fused,
             "memory": memory,
             "planning": planning,
             "step_seconds": step_times,

@@ -162,7 +162,9 @@ def _export_command() -> Callable[..., None]:
     ) -> None:
         if dtype is None:
             if force or max_kl is not None:
-                raise ConfigError("export", "--force and --max-kl bound a variant", "--dtype fp16, int8 or int4")
+                raise ConfigError(
+                    "export", "--force and --max-kl bound a variant", "--dtype fp16, int8, int8-caches or int4"
+                )
             stage(teacher=teacher, quiet=quiet, verbose=verbose, as_json=as_json, **options)
             return
         if set_too := [n for n, value in options.items() if value != given.parameters[n].default]:
