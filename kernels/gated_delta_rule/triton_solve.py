@@ -1,6 +1,10 @@
 """What every chunk of the gated delta rule gives by itself, all chunks at once, on Triton.
 
-The names are those of `chunked`: T = (I + B)^-1 * L, P = scale (q k^T * L).
+The names are those of `chunked`: T = (I + B)^-1 * L, P = scale (q k^T * L). With B = diag(beta) A,
+
+    T diag(beta) = diag(beta) T~        T~ = (I + A diag(beta))^-1 * L
+
+of which the walk that reads the outputs takes T~: then v, whose numbers need no rounding, meets it as it is.
 """
 
 from __future__ import annotations

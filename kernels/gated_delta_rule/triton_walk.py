@@ -11,7 +11,10 @@ walked at once:
    stores the states before each chunk, and V'.
 One segment is the third launch alone. Sums and the state are float32. Segments and packed sequences: `triton_layout`.
 
-A program holds the transpose of some columns of S. Then the state, R and V' are left operands of products, which
+To read outputs, T~ of `solve` stands for T: V' = diag(beta) Y, Y = T~ v - T~ (e^c (k S)), and beta goes into P and
+into e^(c_C - c).
+
+A program holds the transpose of some columns of S. Then the state, R, V' and Y are left operands of products, which
 registers hold, and what meets them on the right are tiles as they are loaded: none goes through shared memory between
 two products.
 """
@@ -42,7 +45,7 @@ WORTH = 2  # from this many segments that run at once on one processor, cutting 
 
 @triton.jit
 def remembered(gates, at, STEP: tl.constexpr, count, C: tl.constexpr):
-    """How many chunks, of `count` from place `at` on in steps of STEP, have a say in the state behind the first."""
+    """How many chunks, of `count` that lie STEP apart from place `at` on, have a say in what is behind the first."""
     back = tl.arange(0, 128)
     bounds = tl.load(gates + (at + STEP * back) * 4 * C + 3 * C + 1, mask=back < count, other=0.0)
     total = tl.cumsum(bounds, 0)
@@ -67,7 +70,8 @@ def _chunk(
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SCORES: tl.constexpr,
 ):  # fmt: skip
-    """V' of a chunk, [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are; others are 0."""
+    """V' of a chunk (READ: Y), [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are, the
+    others being zero."""
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
     values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV)
     solve = load_columns(inverse, 0, C, C, 0, C, C, C)
