@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tcal_compiler.kernels.delta_gates import delta_gates
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm
 from tcal_compiler.kernels.gates import decay_gate, l2_normalize
@@ -43,8 +44,7 @@ class GdnMixer(nn.Module):
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """The recurrence's output o [B, T, H, Dv], before norm and output gate; at least float32."""
-        g = decay_gate(self.a_proj(x), self.A_log, self.dt_bias)
-        beta = self.b_proj(x).to(g.dtype).sigmoid()
+        g, beta = delta_gates(self.a_proj(x), self.b_proj(x), self.A_log, self.dt_bias)
         qn, kn = l2_normalize(q.transpose(1, 2)), l2_normalize(k.transpose(1, 2))
         out, _ = gated_delta_rule(qn, kn, v.transpose(1, 2).to(qn.dtype), g=g, beta=beta)
         return out

@@ -18,12 +18,14 @@ from torch import Tensor
 from .dry_run import size_text
 from .kernels.attention_stats import attention_statistics, attention_statistics_reference
 from .kernels.attention_stats import op as stats_op
+from .kernels.delta_gates import op as gates_op
 from .kernels.gated_delta_rule import dispatch as rule_op
 from .kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
 from .kernels.gated_delta_step import gated_delta_step, gated_delta_step_reference
 from .kernels.gated_delta_step import op as step_op
 from .kernels.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from .kernels.gated_rms_norm import op as norm_op
+from .kernels.gates import op as l2_op
 from .kernels.scores import Scores
 from .kernels.self_check import ALLOWED, Check, relative_errors
 from .progress import Progress, clock
@@ -41,13 +43,15 @@ OPTIONAL = {  # what each is for
     "onnxruntime-genai": "examples/generate_genai.py",
 }
 FOR_GPU = ("triton", "onnxruntime-gpu")
-HEAD_DIM = 64
+HEAD_DIM, HEADS = 64, 9
 OP_TOL = 1e-3  # of an error in float32; what is computed right is below a hundredth of it
 TRITON: dict[str, tuple[Check, tuple[int, ...]]] = {
     "gated_delta_rule": (rule_op.self_check, (HEAD_DIM, HEAD_DIM)),
     "packed gated_delta_rule": (rule_op.packed_self_check, (HEAD_DIM, HEAD_DIM)),
     "gated_delta_step": (step_op.self_check, (HEAD_DIM, HEAD_DIM, True, True)),
     "gated_rms_norm": (norm_op.self_check, (HEAD_DIM,)),
+    "l2_normalize": (l2_op.self_check, (HEAD_DIM,)),
+    "delta_gates": (gates_op.self_check, (HEADS,)),
     "attention_statistics": (stats_op.self_check, (HEAD_DIM, HEAD_DIM)),
 }
 

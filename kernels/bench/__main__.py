@@ -1,7 +1,7 @@
 """Times our operators: correctness first, then medians beside what the hardware allows.
 
-    python -m tcal_compiler.kernels.bench [--ops rule step norm attention] [--shapes ...] [--dtype bfloat16]
-                                          [--repeat 30] [--json FILE]
+    python -m tcal_compiler.kernels.bench [--ops rule step norm gates attention] [--shapes ...]
+                                          [--dtype bfloat16] [--repeat 30] [--json FILE]
     python -m tcal_compiler.kernels.bench --table FILE
     python -m tcal_compiler.kernels.bench --tune [--ops rule step] [--shapes ...] [--dtype bfloat16] [--seconds 400]
                                           [--json kernels/tuning.json]
@@ -28,7 +28,7 @@ import torch
 
 from tcal_compiler.kernels import tuning
 
-from . import attention, norm, report, rule, step
+from . import attention, gates, norm, report, rule, step
 from .tables import tables
 from .timing import SEED, Benchmark
 
@@ -36,6 +36,7 @@ OPS: dict[str, Benchmark] = {
     "rule": rule.BENCHMARK,
     "step": step.BENCHMARK,
     "norm": norm.BENCHMARK,
+    "gates": gates.BENCHMARK,
     "attention": attention.BENCHMARK,
 }
 
@@ -99,9 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         result = OPS[op].time_shape(shape, getattr(torch, options.dtype), device, options.repeat)
         body["results"].append(result)
         print("\n".join(report.lines(result)), flush=True)
-        if options.json:  # after every result: the next shape may end the process
-            with open(options.json, "w") as file:
-                json.dump(body, file, indent=1)
+        if options.json:  # after every result, and whole: the next shape may end the process
+            part = Path(f"{options.json}.part")
+            part.write_text(json.dumps(body, indent=1))
+            part.replace(options.json)
     print("\n".join(report.summary(body["results"])))
     return int(any("wrong" in r for r in body["results"]))
 

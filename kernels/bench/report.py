@@ -53,7 +53,8 @@ def _processor() -> str:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """One result: the worst error and the bounds, then an implementation a line, with each kind's milliseconds and
-    quartiles, the part of the bound, the multiple of our time, memory, and its own worst error."""
+    quartiles, the part of the bound, the multiple of our time, memory, and its own worst error; then those that were
+    compared and not timed."""
     head = f"{result['op']:10} {result['shape']!s:24} worst error {_worst(result['errors'])}"
     if "wrong" in result:
         return [f"{head} {result['wrong']}"]
@@ -68,7 +69,8 @@ def lines(result: dict[str, Any]) -> list[str]:
             parts.append(f"worst error {_worst(result['errors_beside'][name])}")
         parts += [f"failed: {kinds['failed']}"] if "failed" in kinds else []
         found.append(f"    {name:16} " + "; ".join(parts))
-    return found
+    others = (item for item in result.get("errors_beside", {}).items() if item[0] not in result["times"])
+    return found + [f"    {name:16} worst error {_worst(errors)}" for name, errors in others]
 
 
 def _worst(errors: dict[str, Any]) -> str:
@@ -88,8 +90,8 @@ def _time(kind: str, t: dict[str, float], bound: float | None, ours: dict[str, f
 
 def summary(results: list[dict[str, Any]]) -> list[str]:
     """Over all shapes of an op: how near its bounds ours comes, times and memory of others as multiples of ours, our
-    errors as multiples of theirs, apart for results in the inputs' dtype and in float32: plain PyTorch multiplies in
-    float32 whatever the dtype, so that its error is the one rounding of a result, or next to none."""
+    errors as multiples of theirs, apart for results in the inputs' dtype and in float32: what stands as pytorch
+    multiplies in float32 whatever the dtype, so that its error is the one rounding of a result, or next to none."""
     found: list[str] = []
     for op in dict.fromkeys(r["op"] for r in results):
         some = [r for r in results if r["op"] == op and "wrong" not in r]

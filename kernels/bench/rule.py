@@ -16,6 +16,7 @@ from tcal_compiler.kernels.self_check import exactly, relative_errors
 
 from .attention import flash
 from .peers import Peer, Rule, peers
+from .plain import Bfloat16Products
 from .timing import SEED, Benchmark, Times, attempt, bound, median, new_result
 
 SHAPES = {
@@ -80,7 +81,7 @@ def compare(
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """rms error over rms against float64 of outputs, final state and gradients, but for tokens after CHECKED.
 
-    Ours, and by name those of plain PyTorch and of the peers.
+    Ours, and by name those of the peers and of plain PyTorch, in float32 and with the products of bfloat16 tensors.
     """
     some = [x[:, :CHECKED].contiguous() for x in inputs[:5]] + [inputs[5]]
     seeds = [seeds[0][:, :CHECKED].contiguous(), seeds[1]]
@@ -89,6 +90,10 @@ def compare(
     beside: dict[str, dict[str, Any]] = {}
     if some[0].is_cuda:
         beside["pytorch"] = relative_errors(NAMES, forward_and_backward(some, seeds, scale), exact)
+        if some[0].dtype == torch.bfloat16:
+            with Bfloat16Products():
+                plain = forward_and_backward(some, seeds, scale)
+            beside["pytorch in bfloat16"] = relative_errors(NAMES, plain, exact)
     for peer in others:
         beside[peer.name] = peer_errors(peer, some, seeds, exact)
     return relative_errors(NAMES, ours, exact), beside

@@ -18,6 +18,7 @@ from tcal_compiler.kernels.attention_stats.streaming import (
     attention_output_sums_streaming,
     attention_statistics_streaming,
 )
+from tcal_compiler.kernels.delta_gates import op as delta_gates
 from tcal_compiler.kernels.gated_delta_rule import dispatch as rule
 from tcal_compiler.kernels.gated_delta_step import gated_delta_step_reference
 from tcal_compiler.kernels.gated_delta_step import op as step
@@ -32,6 +33,7 @@ PROOFS: list[tuple[str, self_check.Check, tuple[tuple[int, ...], ...]]] = [
     ("packed gated_delta_rule", rule.packed_self_check, PAIRS),
     ("attention_statistics", statistics.self_check, (*PAIRS, WIDE)),
     ("l2_normalize", gates.self_check, ((16,), (64,), (96,), (256,))),
+    ("delta_gates", delta_gates.self_check, ((9,), (16,), (32,), (200,))),
     ("gated_rms_norm", norm.self_check, ((16,), (64,), (96,), (128,), (256,))),
     ("gated_delta_step", step.self_check, tuple((*pair, *v) for pair in (*PAIRS, WIDE) for v in VARIANTS)),
 ]
@@ -103,6 +105,20 @@ def test_sees_a_wrong_gradient_of_the_l2_norm(monkeypatch):
     monkeypatch.setattr(triton_kernel, "l2_normalize_triton", gates.l2_normalize_reference)
     monkeypatch.setattr(triton_kernel, "l2_normalize_backward_triton", lambda d_y, x, eps: d_y)
     only_wrong(gates.self_check(CPU, torch.float32, 8), "d_x")
+
+
+@interpreted
+def test_sees_a_wrong_gradient_of_the_gates(monkeypatch):
+    from tcal_compiler.kernels.delta_gates import triton_kernel
+
+    def wrong(*args: Tensor) -> tuple[Tensor, ...]:
+        d_a, d_b, d_log, d_bias = gates_backward(*args)
+        return d_a, d_b, d_log.flip(0), d_bias
+
+    gates_backward = delta_gates.delta_gates_backward
+    monkeypatch.setattr(triton_kernel, "delta_gates_triton", delta_gates.forward_pytorch)
+    monkeypatch.setattr(triton_kernel, "delta_gates_backward_triton", wrong)
+    only_wrong(delta_gates.self_check(CPU, torch.float32, 9), "d_a_log")
 
 
 @interpreted
@@ -183,6 +199,7 @@ def test_cpu_tensors_never_take_triton():
     x = torch.zeros(1, 5, 2, 64)
     assert not rule._takes_triton(x, x) and not statistics._takes_triton(x, x) and not norm._takes_triton(x)
     assert not step._takes_triton(x, x, x, True, True) and not gates._takes_triton(x)
+    assert not delta_gates._takes_triton(x, x)
 
 
 READS = {"read_columns": 128, "read_warps": 8}
