@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("teacher")
     p.add_argument("--tokenizer", help='folder with tokenizer files, or "bytes"; default: the teacher\'s own')
-    p.add_argument("--policy", default="uniform:25%%")
+    p.add_argument("--policy", default="uniform:25%")
     p.add_argument("--variants", type=variants, default=variants("base"))
     p.add_argument("--calib", required=True, help="calibration text")
     p.add_argument("--sequences", type=int, default=64)
