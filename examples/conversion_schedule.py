@@ -96,6 +96,7 @@ def distill_config(args: argparse.Namespace, steps: int) -> DistillConfig:
         teacher_dtype=args.distill_dtype,
         student_dtype=args.distill_dtype,
         compile=args.distill_compile,
+        checkpoint_activations=args.distill_recompute,
         **{k: v for k, v in rates.items() if v is not None},
     )
 

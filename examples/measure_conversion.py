@@ -102,6 +102,7 @@ def training_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--distill-lr-other", type=float, help="default as in tcal-compile")
     p.add_argument("--distill-dtype", choices=["captured", "bfloat16"], default="captured", help="of products")
     p.add_argument("--distill-compile", action="store_true", help="distill.compile = true")
+    p.add_argument("--distill-recompute", action="store_true", help="distill.checkpoint_activations = true")
 
 
 def scoring_arguments(p: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ B sequences, T tokens, H query heads, K key/value heads, G = H / K, Dk and Dv ke
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from tcal_compiler.passes.types import AttentionSite
 from tcal_compiler.runtime.calibrate import SiteCalibrator
 from tcal_compiler.runtime.initialize import closed_form_output_, set_memory_
 from tcal_compiler.runtime.mixer import GdnMixer
-from tcal_compiler.runtime.statistics import attention_statistics
+from tcal_compiler.runtime.statistics import SiteStats, attention_statistics
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import SiteGroup
 
@@ -37,6 +38,9 @@ class Variant:
         taps: of a causal depthwise convolution on q, k and v, the identity at first; 1: none.
         window: tokens of a softmax window beside the state, its output times a scale per head behind the gate; 0: none.
         window_fit: that scale by least squares together with the gate, instead of 0.
+        sinks: first tokens that the window always sees too.
+        alone: the window without the recurrence.
+        far: the half-life from the distances beyond the window alone.
         beta_range: beta in (0, beta_range), with the same start.
         shared: one state per key/value head; its decay and write gate are the means over the query heads of the group.
         wide: q and k of a group mapped to G Dk by matrices with orthonormal columns at first.
@@ -50,6 +54,9 @@ class Variant:
     taps: int = 1
     window: int = 0
     window_fit: bool = False
+    sinks: int = 0
+    alone: bool = False
+    far: bool = False
     beta_range: float = 1.0
     shared: bool = False
     wide: bool = False
@@ -61,9 +68,15 @@ class Variant:
 
     @classmethod
     def of(cls, name: str) -> Variant:
-        """ "conv+window": the settings of both. Raises ValueError for a name that is not in PARTS."""
+        """ "conv+window": the settings of both; "window-16" and "window-fit-16" have another size.
+
+        Raises ValueError for a name that is not in PARTS.
+        """
         settings: dict[str, Any] = {}
         for part in name.split("+"):
+            if sized := re.fullmatch("(window|window-fit|window-only)-([1-9][0-9]*)", part):
+                settings |= PARTS[sized[1]] | {"window": int(sized[2])}
+                continue
             if part not in PARTS:
                 raise ValueError(f"no variant {part}; there are {', '.join(PARTS)}")
             settings |= PARTS[part]
@@ -80,6 +93,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "conv": {"taps": 4},
     "window": {"window": 64},
     "window-fit": {"window": 64, "window_fit": True},
+    "window-only": {"window": 64, "alone": True},
+    "sink1": {"sinks": 1},
+    "sinks": {"sinks": 4},
+    "far": {"far": True},
     "beta2": {"beta_range": 2.0},
     "kvstate": {"shared": True},
     "kvstate-wide": {"shared": True, "wide": True},
@@ -100,27 +117,29 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
     return sum(w[:, None] * F.pad(x, (0, 0, j, 0))[:, :, :length] for j, w in enumerate(taps.unbind(0)))  # type: ignore[return-value]
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
-    """softmax(scale q k^T) v over the last `window` tokens, oneself among them.
+def window_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int, sinks: int = 0) -> Tensor:
+    """softmax(scale q k^T) v over the last `window` tokens, oneself among them, and the first `sinks` of all.
 
     q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv] -> [B, H, T, Dv]. Blocks of `window` queries see their own block
     and the one before.
     """
     length, heads = q.shape[2], k.shape[1]
-    blocks = -(-length // window)
+    blocks, first = -(-length // window), min(sinks, length)
     behind = blocks * window - length
     qb = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))
 
-    def pairs(x: Tensor) -> Tensor:
+    def seen_by(x: Tensor) -> Tensor:
         parts = F.pad(x, (0, 0, window, behind)).unflatten(2, (blocks + 1, window))
-        return torch.cat([parts[:, :, :-1], parts[:, :, 1:]], 3)[:, :, None]
+        start = x[:, :, None, :first].expand(-1, -1, blocks, -1, -1)
+        return torch.cat([start, parts[:, :, :-1], parts[:, :, 1:]], 3)[:, :, None]
 
-    query, key = torch.arange(window, device=q.device), torch.arange(2 * window, device=q.device)
-    distance = query[:, None] + window - key
-    real = (torch.arange(blocks, device=q.device)[:, None, None] > 0) | (key >= window)
-    seen = (distance >= 0) & (distance < window) & real
-    scores = (scale * qb @ pairs(k).transpose(-1, -2)).masked_fill(~seen, float("-inf"))
-    return (scores.softmax(-1) @ pairs(v)).flatten(1, 2).flatten(2, 3)[:, :, :length]
+    here = torch.arange(blocks * window, device=q.device).view(blocks, window, 1)
+    key = torch.arange(-window, window, device=q.device) + here[:, :1]
+    near = (key >= 0) & (key <= here) & (key > here - window)
+    far = torch.arange(first, device=q.device) <= here - window
+    scores = scale * qb @ seen_by(k).transpose(-1, -2)
+    weights = scores.masked_fill(~torch.cat([far, near], -1), float("-inf")).softmax(-1)
+    return (weights @ seen_by(v)).flatten(1, 2).flatten(2, 3)[:, :, :length]
 
 
 class VariantMixer(GdnMixer):
@@ -134,6 +153,10 @@ class VariantMixer(GdnMixer):
         heads, groups, width = site.num_heads, site.num_kv_heads, self.key_width
         if variant.wide and heads == groups:
             raise UnsupportedModelError(site.layer or site.anchor, "has no shared key heads", "kvstate without -wide")
+        if (variant.alone or variant.far or variant.sinks) and not variant.window:
+            raise UnsupportedModelError(
+                site.layer or site.anchor, "gets no window", "window+ before the variant's name"
+            )
         if variant.taps > 1:
             for name, count, dim in (
                 ("q", heads, site.key_dim),
@@ -193,13 +216,15 @@ class VariantMixer(GdnMixer):
     def window_output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, T, H, Dv], before its scale."""
         most = min(self.variant.window, self.site.window or self.variant.window)
-        return window_attention(q, k, v, scale=self.site.scale, window=most).transpose(1, 2)
+        given = {"scale": self.site.scale, "window": most, "sinks": self.variant.sinks}
+        return window_attention(q, k, v, **given).transpose(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        window = self.window_scale[:, None] * self.window_output(q, k, v) if self.variant.window else 0.0
+        if self.variant.alone:
+            return window.transpose(1, 2).to(x.dtype)  # type: ignore[union-attr]
         gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
-        y = gated_rms_norm(self.core(q, k, v, x), gate, self.norm)
-        if self.variant.window:
-            y = y + self.window_scale[:, None] * self.window_output(q, k, v)
+        y = gated_rms_norm(self.core(q, k, v, x), gate, self.norm) + window
         return y.transpose(1, 2).to(x.dtype)
 
     def state_bytes(self) -> int:
@@ -207,8 +232,9 @@ class VariantMixer(GdnMixer):
         s, v = self.site, self.variant
         keys = s.num_kv_heads * s.key_dim
         values = s.num_kv_heads * s.value_dim
-        count = (s.num_kv_heads if v.shared else s.num_heads) * self.key_width * s.value_dim
-        count += (v.taps - 1) * (s.num_heads * s.key_dim + keys + values) + v.window * (keys + values)
+        states = 0 if v.alone else s.num_kv_heads if v.shared else s.num_heads
+        count = states * self.key_width * s.value_dim + (v.window + v.sinks) * (keys + values)
+        count += (v.taps - 1) * (s.num_heads * s.key_dim + keys + values)
         return BYTES * count
 
     def parameter_count(self) -> int:
@@ -233,14 +259,29 @@ def start_(student: Student, groups: list[SiteGroup], variant: Variant, batch: i
             stats = job.measure()
             if variant.entropy:
                 stats = replace(stats, sums=stats.sums | {"entropy": stats.tokens * relative_entropy(job)})
+            if variant.far:
+                stats = replace(
+                    stats, sums=stats.sums | {"distance": stats.tokens * far_distance(stats, variant.window)}
+                )
             set_memory_(job.mixer, stats)
             bias = job.mixer.b_proj.bias
             bias.copy_((bias.sigmoid() / variant.beta_range).logit())
-            sums = job.outputs()
-            if variant.window_fit:
-                sums = replace(sums, cn=sums.cn - _fit_window_scale_(job, sums.cn, sums.nn))
-            closed_form_output_(job.mixer, sums)
+            if variant.alone:
+                job.mixer.window_scale.fill_(1.0)
+            else:
+                sums = job.outputs()
+                if variant.window_fit:
+                    sums = replace(sums, cn=sums.cn - _fit_window_scale_(job, sums.cn, sums.nn))
+                closed_form_output_(job.mixer, sums)
             job.refit()
+
+
+def far_distance(stats: SiteStats, window: int) -> Tensor:
+    """Mean look-back distance [H] of the mass whose distance octave lies beyond the window; octaves by their middle."""
+    octave = torch.arange(stats.mass.shape[1], device=stats.mass.device)
+    middle = 1.5 * 2.0 ** (octave - 1)
+    far = stats.mass * (middle > window)
+    return (far * middle).sum(1) / far.sum(1).clamp_min(1e-12)
 
 
 def relative_entropy(job: SiteCalibrator) -> Tensor:

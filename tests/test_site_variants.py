@@ -15,6 +15,7 @@ from command_line import HELD_OUT, TINY
 from tiny_models import VOCAB, TinyModel
 
 from tcal_compiler.api import CALIBRATION_TEXT
+from tcal_compiler.errors import UnsupportedModelError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
@@ -22,6 +23,7 @@ from tcal_compiler.passes.rewrite_gdn import mixer_path
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
 from tcal_compiler.runtime.config import AlignConfig
 from tcal_compiler.runtime.live import capture_live
+from tcal_compiler.runtime.statistics import SiteStats
 from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.taps import SiteGroup, collect_taps
 
@@ -63,7 +65,7 @@ def test_the_base_is_the_products(variants, teacher):
     assert torch.equal(logits(student), mine)
 
 
-@pytest.mark.parametrize("name", ["conv", "window", "conv+window", "beta2"])
+@pytest.mark.parametrize("name", ["conv", "window", "window-8+sinks", "conv+window", "beta2"])
 def test_a_variant_starts_as_the_base(variants, teacher, name):
     base, student = (logits(started(variants[1], teacher, n)[0]) for n in ("base", name))
     torch.testing.assert_close(student, base, atol=1e-5, rtol=0)
@@ -90,12 +92,14 @@ def test_shared_states_are_those_of_heads_with_like_gates(variants, teacher):
             torch.testing.assert_close(shared.core(q, k, v, x), own.core(q, k, v, x))
 
 
-@pytest.mark.parametrize("length", [5, 8, 21])
-def test_window_attention_is_masked_attention(variants, length):
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("length", [2, 8, 21])
+def test_window_attention_is_masked_attention(variants, length, sinks):
     q, k, v = (torch.randn(2, n, length, 8) for n in (4, 2, 2))
     far = torch.arange(length)[:, None] - torch.arange(length)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=(far >= 0) & (far < 8), scale=0.3, enable_gqa=True)
-    found = variants[1].window_attention(q, k, v, scale=0.3, window=8)
+    seen = (far >= 0) & ((far < 8) | (torch.arange(length) < sinks))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3, enable_gqa=True)
+    found = variants[1].window_attention(q, k, v, scale=0.3, window=8, sinks=sinks)
     torch.testing.assert_close(found, expected)
 
 
@@ -107,12 +111,23 @@ def test_the_convolution_is_causal(variants):
     torch.testing.assert_close(found[0, :, 0], taps[0] * x[0, :, 0])
 
 
-def test_a_window_over_everything_is_fitted_to_be_the_teacher(variants, teacher):
-    student, groups = started(variants[1], teacher, "window-fit")  # 64 tokens of 24
+@pytest.mark.parametrize("name", ["window-fit", "window-only"])
+def test_a_window_over_everything_is_fitted_to_be_the_teacher(variants, teacher, name):
+    student, groups = started(variants[1], teacher, name)  # 64 tokens of 24
     for site in student.converted:
         scale = student.gm.get_submodule(mixer_path(site.index)).window_scale
         torch.testing.assert_close(scale, torch.ones_like(scale), atol=0.02, rtol=0)
     assert all(SiteCalibrator(student, g, i, 2).error() < 1e-3 for g in groups for i in range(len(g.sites)))
+
+
+def test_what_needs_a_window_is_refused_without(variants, teacher):
+    with pytest.raises(UnsupportedModelError, match="gets no window"):
+        started(variants[1], teacher, "sinks")
+
+
+def test_distances_beyond_the_window(variants):
+    stats = SiteStats(2, {"mass": 2 * torch.tensor([[0.5, 0.3, 0.0, 0.1, 0.1]])})  # 0, 1, 2-3, 4-7, 8-15
+    assert variants[1].far_distance(stats, 4).tolist() == pytest.approx([(6 * 0.1 + 12 * 0.1) / 0.2])
 
 
 def test_entropy_of_even_attention_is_1(variants):
@@ -160,9 +175,25 @@ def test_an_unknown_variant_is_refused(variants):
 
 def test_one_command_gives_the_json(variants, tmp_path, monkeypatch):
     out = tmp_path / "variants.json"
-    names = "base,conv+window+beta2,kvstate-wide-x,residual-loss,site-weights,batch2+rate2"
+    names = (
+        "base,conv+window-fit-8+sinks+far+beta2,window-only-8,kvstate-wide-x,residual-loss,site-weights,batch2+rate2"
+    )
     words = [TINY, "--tokenizer", "bytes", "--policy", "none", "--calib", CALIBRATION_TEXT, "--sequences", 6]
-    words += ["--init-sequences", 4, "--holdout", 2, "--length", 32, "--batch", 2, "--steps", 3, "--distill-steps", 1]
+    words += [
+        "--init-sequences",
+        4,
+        "--holdout",
+        2,
+        "--length",
+        32,
+        "--batch",
+        2,
+        "--steps",
+        3,
+        "--distill-steps",
+        1,
+        "--distill-recompute",
+    ]
     words += ["--eval", f"books={HELD_OUT}", "--eval-length", 32, "--eval-sequences", 1, "--device", "cpu"]
     words += ["--variants", names, "--json", out]
     monkeypatch.setattr(sys, "argv", ["site_variants.py", *map(str, words)])
@@ -173,7 +204,7 @@ def test_one_command_gives_the_json(variants, tmp_path, monkeypatch):
     rows = body["site_variants"]
     assert rows["base"]["extra_state_bytes"] == rows["base"]["extra_parameters"] == 0
     assert all(r["mean_aligned"] < r["mean_start"] for r in rows.values())
-    assert rows["kvstate-wide-x"]["extra_state_bytes"] == 0 < rows["conv+window+beta2"]["extra_state_bytes"]
+    assert rows["kvstate-wide-x"]["extra_state_bytes"] == 0 < rows[names.split(",")[1]]["extra_state_bytes"]
     assert rows["batch2+rate2"]["mean_aligned"] != rows["base"]["mean_aligned"]
     page = tmp_path / "page.md"
     monkeypatch.setattr(sys, "argv", ["write_results.py", str(tmp_path), "--out", str(page)])
