@@ -64,7 +64,8 @@ def make_stateful(
     verify: compare it in float64, cut into chunks, with the whole-sequence graph (needs a float64 copy of the weights).
     check_length: tokens of that comparison; windows of up to 600 tokens make it longer.
     max_length: the longest sequence: rows of the rotary tables, where a kept core's positions are rotary.
-    bounded: whether sites whose window is no longer than max_length forget what it has left behind.
+    bounded: whether sites whose window is no longer than max_length forget what it has left behind; attention beside
+        a state always does.
 
     Raises UnsupportedModelError when a core cannot carry a state, when positions cannot be followed, or when chunks
     differ from one pass: then something else than the attention cores reads across time.
@@ -189,7 +190,10 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
     if not cores:
         raise UnsupportedModelError("student", "has no attention core and no gated delta rule: no state to carry")
     numbers = _layer_numbers(cores)
-    layers = tuple(_layer(i, c, sites, max_length if bounded else 0) for i, c in zip(numbers, cores, strict=True))
+    layers = tuple(
+        _layer(n, c, sites, max_length if bounded or n in numbers[:i] else 0)
+        for i, (n, c) in enumerate(zip(numbers, cores, strict=True))
+    )
     graph, root = Graph(), nn.Module()
     old: dict[Node, Node] = {}
     logits: Any = graph.graph_copy(source.graph, old)

@@ -166,6 +166,8 @@ def test_the_exported_student_remembers_the_window_alone(tmp_path: Path, policy:
     assert stateful.depth == 2 and len(set(stateful.state_names)) == len(stateful.state_names)
     held = [layer.shape(part, batch=1, past=50) for layer in stateful.layers for part in layer.parts]
     assert held.count((1, KV_HEADS, 5, DIM)) == 2 * windows.count(6) and all(c.passed for c in stateful.checks)
+    whole = make_stateful(capture, verify=False, max_length=64, bounded=False)
+    assert [layer.held for layer in whole.layers] == [layer.held for layer in stateful.layers]
     info = {"bos_token_id": 1, "eos_token_id": 2, "context_length": 64}
     artifact = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info=info)
     checks = check_parity(artifact, stateful, whole=student.logits, prompts=[[3, 4, 5, 6, 7, 8, 9, 10]], new_tokens=16)
