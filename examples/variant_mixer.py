@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcal_compiler.errors import UnsupportedModelError
+from tcal_compiler.kernels.attention_stats import EPS
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm
 from tcal_compiler.kernels.gates import decay_gate, l2_normalize
@@ -311,7 +312,7 @@ def _fit_window_scale_(job: SiteCalibrator, cn: Tensor, nn_: Tensor) -> Tensor:
     for x, (q, k, v), _ in job.rows():
         _, context = attention_statistics(q, k, v, site=job.site)
         o, w = mixer.core(q, k, v, x), mixer.window_output(q, k, v)
-        n = o / o.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+        n = o * (o.square().mean(-1, keepdim=True) + EPS).rsqrt()
         for total, (a, b) in zip(sums, ((n, w), (w, w), (context, w)), strict=True):
             total += (a * b).sum((0, 1), dtype=torch.float64)
     nw, ww, cw = sums
