@@ -47,6 +47,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
     if torch.compiler.is_exporting() or _AS_EXPORTED.get():
         return local_attention_reference(q, k, v, scale=scale, window=window)
     length, heads = q.shape[2], k.shape[1]
+    window = min(window, length)  # a longer one sees no more, and a block of it would be mostly padding
     blocks = -(-length // window)
     behind = blocks * window - length
     queries = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))

@@ -45,6 +45,12 @@ def test_it_is_softmax_over_the_last_tokens(tokens: int, window: int, heads: int
     assert low.dtype == torch.bfloat16 and bool(((low - exact).abs() < 0.1).all())
 
 
+def test_a_window_far_longer_than_the_text_costs_no_more():
+    q, k, v = inputs(9, 4, 2)
+    found = local_attention(q, k, v, scale=0.5, window=1 << 20)
+    torch.testing.assert_close(found, masked(q, k, v, 0.5, 9), rtol=1e-12, atol=1e-12)
+
+
 def test_gradients():
     q, k, v = (x.requires_grad_() for x in inputs(7, 4, 2))
     assert torch.autograd.gradcheck(lambda *x: local_attention(*x, scale=0.5, window=3), (q, k, v))
