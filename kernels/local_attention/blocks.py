@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_AS_EXPORTED: ContextVar[bool] = ContextVar("as_exported", default=False)
+_as_exported = False  # a plain global: what compiles a graph cannot read a context variable
 
 
 @contextmanager
 def as_exported() -> Iterator[None]:
-    """Inside, `local_attention` is computed as an exported program computes it, to the last bit."""
-    token = _AS_EXPORTED.set(True)
+    """Inside, in all threads, `local_attention` is computed as an exported program computes it, to the last bit."""
+    global _as_exported
+    before, _as_exported = _as_exported, True
     try:
         yield
     finally:
-        _AS_EXPORTED.reset(token)
+        _as_exported = before
 
 
 def _seen(length: int, window: int, device: torch.device) -> Tensor:
@@ -44,10 +44,11 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
     O(T window): blocks of `window` queries see their own block and the one before. Differentiable, usable under vmap;
     under export and inside `as_exported` it is `local_attention_reference`.
     """
-    if torch.compiler.is_exporting() or _AS_EXPORTED.get():
+    if torch.compiler.is_exporting() or _as_exported:
         return local_attention_reference(q, k, v, scale=scale, window=window)
     length, heads = q.shape[2], k.shape[1]
-    window = min(window, length)  # a longer one sees no more, and a block of it would be mostly padding
+    if not torch.compiler.is_compiling():  # where the length may be no number yet
+        window = min(window, length)  # a longer one sees no more, and a block of it would be mostly padding
     blocks = -(-length // window)
     behind = blocks * window - length
     queries = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))
