@@ -396,6 +396,4 @@ def test_a_local_window_shorter_and_longer_than_the_text(tiny, window):
     options = {"policy": "keep=0", "calibrate": batches, "local_window": window, "compiler": "aot_eager"}
     fast = torch.compile(copy.deepcopy(tiny), backend="tcal", options=options | {"align": {"steps": 2, "batch": 2}})
     with torch.inference_mode():
-        short, long = fast(ids_of(2, 9)), fast(ids_of(2, 20))
-        assert_close(fast(ids_of(2, 20)[:, :9].contiguous()), long[:, :9])
-    assert short.shape[1] == 9
+        assert_close(fast(ids_of(2, 20)[:, :9].contiguous()), fast(ids_of(2, 20))[:, :9])
