@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tcal_compiler.passes.masks import MAX_PROBE
+
 MOST = 1_000_000  # sequences
 MOST_STEPS = 1_000_000_000
+LocalWindow = Annotated[int, Field(ge=0, le=MAX_PROBE)]  # tokens; from a mask no longer window is read
 
 
 class StrictModel(BaseModel):

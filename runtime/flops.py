@@ -2,8 +2,9 @@
 
 MFU = (operations of the models / seconds) / (the card's peak). A multiplication and an addition are two operations.
 Matrix products count, those of attention over all pairs of tokens, and those of the delta rule: per token and head
-S^T k, the outer product with k and S^T q, 6 Dk Dv. A backward pass counts as two forward passes; what checkpoints
-compute again does not count. Source of the definition: PaLM, arXiv:2204.02311, appendix B.
+S^T k, the outer product with k and S^T q, 6 Dk Dv. Attention over the last N tokens counts as it is computed, with 2 N
+keys for each query and the length rounded up to a multiple of N. A backward pass counts as two forward passes; what
+checkpoints compute again does not count. Source of the definition: PaLM, arXiv:2204.02311, appendix B.
 """
 
 from __future__ import annotations

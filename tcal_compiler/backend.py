@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -30,7 +30,7 @@ from .dynamo_call import WHERE, Call, read_call
 from .errors import ConfigError, TcalError, UnsupportedModelError
 from .passes.graph import move_to
 from .passes.types import Capture
-from .runtime.config import AlignConfig, InitName, StrictModel
+from .runtime.config import AlignConfig, InitName, LocalWindow, StrictModel
 from .runtime.live import WHERE as MODEL
 from .runtime.live import device_of, student_of_batches, student_of_run
 
@@ -56,7 +56,7 @@ class BackendOptions(StrictModel):
     policy: str | None = None
     calibrate: list[Tensor] | tuple[Tensor, ...] | None = None
     init: InitName = "closed-form"
-    local_window: int = Field(0, ge=0, le=1 << 20)
+    local_window: LocalWindow = 0
     seed: int = 0
     align: AlignConfig = AlignConfig()
     compiler: Literal["inductor", "aot_eager", "eager"] = "inductor"

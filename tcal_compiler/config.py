@@ -17,6 +17,7 @@ from .runtime.config import (
     ExportConfig,
     InitName,
     InitPart,
+    LocalWindow,
     ScoreConfig,
     StrictModel,
     check_parts,
@@ -35,10 +36,8 @@ class Config(StrictModel):
         description="parts of closed-form or taylor that stay as naive has them, of decay, write-gate, value-scale, "
         "output-gate and, of closed-form alone, ridge: the output projection is then the teacher's",
     )
-    local_window: int = Field(
+    local_window: LocalWindow = Field(
         0,
-        ge=0,
-        le=1 << 20,
         description="tokens that softmax attention beside the state of each converted site sees, 0 for none; what it "
         "remembers has a fixed size all the same. Sites with soft caps, alibi or sinks have none",
     )

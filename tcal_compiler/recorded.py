@@ -14,6 +14,7 @@ from .config import build_config
 from .errors import RunFolderError
 from .inputs import check_names
 from .passes.types import Check, Plan, SiteScan
+from .runtime.config import LocalWindow
 from .runtime.manifest import MANIFEST_NAME, Manifest
 from .runtime.run_files import read_manifest
 from .runtime.run_folder import RunFolder
@@ -56,7 +57,7 @@ class _PlanRecord(_Record):
     keep: list[int]
     convert: list[int]
     policy: str
-    local_window: int = 0
+    local_window: LocalWindow = 0
 
 
 class _CheckRecord(_Record):

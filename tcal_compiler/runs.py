@@ -15,7 +15,7 @@ from .errors import ConfigError, DataError
 from .inputs import check_names
 from .kernels.local_attention import as_exported
 from .passes.capture import example_ids
-from .passes.make_stateful import make_stateful
+from .passes.make_stateful import check_tokens, make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
 from .progress import Parts, Progress
@@ -213,7 +213,8 @@ def _weight_checks(run: RunFolder, source: Source, deployed: Capture) -> list[Ch
     student = make_student(source.capture, source.scan, plan_of(run, source.scan))
     weights = student_weights(run)
     load_weights(student, weights)
-    ids = example_ids(2, 33, source.capture.vocab_size)
+    local = max((s.local for s in student.converted), default=0)
+    ids = example_ids(2, check_tokens(local, 33), source.capture.vocab_size)
     with torch.no_grad(), as_exported():
         error = (student.logits(ids) - deployed.gm(*deployed.inputs(ids))).abs().max().item()
     checks = [Check(f"student.pt2 equals the graph with {weights.name}", error, 0.0, "bit for bit")]

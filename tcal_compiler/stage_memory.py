@@ -258,7 +258,7 @@ def _plan(scan: SiteScan, config: Config) -> Plan:
 
 def _compared_logits(source: Source) -> int:
     """Of the check that chunks equal one pass: two tensors in float64."""
-    longest = max((s.window or 0 for s in source.scan.sites), default=0)
+    longest = max((max(s.window or 0, s.local) for s in source.scan.sites), default=0)
     return 2 * 2 * check_tokens(longest) * source.capture.vocab_size * 8
 
 

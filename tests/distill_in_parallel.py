@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_models import VOCAB, student_of
+from tiny_models import VOCAB, scanned
 
 from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.runtime.config import DistillConfig
 from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.parallel import SOLO, Group, joined
-from tcal_compiler.runtime.student import Student
+from tcal_compiler.runtime.student import Student, make_student
 from tcal_compiler.runtime.training import TrainState
 
 TRAIN = 6
@@ -42,9 +44,12 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def start() -> Student:
-    student = student_of("is_causal", "keep=1", sharp=3.0, tied=True, bias=True)
+    capture, scan = scanned("is_causal", sharp=3.0, tied=True, bias=True)
+    student = make_student(capture, with_local_windows(scan, 4), choose(scan, "keep=1"))
     for s in student.converted:
-        naive_(student.gm.get_submodule(f"tcal_mixers.{s.index}"), torch.Generator().manual_seed(0))
+        mixer = student.gm.get_submodule(f"tcal_mixers.{s.index}")
+        naive_(mixer, torch.Generator().manual_seed(0))
+        mixer.local_scale.data.fill_(0.5)
     return student
 
 

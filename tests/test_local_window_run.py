@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from command_line import BYTES, TINY, call, done, refused
+import torch
+from command_line import BYTES, HELD_OUT, TINY, call, done, refused
+
+from tcal_compiler import StudentForCausalLM
 
 FEW = ("--policy", "keep=0", "--calib-sequences", "6", "--calib-length", "48", "--align-steps", "3", "--batch", "2")
 
@@ -21,6 +24,17 @@ def test_it_is_recorded_followed_and_verified(tmp_path):
     printed = done("tcal", "verify", out)
     assert "student.pt2 equals the graph with weights.safetensors" in printed and "FAIL" not in printed
     assert done("tcal", "generate", out, "The", "--max-new-tokens", "4")
+    assert "with softmax attention over the last 8 tokens" in (out / "report.md").read_text()
+    assert "KL" in done("tcal", "eval", out, "--text", HELD_OUT, "--sequences", "4", "--length", "48")
+    ids = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(0))
+    model, program = StudentForCausalLM.from_pretrained(out), torch.export.load(out / "student.pt2").module()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, program(ids))
+    both = [model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*both) and both[0].shape == (1, 50)
+    model.save_pretrained(tmp_path / "folder")
+    kept = StudentForCausalLM.from_pretrained(tmp_path / "folder")
+    assert torch.equal(kept.generate(ids, max_new_tokens=20, do_sample=False), both[0])
     again = call("tcal-compile", TINY, *BYTES, *FEW, "--local-window", "8", "-o", out)
     assert again.code == 0 and "runs again" not in again.err
     other = call("tcal", "calibrate", TINY, *BYTES, "--local-window", "4", "-o", out)

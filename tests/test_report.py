@@ -164,6 +164,21 @@ def test_memory_of_a_window_is_what_is_kept(shared_run):
     assert layer.kept and unbounded == whole and windowed == (whole[0] - 92 * token, whole[1] - 92 * token)
 
 
+def test_attention_over_the_last_tokens_is_said_and_counted(shared_run):
+    def edit(body: dict[str, Any]) -> None:
+        for site in body["stages"]["plan"]["evidence"]["sites"]:
+            site["local_window"] = 9
+
+    run = facts(shared_run)
+    found, layer = edited(run, edit), run.layers[0]
+    token = layer.kv_heads * (layer.head_dim + layer.value_dim) * 4
+    converted = sum(not s.kept for s in run.layers)
+    assert found.memory(100) == (run.memory(100)[0], run.memory(100)[1] + converted * 8 * token)
+    text, plain = (render_report(r.manifest) for r in (found, run))
+    assert f"{converted} become Gated DeltaNet, with softmax attention over the last 9 tokens" in text
+    assert "last 9 tokens" not in plain and "their keys and values count" in text and "count with it" not in plain
+
+
 def test_half_lives_as_set_are_those_of_the_initial_weights(shared_run):
     weights, run = load_file(shared_run / "initial.safetensors"), facts(shared_run)
     assert sorted(run.measured) == [1, 2, 3] == sorted(run.aligned_half_life)

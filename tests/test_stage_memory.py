@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
+from tcal_compiler.kernels.local_attention import local_attention
 from tcal_compiler.runtime.allocations import without_values
 from tcal_compiler.runtime.checkpoints import shell_of
 from tcal_compiler.runtime.teacher import shell_teacher
@@ -184,6 +185,11 @@ def _attend(layer: nn.Linear, x: torch.Tensor) -> None:
     scaled_dot_product_attention(q, q[:, :2], q[:, :2], attn_mask=mask, enable_gqa=True).sum().backward()
 
 
+def _last_tokens(layer: nn.Linear, x: torch.Tensor) -> None:
+    q = layer(x).view(4, 512, 8, 64).transpose(1, 2)
+    local_attention(q, q[:, :2], q[:, :2], scale=0.1, window=48).sum().backward()
+
+
 def allocated(run: Callable[[], None]) -> int:
     """Most bytes at once that PyTorch's allocator gave out."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
@@ -192,7 +198,9 @@ def allocated(run: Callable[[], None]) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-@pytest.mark.parametrize("work, batch", [(_train, 16), (_rule, 4), (_rule_on_short_rows, 4), (_attend, 4)])
+@pytest.mark.parametrize(
+    "work, batch", [(_train, 16), (_rule, 4), (_rule_on_short_rows, 4), (_attend, 4), (_last_tokens, 4)]
+)
 def test_counted_bytes_are_those_that_are_taken(work, batch):
     def run() -> None:
         work(nn.Linear(512, 512), torch.zeros(batch, 512, 512))

@@ -41,12 +41,14 @@ MODELS = {  # that are scored beside the teacher
 def summary(run: Facts, _: Scales) -> list[Block]:
     t, plan = run.manifest.teacher, run.manifest.plan
     kept = sum(s.kept for s in run.layers)
+    windows = sorted({s.local for s in run.layers if not s.kept and s.local})
+    beside = f", with softmax attention over the last {' or '.join(map(str, windows))} tokens" if windows else ""
     why = next((text for start, text in REASONS.items() if str(plan["policy"]).startswith(start)), "")
     name = t.source.rsplit("/", 1)[-1]
     rows = [
         ["teacher", f"{name} ({t.kind}), vocabulary {t.vocab_size}"],
         ["policy", f"{plan['policy']}. {why}".strip()],
-        ["attention layers", f"{kept} stay softmax, {len(run.layers) - kept} become Gated DeltaNet"],
+        ["attention layers", f"{kept} stay softmax, {len(run.layers) - kept} become Gated DeltaNet{beside}"],
     ]
     if run.mean_errors:
         before, after = run.mean_errors[:2]
@@ -219,6 +221,8 @@ def memory(run: Facts, scales: Scales) -> list[Block]:
         "Bytes kept between two tokens of one sequence, float32 as exported: keys and values of every earlier token "
         "in a softmax layer, one matrix per head in a Gated DeltaNet layer. Computed from shapes, not measured."
     )
+    if any(s.local for s in run.layers if not s.kept):
+        text += " Where a Gated DeltaNet layer attends to its last tokens, their keys and values count with it."
     return [
         Paragraph(text),
         Table(["tokens", "teacher", "student", "student over teacher"], rows),

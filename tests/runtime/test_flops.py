@@ -8,8 +8,9 @@ from tiny_models import TinyModel, capture_of
 
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.progress import Progress
-from tcal_compiler.runtime.flops import PEAKS, device_peak, distillation_flops, peak_flops
+from tcal_compiler.runtime.flops import PEAKS, device_peak, distillation_flops, forward_flops, peak_flops
 from tcal_compiler.runtime.student import make_student
 
 LENGTH = 24
@@ -29,6 +30,16 @@ def test_operations_are_those_counted_by_hand(core):
     teacher = 2 * weights + 2 * attention
     converted = 2 * (weights + gates) + attention + rule
     assert distillation_flops(student, LENGTH) == LENGTH * (teacher + 3 * converted)
+
+
+@pytest.mark.parametrize("window, tokens, keys", [(8, LENGTH, 16), (9, 27, 18), (100, LENGTH, 2 * LENGTH)])
+def test_attention_over_the_last_tokens_counts_as_it_is_computed(window, tokens, keys):
+    capture = capture_of(TinyModel("is_causal", layers=2))
+    scan = find_attention(capture)
+    students = (make_student(capture, with_local_windows(scan, w), choose(scan, "keep=0")) for w in (0, window))
+    without, found = (forward_flops(s.gm, capture.inputs(torch.zeros(1, LENGTH, dtype=torch.long))) for s in students)
+    site = scan.sites[1]
+    assert found - without == 2 * site.num_heads * tokens * keys * (site.key_dim + site.value_dim)
 
 
 def test_peaks_are_of_known_cards():

@@ -9,17 +9,20 @@ import pytest
 import torch
 from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, lone_site, scanned
 
-from tcal_compiler.config import Config
+from tcal_compiler.config import Config, build_config
+from tcal_compiler.errors import ConfigError
 from tcal_compiler.passes.budget import memory, state_bytes
 from tcal_compiler.passes.capture import capture_program, example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.passes.masks import MAX_PROBE
 from tcal_compiler.passes.types import SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
-from tcal_compiler.runtime.config import AlignConfig, ExportConfig
+from tcal_compiler.runtime.config import AlignConfig, DistillConfig, ExportConfig
+from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.initialize import local_scale_, naive_, zero_gate_
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.onnx_export import export_onnx
@@ -124,6 +127,41 @@ def test_other_starts_are_without_it_and_training_finds_it():
     _, curve = align(student, groups, train=3, config=AlignConfig(steps=20, batch=2), seed=0)
     assert all(curve[-1]["train"][i] < 0.6 * start for i, start in curve[0]["train"].items()), curve
     assert all(m.local_scale.abs().min() > 0.01 for m in mixers(student))
+
+
+@pytest.mark.parametrize("second, groups", [("is_causal", 1), ("scale", 2), ("window", 2)])
+def test_sites_are_aligned_with_their_own_scale_and_window(second: str, groups: int):
+    """One program runs for all sites of a group, with the mixer of its first site."""
+    capture, scan = scanned(("is_causal", second), sharp=3.0)
+    student = make_student(capture, with_local_windows(scan, TOKENS), choose(scan, "none"))
+    found = taps_of(student)
+    assert len(found) == groups
+    initialise(student, found, init="closed-form", seed=0, batch=2)
+    _, curve = align(student, found, train=3, config=AlignConfig(steps=1, batch=2), seed=0)
+    assert all(error < 1e-6 for error in curve[0]["held_out"].values()), curve  # each window is all that a site sees
+    plain = make_student(capture, scan, choose(scan, "none"))
+    assert len(taps_of(plain)) == (2 if second == "window" else 1)
+
+
+def test_distillation_lowers_its_error_and_moves_its_scale():
+    ends = {}
+    for window in (0, 6):
+        student = student_with(window, "keep=0")
+        initialise(student, taps_of(student), init="closed-form", seed=0, batch=2)
+        before = [m.local_scale.detach().clone() for m in mixers(student) if m.local]
+        config = DistillConfig(steps=6, batch=3, warmup=2, lr_gdn=3e-3, lr_other=1e-3, score_every=3, chunk=64)
+        counted = torch.ones(6, TOKENS - 1, dtype=torch.bool)
+        _, curve = distill(student, example_ids(6, TOKENS, VOCAB), counted, train=4, config=config, seed=0)
+        ends[window] = [p["held_out"] for p in (curve[0], curve[-1])]
+        assert all(not torch.equal(m.local_scale, b) for m, b in zip(mixers(student), before, strict=False))
+    assert ends[6][1] < ends[6][0] and ends[6][1] < ends[0][1], ends
+
+
+def test_a_window_that_no_mask_shows_is_refused():
+    assert build_config({"local_window": MAX_PROBE}, "test").local_window == MAX_PROBE
+    for wrong in (-1, MAX_PROBE + 1, 1.5):
+        with pytest.raises(ConfigError, match="local_window"):
+            build_config({"local_window": wrong}, "test")
 
 
 def test_without_the_linear_layers_it_is_gone_too():

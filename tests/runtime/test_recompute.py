@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import VOCAB, llama, student_of
+from tiny_models import VOCAB, llama, scanned, student_of
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
@@ -12,6 +12,7 @@ from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.runtime.logits import split_model
 from tcal_compiler.runtime.recompute import recompute_between, segments
 from tcal_compiler.runtime.student import Student, make_student
@@ -37,7 +38,16 @@ def llama_student() -> Student:
     return make_student(capture, scan, choose(scan, "keep=1"))
 
 
+def windowed_student() -> Student:
+    capture, scan = scanned("is_causal", layers=3)
+    student = make_student(capture, with_local_windows(scan, 8), choose(scan, "keep=1"))
+    for name, p in student.gm.named_parameters():
+        p.data.fill_(0.5) if name.endswith("local_scale") else None
+    return student
+
+
 STUDENTS = {
+    "local windows": windowed_student,
     "tied": lambda: student_of("is_causal", "keep=1", tied=True, bias=True, layers=3),
     "written out": lambda: student_of("written out", "keep=1"),
     "Llama": llama_student,
