@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .graph import get_tensor, inputs, placeholders
+from .limits import MAX_PROBE
 from .types import Capture
 
 SHORT, LONG = 48, 603  # lengths at which every mask is evaluated
-MAX_PROBE = 8192  # longest length at which a mask is evaluated: its L x L values must fit in memory
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tcal_compiler.passes.masks import MAX_PROBE
+from tcal_compiler.passes.limits import MAX_PROBE
 
 MOST = 1_000_000  # sequences
 MOST_STEPS = 1_000_000_000

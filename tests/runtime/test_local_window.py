@@ -15,9 +15,9 @@ from tcal_compiler.passes.budget import memory, state_bytes
 from tcal_compiler.passes.capture import capture_program, example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.limits import MAX_PROBE
 from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.passes.make_stateful import make_stateful
-from tcal_compiler.passes.masks import MAX_PROBE
 from tcal_compiler.passes.types import SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
