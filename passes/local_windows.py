@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tcal_compiler.kernels.cached_attention import held_positions
+
 from .types import AttentionSite, SiteScan
 
 
@@ -16,5 +18,19 @@ def local_tokens(site: AttentionSite, window: int) -> int:
 
 
 def with_local_windows(scan: SiteScan, window: int) -> SiteScan:
-    """The scan whose sites, once converted, have softmax attention over so many tokens beside their state; 0: none."""
-    return replace(scan, sites=tuple(replace(s, local=local_tokens(s, window)) for s in scan.sites))
+    """The scan whose sites, once converted, have softmax attention over so many tokens beside their state; 0: none.
+
+    It also sees the first token where the teacher does: what heads give it when nothing else concerns them
+    (arXiv:2309.17453) would fall on the window otherwise.
+    """
+    return replace(scan, sites=tuple(_with_local_window(s, local_tokens(s, window)) for s in scan.sites))
+
+
+def _with_local_window(site: AttentionSite, window: int) -> AttentionSite:
+    seen = 0 if not window else max(site.first, 1) if site.window is None else site.first
+    return replace(site, local=window, local_first=seen)
+
+
+def local_held(local: int, local_first: int) -> int:
+    """Tokens whose keys and values a converted site holds beside its state."""
+    return held_positions(local) + local_first if local else 0
