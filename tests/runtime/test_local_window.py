@@ -205,7 +205,7 @@ def test_the_exported_student_remembers_the_window_alone(tmp_path: Path, policy:
     assert [layer.index for layer in stateful.layers] == ([0, 0, 1, 1] if policy == "none" else [0, 1, 1])
     assert stateful.depth == 2 and len(set(stateful.state_names)) == len(stateful.state_names)
     held = [layer.shape(part, batch=1, past=50) for layer in stateful.layers for part in layer.parts]
-    assert held.count((1, KV_HEADS, 6, DIM)) == 2 * windows.count(6) and all(c.passed for c in stateful.checks)
+    assert held.count((1, 2 * 6, KV_HEADS * DIM)) == windows.count(6) and all(c.passed for c in stateful.checks)
     whole = make_stateful(capture, verify=False, max_length=64, bounded=False)
     assert [layer.held for layer in whole.layers] == [layer.held for layer in stateful.layers]
     rows, ids = [example_ids(1, n, VOCAB, seed=n) for n in (31, 9)], torch.zeros(2, 31, dtype=torch.int64)
