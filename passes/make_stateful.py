@@ -10,7 +10,7 @@ over the last tokens beside a recurrent state, with one tensor for both.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -173,13 +173,9 @@ def _layers(
         for i, (n, c) in enumerate(zip(numbers, cores, strict=True))
     ]
     local = [layer for layer in layers if layer.kind == "local"]
-    held = max((held_positions(layer.window or 0) for layer in local), default=0) + _first_slots(layers)
+    front = max((layer.first for layer in local), default=0)
+    held = max((held_positions(layer.window or 0) for layer in local), default=0) + front
     return tuple(replace(layer, held=held) if layer.kind == "local" else layer for layer in layers)
-
-
-def _first_slots(layers: Iterable[LayerState]) -> int:
-    """How many slots of a window beside a state are for first tokens."""
-    return max((layer.first for layer in layers if layer.kind == "local"), default=0)
 
 
 def _layer(
@@ -195,7 +191,7 @@ def _layer(
         return LayerState(index, "gdn", heads, int(value(argument(core, "k")).shape[2]), key_dim, value_dim)
     s = sites[core.name]
     sizes = s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim
-    if beside and s.window and s.scores == "plain":
+    if beside and s.window and s.scores == "plain" and s.first <= 1:
         window = min(s.window, max_length)
         return LayerState(index, "local", *sizes, window, first=s.first)
     held = held_positions(s.window) + s.first if bounded and s.window and s.window <= max_length else None
@@ -230,7 +226,7 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
     packing = pack_tokens(graph, ins[0], mask, list(past.values())[-1].next, symbols=(batch_symbol, length_symbol))
     if len(ins) > 1:
         ins[1].replace_all_uses_with(packing.axes.positions)
-    tables, windows = Tables(graph, root), Windows(graph, packing, _first_slots(layers))
+    tables, windows = Tables(graph, root), Windows(graph, packing, layers)
     present: list[Node] = []
     for layer, core in zip(layers, cores, strict=True):
         states = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)

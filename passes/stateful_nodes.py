@@ -53,14 +53,15 @@ class Tables:
 class Windows:
     """Nodes of `window_rows`, for cores that see the same once."""
 
-    def __init__(self, graph: Graph, packing: Packing, front: int) -> None:
-        self.graph, self.packing, self.front = graph, packing, front
+    def __init__(self, graph: Graph, packing: Packing, layers: tuple[LayerState, ...]) -> None:
+        self.graph, self.packing = graph, packing
+        self.front = any(layer.first for layer in layers if layer.kind == "local")
         self.known: dict[tuple[Any, ...], Node] = {}
 
     def of(self, layer: LayerState, past: Node) -> Node:
         """Call it where what is not known yet is to be inserted."""
-        sizes: dict[str, Any] = {"window": layer.window, "first": layer.first, "slots": layer.held, "front": self.front}
-        sizes |= {"heads": layer.num_heads, "kv_heads": layer.num_kv_heads}
+        sizes: dict[str, Any] = {"window": layer.window, "first": layer.first > 0}
+        sizes |= {"slots": layer.held, "front": self.front, "heads": layer.num_heads, "kv_heads": layer.num_kv_heads}
         key = tuple(sizes.values())
         if key not in self.known:
             lengths = self.packing.past_lengths, self.packing.new_lengths

@@ -129,11 +129,19 @@ def _window(site: AttentionSite) -> Form:
     import torch
     from onnx import helper
 
-    slots, first, width = local_held(site.local, site.local_first), site.local_first, site.num_kv_heads * site.key_dim
-    sizes = {"slots": slots, "front": first, "heads": site.num_heads, "kv_heads": site.num_kv_heads}
-    sizes |= {"window": site.local, "first": first}
-    token, past, new = torch.zeros(1, 1), torch.tensor([slots + 1]), torch.ones(1, dtype=torch.int64)
-    rows = window_rows_reference(token, past, new, token, **sizes)
+    slots, width = local_held(site.local, site.local_first), site.num_kv_heads * site.key_dim
+    rows = window_rows_reference(
+        torch.zeros(1, 1),
+        torch.tensor([slots + 1]),
+        torch.ones(1, dtype=torch.int64),
+        torch.zeros(1),
+        window=site.local,
+        first=site.local_first > 0,
+        slots=slots,
+        front=site.local_first > 0,
+        heads=site.num_heads,
+        kv_heads=site.num_kv_heads,
+    )
     inputs: dict[str, Array] = {f"{n}_rows": x.numpy() for n, x in rows._asdict().items()}
     inputs |= {"past": np.full((1, 2 * slots, width), 0.01, np.float32), "by_row": np.array([-1, site.key_dim])}
     inputs |= {n: np.full((1, 1, width), 0.01, np.float32) for n in ("key", "value")}

@@ -32,25 +32,25 @@ class _Rows:
         new_lengths: Any,
         like: Any,
         window: int,
-        first: int,
+        first: bool,
         slots: int,
-        front: int,
+        front: bool,
         heads: int,
         kv_heads: int,
     ) -> None:
-        self.op, self.new_lengths = op, new_lengths
+        self.op, self.past_lengths, self.new_lengths = op, past_lengths, new_lengths
         self.window, self.first, self.slots, self.front = window, first, slots, front
         self.heads, self.kv_heads, self.group = heads, kv_heads, heads // kv_heads
         shape = op.Shape(tokens)
         self.length = op.Gather(shape, self.number(1))
-        self.size = op.Min(self.length, self.number(max(slots - front + 1, BLOCK)))
+        self.size = op.Min(self.length, self.number(max(slots + 1, BLOCK)))
         self.last = op.Sub(self.length, self.number(1))
-        self.start = self.unsqueeze(self.range(self.length, self.size), 1)
+        self.start = self.unsqueeze(self.range(self.length, self.size), 1, 2)
         self.column = self.range(op.Add(self.size, self.number(slots)))
+        self.source = op.Add(self.start, self.column)
         self.inner = self.range(op.Mul(self.size, self.number(self.group)))
-        self.row = self.unsqueeze(self.range(op.Gather(shape, self.number(0))), 1, 2)
-        self.past = self.unsqueeze(past_lengths, 1, 2)
-        self.query = op.Add(self.start, op.Mod(self.inner, self.size))
+        self.in_block = op.Mod(self.inner, self.size)
+        self.row = self.range(op.Gather(shape, self.number(0)))
         self.all_slots = op.Add(self.length, self.number(slots))
 
     def number(self, n: int) -> Any:
@@ -67,24 +67,15 @@ class _Rows:
 
     def all(self) -> tuple[Any, ...]:
         op, slots = self.op, self.number(self.slots)
-        source = op.Add(self.start, self.column)
-        position = op.Add(op.Sub(self.past, slots), source)
-        place = op.Min(source, op.Add(self.last, slots))
+        place = op.Min(self.source, op.Add(self.last, slots))
         kept = self.vector(*range(self.slots))
         held = op.Add(self.unsqueeze(self.new_lengths, 1), kept)
         if self.front:
-            in_front = op.Less(self.column, self.number(self.front))
-            ahead = op.Sub(self.column, self.past)
-            own = op.Where(op.Less(ahead, self.number(0)), self.column, op.Add(op.Min(ahead, self.last), slots))
-            place = op.Where(in_front, own, place)
-            position = op.Where(in_front, self.column, position)
-            own = op.Slice(op.Squeeze(own, self.vector(1)), self.vector(0), self.vector(self.slots), self.vector(1))
-            held = op.Where(op.Less(kept, self.number(self.front)), own, held)
-        keys, values = self.keys_and_values(self.unsqueeze(place, 2 if self.front else 1))
-        new = op.GreaterOrEqual(held, slots)
-        shifts = op.Where(new, slots, self.number(0)), op.Where(new, self.all_slots, slots)
-        held = self.unsqueeze(op.Concat(*(op.Add(held, s) for s in shifts), axis=1), 2)
-        return keys, values, self.queries(), self.context(), held, self.mask(position)
+            own = op.Where(op.Greater(self.past_lengths, self.number(0)), self.number(0), slots)
+            place = op.Where(op.Less(self.column, self.number(1)), self.unsqueeze(own, 1, 2, 3), place)
+            held = op.Where(op.Less(kept, self.number(1)), self.unsqueeze(own, 1), held)
+        keys, values = self.keys_and_values(place)
+        return keys, values, self.queries(), self.context(), self.held(held), self.mask()
 
     def head(self) -> Any:
         return self.unsqueeze(self.vector(*range(self.kv_heads)), 1)
@@ -93,17 +84,24 @@ class _Rows:
         """place [B or 1, nb, 1, J]."""
         op, kv_heads, slots = self.op, self.number(self.kv_heads), self.number(self.slots * self.kv_heads)
         half = op.Mul(self.all_slots, kv_heads)
-        row = op.Mul(self.unsqueeze(self.row, 3), op.Mul(half, self.number(2)))
+        row = op.Mul(self.unsqueeze(self.row, 1, 2, 3), op.Mul(half, self.number(2)))
         base = op.Add(op.Add(op.Mul(place, kv_heads), self.head()), row)
         new = op.GreaterOrEqual(place, self.number(self.slots))
         yield op.Add(base, op.Where(new, slots, self.number(0)))
         yield op.Add(base, op.Where(new, half, slots))
 
+    def held(self, place: Any) -> Any:
+        op, slots = self.op, self.number(self.slots)
+        new = op.GreaterOrEqual(place, slots)
+        shifts = op.Where(new, slots, self.number(0)), op.Where(new, self.all_slots, slots)
+        return self.unsqueeze(op.Concat(*(op.Add(place, s) for s in shifts), axis=1), 2)
+
     def queries(self) -> Any:
         op = self.op
-        token = op.Add(op.Mul(self.row, self.length), op.Min(self.query, self.last))
+        row = op.Mul(self.unsqueeze(self.row, 1, 2, 3), self.length)
+        token = op.Add(row, op.Min(op.Add(self.start, self.in_block), self.last))
         heads = op.Add(op.Mul(self.head(), self.number(self.group)), op.Div(self.inner, self.size))
-        return op.Add(self.unsqueeze(op.Mul(token, self.number(self.heads)), 2), heads)
+        return op.Add(op.Mul(token, self.number(self.heads)), heads)
 
     def context(self) -> Any:
         """Token t is number t - size c of block c, and a block has size results of each head."""
@@ -111,20 +109,19 @@ class _Rows:
         token = self.range(self.length)
         ahead = op.Mul(op.Div(token, self.size), op.Mul(self.size, self.number(self.heads - 1)))
         blocks = op.Gather(op.Shape(self.start), self.number(0))
-        row = op.Mul(self.row, op.Mul(op.Mul(blocks, self.size), self.number(self.heads)))
+        results = op.Mul(op.Mul(blocks, self.size), self.number(self.heads))
         heads = op.Mul(self.vector(*range(self.heads)), self.size)
+        row = op.Mul(self.unsqueeze(self.row, 1, 2), results)
         return op.Add(op.Add(row, self.unsqueeze(op.Add(token, ahead), 1)), heads)
 
-    def mask(self, position: Any) -> Any:
+    def mask(self) -> Any:
         op = self.op
-        behind = op.Sub(self.unsqueeze(op.Add(self.past, self.query), 3), self.unsqueeze(position, 2))
-        in_sequence = self.unsqueeze(op.GreaterOrEqual(position, self.number(self.first)), 2)
-        seen = op.And(op.Less(behind, self.number(self.window)), in_sequence)
-        if self.first < self.front:
-            seen = op.And(seen, op.GreaterOrEqual(self.column, self.number(self.front)))
+        behind = op.Sub(self.unsqueeze(op.Add(self.in_block, self.number(self.slots)), 1), self.column)
+        recent = op.And(op.GreaterOrEqual(behind, self.number(0)), op.Less(behind, self.number(self.window)))
+        oldest = op.Sub(self.number(self.slots + int(self.first)), self.unsqueeze(self.past_lengths, 1, 2, 3))
+        seen = op.And(recent, op.GreaterOrEqual(self.source, oldest))
         if self.first:
-            seen = op.Or(seen, op.Less(self.column, self.number(self.first)))
-        seen = op.And(seen, op.GreaterOrEqual(behind, self.number(0)))
+            seen = op.Or(seen, op.Less(self.column, self.number(1)))
         hidden, shown = op.Constant(value_float=float("-inf")), op.Constant(value_float=0.0)
         return self.unsqueeze(op.Where(seen, shown, hidden), 2)
 

@@ -20,8 +20,8 @@ _ROWS = ", ".join(["Tensor"] * len(WindowRows._fields))
 @torch.library.custom_op(
     "tcal::window_rows",
     mutates_args=(),
-    schema="(Tensor tokens, Tensor past_lengths, Tensor new_lengths, Tensor like, int window, int first, int slots, "
-    f"int front, int heads, int kv_heads) -> ({_ROWS})",
+    schema="(Tensor tokens, Tensor past_lengths, Tensor new_lengths, Tensor like, int window, bool first, int slots, "
+    f"bool front, int heads, int kv_heads) -> ({_ROWS})",
 )
 def _rows(
     tokens: Tensor,
@@ -29,14 +29,24 @@ def _rows(
     new_lengths: Tensor,
     like: Tensor,
     window: int,
-    first: int,
+    first: bool,
     slots: int,
-    front: int,
+    front: bool,
     heads: int,
     kv_heads: int,
 ) -> Any:
-    sizes = {"slots": slots, "front": front, "heads": heads, "kv_heads": kv_heads}
-    return window_rows_reference(tokens, past_lengths, new_lengths, like, window=window, first=first, **sizes)
+    return window_rows_reference(
+        tokens,
+        past_lengths,
+        new_lengths,
+        like,
+        window=window,
+        first=first,
+        slots=slots,
+        front=front,
+        heads=heads,
+        kv_heads=kv_heads,
+    )
 
 
 @_rows.register_fake
@@ -46,9 +56,9 @@ def _(
     new_lengths: Tensor,
     like: Tensor,
     window: int,
-    first: int,
+    first: bool,
     slots: int,
-    front: int,
+    front: bool,
     heads: int,
     kv_heads: int,
 ) -> Any:
@@ -88,9 +98,9 @@ def window_rows(
     like: Tensor,
     *,
     window: int,
-    first: int,
+    first: bool,
     slots: int,
-    front: int,
+    front: bool,
     heads: int,
     kv_heads: int,
 ) -> WindowRows:

@@ -1,10 +1,10 @@
-"""Attention over the last tokens and the first ones, from token to token, with a state of a fixed size.
+"""Attention over the last tokens and the first one, from token to token, with a state of a fixed size.
 
 B batch, T new tokens, H query and K key/value heads, G = H / K, D head dim (the larger one of keys and values), N slots
-of the state, F of them for first tokens. State [B, 2 N, K D]: keys, then values, of a row's first F tokens, in order
-from slot 0 on, and of its last N - F, in order up to slot N - 1; no query sees a slot that holds no token.
+of the state. State [B, 2 N, K D]: keys, then values, of a row's last N tokens, in order up to slot N - 1; with a front,
+slot 0 is the row's first token and the others are its last N - 1. No query sees a slot that holds no token.
 
-A block is Q = min(T, max(N - F + 1, BLOCK)) queries, which see J = N + Q keys: so T tokens cost O(T Q), one token no
+A block is Q = min(T, max(N + 1, BLOCK)) queries, which see J = N + Q keys: so T tokens cost O(T Q), and one token no
 more than a block of one. Which rows of what is given come where depends on sizes and lengths alone: `window_rows` says
 it once for all layers.
 """
@@ -37,11 +37,6 @@ class WindowRows(NamedTuple):
     mask: Tensor
 
 
-def block_size(tokens: int, slots: int, front: int) -> int:
-    """Q."""
-    return torch.sym_min(tokens, max(slots - front + 1, BLOCK))
-
-
 def window_rows_reference(
     tokens: Tensor,
     past_lengths: Tensor,
@@ -49,33 +44,32 @@ def window_rows_reference(
     like: Tensor,
     *,
     window: int,
-    first: int,
+    first: bool,
     slots: int,
-    front: int,
+    front: bool,
     heads: int,
     kv_heads: int,
 ) -> WindowRows:
-    """What `window_step` reads, for queries that see the last `window` tokens, themselves included, and `first` ones.
+    """What `window_step` reads, for queries that see the last `window` tokens, themselves included.
 
     tokens [B, T]: any tensor of that shape. past_lengths, new_lengths [B]: real tokens of each row so far and among the
-    T, behind which padding stands. like: of the mask's dtype. window <= N - F + 1, first <= F.
+    T, behind which padding stands. like: of the mask's dtype. first: the first token is seen too, which needs a front.
+    window <= N + 1, with a front N.
     """
-    (batch, length), group = tokens.shape, heads // kv_heads
-    size = block_size(length, slots, front)
-    device = tokens.device
+    (batch, length), group, device = tokens.shape, heads // kv_heads, tokens.device
+    size = min(length, max(slots + 1, BLOCK))
     row = torch.arange(batch, device=device).view(-1, 1, 1, 1)
-    past, start = past_lengths.view(-1, 1, 1), torch.arange(0, length, size, device=device)[:, None]
+    past, start = past_lengths.view(-1, 1, 1, 1), torch.arange(0, length, size, device=device).view(-1, 1, 1)
     column, inner = torch.arange(slots + size, device=device), torch.arange(group * size, device=device)
-    query = start + inner % size
-    own = torch.where(column < past, column, slots + (column - past).clamp(max=length - 1))  # where a first token is
-    place = (start + column).clamp(max=slots + length - 1)
-    place = torch.where(column < front, own, place)
-    position = torch.where(column < front, column, past - slots + start + column)
-    behind = (past + query)[..., None] - position[:, :, None]
-    recent = (behind < window) & (position >= first)[:, :, None]
-    seen = (behind >= 0) & torch.where(column < front, column < first, recent)
-    kept = torch.arange(slots, device=device)
-    place_held = torch.where(kept < front, own[:, 0, :slots], new_lengths[:, None] + kept)
+    source, query = start + column, start + inner % size
+    place = source.clamp(max=slots + length - 1).expand(batch, -1, -1, -1)
+    place_held = new_lengths[:, None] + column[:slots]
+    behind = (inner % size)[:, None] + slots - column
+    seen = (behind >= 0) & (behind < window) & (past - slots + source >= int(first))
+    if front:
+        place = torch.where(column == 0, torch.where(past > 0, 0, slots), place)
+        place_held = torch.where(column[:slots] == 0, place[:, 0, 0, :1], place_held)
+        seen = seen | (column == 0) if first else seen
 
     def parts(at: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of keys and of values among 2 N + 2 T."""
@@ -83,9 +77,8 @@ def window_rows_reference(
         return at + slots * new, at + torch.where(new, slots + length, slots)
 
     head = torch.arange(kv_heads, device=device)[:, None]
-    keys, values = ((2 * (slots + length) * row + at[:, :, None]) * kv_heads + head for at in parts(place))
-    heads_of = head * group + inner // size
-    queries = (length * row + query.clamp(max=length - 1)[:, None]) * heads + heads_of
+    keys, values = ((2 * (slots + length) * row + at) * kv_heads + head for at in parts(place))
+    queries = (length * row + query.clamp(max=length - 1)) * heads + head * group + inner // size
     token = torch.arange(length, device=device)
     at = token // size * heads * size + token % size
     context = row[:, 0] * len(start) * heads * size + at[:, None] + torch.arange(heads, device=device) * size

@@ -20,19 +20,19 @@ from tcal_compiler.kernels.local_attention.onnx_rule import translation_table
 
 SCALE = 0.7
 ROWS = [[5, 1, 3, 150, 1], [2, 0, 9, 1, 140], [0, 1, 1, 70, 200]]  # real tokens of each row in each chunk
-FORMS = [  # window, first, and how many slots and first tokens the state has room for
-    (4, 0, 3, 0),
-    (4, 1, 4, 1),
-    (5, 2, 9, 3),
-    (1, 0, 1, 0),
-    (1, 1, 2, 1),
-    (90, 1, 90, 1),
-    (200, 0, 260, 2),
+FORMS = [  # window, whether it sees the first token, slots of the state and whether one is for a first token
+    (4, False, 3, False),
+    (4, True, 4, True),
+    (5, False, 9, True),
+    (1, False, 1, False),
+    (1, True, 2, True),
+    (90, True, 90, True),
+    (200, False, 260, True),
 ]
 HEADS = [(4, 2, 8, 8), (3, 3, 8, 6), (4, 1, 4, 8)]  # query heads, key heads, channels of keys and values
 
 
-def sizes(form: tuple[int, ...], heads: int, kv_heads: int) -> dict[str, int]:
+def sizes(form: tuple[Any, ...], heads: int, kv_heads: int) -> dict[str, Any]:
     return dict(zip(("window", "first", "slots", "front"), form, strict=True)) | {"heads": heads, "kv_heads": kv_heads}
 
 
@@ -45,10 +45,10 @@ def inputs(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float6
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", HEADS, ids=str)
-def test_ragged_chunks_are_whole_rows(form: tuple[int, ...], shape: tuple[int, ...]):
+def test_ragged_chunks_are_whole_rows(form: tuple[Any, ...], shape: tuple[int, ...]):
     heads, kv_heads, key_dim, value_dim = shape
     whole = inputs(shape, max(map(sum, ROWS)))
-    exact = local_attention_reference(*whole, scale=SCALE, window=form[0], first=form[1])
+    exact = local_attention_reference(*whole, scale=SCALE, window=form[0], first=int(form[1]))
     past = torch.zeros(3, dtype=torch.int64)
     state = torch.full((3, 2 * form[2], kv_heads * max(key_dim, value_dim)), 77.0, dtype=torch.float64)
     for chunk in range(len(ROWS[0])):
