@@ -86,13 +86,13 @@ WINDOWS = {  # kept layers, and those that have windows of unequal lengths or no
 
 @pytest.mark.parametrize("policy", WINDOWS)
 def test_windows_beside_states(tmp_path: Path, policy: str):
-    """From prompts within and beyond the window, alone and as a padded batch; no choice is closer than 0.01."""
+    """From prompts within and beyond the window, alone and as a padded batch; no choice is closer than 0.009."""
     stateful = make_stateful(capture_of_student(WINDOWS[policy], policy, local_window=7), max_length=64)
     kinds = [layer.kind for layer in stateful.layers]
     assert kinds.count("local") == 2 and kinds.count("softmax") == (policy == "keep=0")
     info = {"context_length": 64, "eos_token_id": 3}
     export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info=info)
-    prompts = [example_ids(1, n, VOCAB, seed=seed)[0].tolist() for n, seed in ((1, 3), (5, 1), (17, 1), (30, 4))]
+    prompts = [example_ids(1, n, VOCAB, seed=seed)[0].tolist() for n, seed in ((1, 3), (5, 2), (17, 1), (30, 5))]
     expected = [torch_generate(stateful, p, 20)[0] for p in prompts]
     assert len({tuple(e) for e in expected}) == 4 and 3 not in {t for e in expected for t in e}
     assert [generate_genai.continuations(tmp_path, [p], 20)[0] for p in prompts] == expected

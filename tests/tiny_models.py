@@ -272,13 +272,13 @@ def student_of(core: str | tuple[str, ...] = "is_causal", policy: str = "none", 
 
 
 def capture_of_student(core: str | tuple[str, ...], policy: str, *, local_window: int) -> Capture:
-    """The exported graph of a student with random mixers, whose windows count as much as their teacher."""
+    """The exported graph of a student with random mixers, whose windows count about as much as their teacher."""
     capture, scan = scanned(core, sharp=3.0)
     student = make_student(capture, with_local_windows(scan, local_window), choose(scan, policy))
-    for m in (m for m in student.gm.modules() if isinstance(m, GdnMixer)):
-        naive_(m, torch.Generator().manual_seed(0))
-        if m.local:
-            m.local_scale.data.fill_(1.0)
+    for i, m in enumerate(m for m in student.gm.modules() if isinstance(m, GdnMixer)):
+        naive_(m, gen := torch.Generator().manual_seed(i))
+        for scale in (m.norm, *([m.local_scale] if m.local else [])):
+            scale.data.uniform_(0.5, 1.5, generator=gen)
     program = student.export()
     return capture_program(program, teacher=program.module(), implementation="student", shapes=((2, 9), (1, 1)))
 
