@@ -1,4 +1,4 @@
-"""Converted sites with softmax attention over their last tokens beside the state."""
+"""Converted sites with softmax attention over their last tokens, and the first, beside the state."""
 
 from __future__ import annotations
 
