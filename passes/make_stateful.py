@@ -168,7 +168,7 @@ def _layer(index: int, core: Node, sites: dict[str, AttentionSite], longest_wind
         _, heads, key_dim, value_dim = value(argument(core, "initial_state")).shape
         return LayerState(index, "gdn", heads, int(value(argument(core, "k")).shape[2]), key_dim, value_dim)
     s = sites[core.name]
-    held = held_positions(s.window) if s.window and s.window <= longest_window else None
+    held = held_positions(s.window) + s.first if s.window and s.window <= longest_window else None
     return LayerState(index, "softmax", s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, s.window, held)
 
 
@@ -221,7 +221,7 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
                     qkv = tuple(graph.call_function(aten.to.dtype, (n, _dtype(source))) for n in qkv)
                 kv = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
                 slopes, sinks = map(tables.vector, _head_values(capture, core, site))
-                scores: Any = Scores(site.scale, site.window or 0, site.softcap, slopes, sinks)  # type: ignore[arg-type]
+                scores: Any = Scores(site.scale, site.window or 0, site.softcap, slopes, sinks, site.first)  # type: ignore[arg-type]
                 sizes: tuple[Any, ...] = packing.past_lengths, packing.new_lengths, packing.past_tokens
                 if layer.grows:
                     sizes = packing.past_lengths, packing.total, *tables.of(rotary)

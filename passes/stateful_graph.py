@@ -18,7 +18,8 @@ class LayerState:
 
     softmax: key [B, K, P, Dk] and value [B, K, P, Dv]. gdn: recurrent_state [B, H, Dk, Dv].
     window: visible tokens including oneself, None for all. held: where not None, key and value have that many slots,
-    for the last tokens alone. A converted site with attention over its last tokens is two of them, of one index.
+    for the last tokens alone, or the first and the last. A converted site with attention over its last tokens is two of
+    them, of one index.
     """
 
     index: int

@@ -18,6 +18,7 @@ from tcal_compiler.kernels.cached_attention import held_positions
 from tcal_compiler.kernels.cached_attention.onnx_rule import is_fused
 from tcal_compiler.passes.budget import Costs, cache_bytes
 from tcal_compiler.passes.choose import budget_of, scored_by
+from tcal_compiler.passes.local_windows import local_held
 from tcal_compiler.passes.types import AttentionSite, SiteScan
 
 Array = NDArray[Any]
@@ -55,7 +56,7 @@ def _check(site: AttentionSite, tokens: int) -> None:
     if not is_fused(site.key_dim, site.value_dim):
         what = f"no decode time is measured of {site.key_dim} key and {site.value_dim} value channels"
         raise ConfigError(where, what, "SIZE@TOKENS, N sites or P%")
-    size = cache_bytes(tokens, kv_heads=site.num_kv_heads, window=site.window, **dims)
+    size = cache_bytes(tokens, kv_heads=site.num_kv_heads, window=site.window, first=site.first, **dims)
     if 3 * size > (free := psutil.virtual_memory().available):
         what = f"the cache of {tokens} tokens is {size} bytes, and {free} are free to time it with"
         raise ConfigError(where, what, "fewer tokens")
@@ -71,13 +72,13 @@ def policy_seconds(scan: SiteScan, policy: str) -> Costs | None:
 
 def _size(site: AttentionSite, tokens: int) -> tuple[int, ...]:
     """All that a step's time depends on; last, the tokens whose keys and values the softmax form holds."""
-    held = tokens if site.window is None else min(tokens, held_positions(site.window))
-    return site.num_heads, site.num_kv_heads, site.key_dim, site.hidden, site.local, held
+    held = tokens if site.window is None else min(tokens, held_positions(site.window) + site.first)
+    return site.num_heads, site.num_kv_heads, site.key_dim, site.hidden, local_held(site.local, site.local_first), held
 
 
 def _measure(site: AttentionSite, held: int, sites: int, threads: int | None) -> tuple[float, float]:
     forms = [_Step(*make(site, held), sites, threads) for make in (_softmax, _converted)]
-    forms += [_Step(*_softmax(site, held_positions(site.local)), sites, threads)] if site.local else []
+    forms += [_Step(*_softmax(site, local_held(site.local, site.local_first)), sites, threads)] if site.local else []
     for form in forms:
         form.seconds()  # a warm-up
     rounds = [[form.seconds() for form in forms] for _ in range(ROUNDS)]

@@ -45,6 +45,16 @@ def masked(rule: Callable[[Tensor], Tensor], *, additive: bool = False) -> Calla
     return core
 
 
+def window_and_first(window: int, first: int) -> Callable[..., Tensor]:
+    """Attention over the last tokens and the first ones."""
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        far, steps = distances(q), torch.arange(q.shape[2])
+        return sdpa(q, k, v, attn_mask=(far >= 0) & ((far < window) | (steps < first)), enable_gqa=True)
+
+    return core
+
+
 def repeated(x: Tensor, how: str) -> Tensor:
     """[B, K, T, D] -> [B, H, T, D]; only "tile" has another order of heads."""
     b, _, t, _ = x.shape
@@ -83,6 +93,7 @@ CORES: dict[str, Callable[..., Tensor]] = {
     "additive mask": masked(lambda d: d >= 0, additive=True),
     "scale": partial(causal, scale=0.3, enable_gqa=True),
     "window": masked(lambda d: (d >= 0) & (d < 5)),
+    "window and first": window_and_first(5, 2),
     "expand": with_repeat("expand"),
     "tile": with_repeat("tile"),
     "late transpose": with_repeat("late transpose"),
@@ -266,7 +277,7 @@ def recomputed(capture: Capture, site: AttentionSite) -> tuple[torch.Tensor, tor
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     steps = torch.arange(q.shape[2])
     far = steps[:, None] - steps[None]
-    hidden = (far < 0) | (far >= (site.window or 10**9))
+    hidden = (far < 0) | ((far >= (site.window or 10**9)) & (steps >= site.first))
     weights = (q @ k.transpose(-1, -2) * site.scale).double()
     if site.softcap:
         weights = site.softcap * (1 - 2 / ((2 * weights / site.softcap).exp() + 1))

@@ -138,6 +138,17 @@ def _bias(op: Any, slopes: Any, past_lengths: Any, tokens: Any, total: Any) -> A
     return op.Mul(op.Reshape(slopes, op.Constant(value_ints=[1, -1, 1, 1])), op.CastLike(ahead, slopes))
 
 
+def _visible(op: Any, scores: Scores, past_lengths: Any, tokens: Any, total: Any) -> Any:
+    """0 for keys that a query sees, else -inf: [B, 1, T, total], behind the first ones a window."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    keys = op.Range(zero, op.Squeeze(total), one)
+    own = op.Add(op.Unsqueeze(past_lengths, op.Constant(value_ints=[1])), op.Range(zero, op.Squeeze(tokens), one))
+    distance = op.Unsqueeze(op.Sub(op.Unsqueeze(own, op.Constant(value_ints=[2])), keys), op.Constant(value_ints=[1]))
+    far = op.GreaterOrEqual(distance, op.Constant(value_int=scores.window))
+    hidden = op.And(far, op.GreaterOrEqual(keys, op.Constant(value_int=scores.first)))
+    return op.Where(hidden, op.Constant(value_float=float("-inf")), op.Constant(value_float=0.0))
+
+
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """custom_translation_table of torch.onnx.export for the op."""
     import onnx
@@ -171,11 +182,14 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         if scores.softcap:
             options["softcap"] = scores.softcap
         added = None if scores.slopes is None else _bias(op, scores.slopes, past_lengths, tokens, total)
+        if scores.first and scores.window:
+            seen = op.CastLike(_visible(op, scores, past_lengths, tokens, total), q)
+            added = seen if added is None else op.Add(added, seen)
+        elif scores.window:
+            options["local_window_size"] = scores.window
         given = [cos, sin, None, added, scores.sinks]
         while given and given[-1] is None:
             given.pop()
-        if scores.window:
-            options["local_window_size"] = scores.window
         out, key, value = attention(
             _packed(op, q),
             _packed(op, k),

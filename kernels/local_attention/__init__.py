@@ -1,4 +1,4 @@
-"""Softmax attention over the last tokens alone, in PyTorch, linear in the length."""
+"""Softmax attention over the last tokens and the first ones, in PyTorch, linear in the length."""
 
 from .blocks import as_exported, local_attention, local_attention_reference
 

@@ -17,7 +17,7 @@ from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.limits import MAX_PROBE
 from tcal_compiler.passes.local_windows import with_local_windows
-from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.passes.make_stateful import make_stateful, run_chunks
 from tcal_compiler.passes.types import SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
@@ -47,7 +47,7 @@ def mixers(student: Student) -> list[GdnMixer]:
     return [m for m in student.gm.modules() if isinstance(m, GdnMixer)]
 
 
-def test_the_window_is_no_longer_than_the_teachers_and_only_beside_plain_scores():
+def test_the_window_sees_no_more_than_the_teacher_and_only_beside_plain_scores():
     sites = (
         lone_site(),
         lone_site(window=4),
@@ -56,7 +56,7 @@ def test_the_window_is_no_longer_than_the_teachers_and_only_beside_plain_scores(
         lone_site(sinks=(0.0,)),
     )
     found = with_local_windows(SiteScan(sites, ()), 6).sites
-    assert [s.local for s in found] == [6, 4, 0, 0, 0]
+    assert [(s.local, s.local_first) for s in found] == [(6, True), (4, False), (0, False), (0, False), (0, False)]
     assert [s.summary().get("local_window") for s in found] == [6, 4, None, None, None]
     assert with_local_windows(SiteScan(found, ()), 0).sites == sites
 
@@ -149,7 +149,7 @@ def test_distillation_lowers_its_error_and_moves_its_scale():
         student = student_with(window, "keep=0")
         initialise(student, taps_of(student), init="closed-form", seed=0, batch=2)
         before = [m.local_scale.detach().clone() for m in mixers(student) if m.local]
-        config = DistillConfig(steps=6, batch=3, warmup=2, lr_gdn=3e-3, lr_other=1e-3, score_every=3, chunk=64)
+        config = DistillConfig(steps=6, batch=3, warmup=2, lr_gdn=1e-3, lr_other=3e-4, score_every=3, chunk=64)
         counted = torch.ones(6, TOKENS - 1, dtype=torch.bool)
         _, curve = distill(student, example_ids(6, TOKENS, VOCAB), counted, train=4, config=config, seed=0)
         ends[window] = [p["held_out"] for p in (curve[0], curve[-1])]
@@ -180,8 +180,8 @@ def test_budgets_count_its_keys_and_values():
     plain = scanned("is_causal")[1]
     scan = with_local_windows(plain, 6)
     own = state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM)
-    beside = 5 * KV_HEADS * 2 * DIM * 4  # what a token sees beside itself
-    assert state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM, local=6) == own + beside
+    beside = 6 * KV_HEADS * 2 * DIM * 4  # the first token, and what a token sees of its window beside itself
+    assert state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM, held=6) == own + beside
     assert memory(scan, [], 100) == memory(plain, [], 100) + 2 * beside
     assert memory(scan, [0], 100) == memory(plain, [0], 100) + beside
 
@@ -197,15 +197,24 @@ def test_the_exported_student_remembers_the_window_alone(tmp_path: Path, policy:
     initialise(student, taps_of(student), init="closed-form", seed=0, batch=2)
     program = student.export()
     capture = capture_program(program, teacher=program.module(), implementation="student", shapes=((2, 9), (1, 1)))
-    windows = [s.window for s in find_attention(capture).sites]
+    sites = find_attention(capture).sites
+    windows = [s.window for s in sites]
     assert windows == ([6, 6] if policy == "none" else [None, 6])
+    assert [s.first for s in sites] == [int(w is not None) for w in windows]
     stateful = make_stateful(capture, max_length=64)
     assert [layer.index for layer in stateful.layers] == ([0, 0, 1, 1] if policy == "none" else [0, 1, 1])
     assert stateful.depth == 2 and len(set(stateful.state_names)) == len(stateful.state_names)
     held = [layer.shape(part, batch=1, past=50) for layer in stateful.layers for part in layer.parts]
-    assert held.count((1, KV_HEADS, 5, DIM)) == 2 * windows.count(6) and all(c.passed for c in stateful.checks)
+    assert held.count((1, KV_HEADS, 6, DIM)) == 2 * windows.count(6) and all(c.passed for c in stateful.checks)
     whole = make_stateful(capture, verify=False, max_length=64, bounded=False)
     assert [layer.held for layer in whole.layers] == [layer.held for layer in stateful.layers]
+    rows, ids = [example_ids(1, n, VOCAB, seed=n) for n in (31, 9)], torch.zeros(2, 31, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, -row.shape[1] :], mask[i, -row.shape[1] :] = row[0], 1
+    logits, _ = run_chunks(stateful, ids, (1, 3, 17, 10), mask=mask, dtype=torch.float32)
+    for i, row in enumerate(rows):  # padded on the left, in chunks shorter and longer than the window
+        torch.testing.assert_close(logits[i, -row.shape[1] :], student.logits(row)[0], rtol=0, atol=1e-4)
     info = {"bos_token_id": 1, "eos_token_id": 2, "context_length": 64}
     artifact = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info=info)
     checks = check_parity(artifact, stateful, whole=student.logits, prompts=[[3, 4, 5, 6, 7, 8, 9, 10]], new_tokens=16)
