@@ -60,6 +60,19 @@ class _PlanRecord(_Record):
     local_window: LocalWindow = 0
 
 
+class _SiteRecord(_Record):
+    """A site's summary: what is more than its place is compared, not used."""
+
+    model_config = ConfigDict(extra="allow")
+
+    layer: int
+    module: str
+
+
+class _Sites(_Record):
+    sites: list[_SiteRecord]
+
+
 class _CheckRecord(_Record):
     name: str
     measured: float
@@ -111,6 +124,11 @@ def local_window_of(run: RunFolder) -> int:
     """Tokens of the attention beside the states of converted sites; 0 without a plan."""
     found = _read(run, _PlanRecord, run.manifest.plan) if run.manifest.plan else None
     return found.local_window if found else 0
+
+
+def recorded_sites(run: RunFolder) -> list[dict[str, Any]]:
+    """The summaries of the teacher's sites, each with its layer and module."""
+    return [s.model_dump() for s in _read(run, _Sites, run.record("plan").evidence).sites]
 
 
 def settings_before(path: Path) -> tuple[dict[str, Any], str | None]:
