@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tcal_compiler.kernels.registration import without_autocast
+
 _as_exported = False  # a plain global: what compiles a graph cannot read a context variable
 
 
@@ -40,9 +42,9 @@ def local_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
     """softmax(scale q k^T) v over the last `window` tokens, oneself among them.
 
-    q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv], H a multiple of K -> [B, H, T, Dv] in their dtype. Memory
-    O(T window): blocks of `window` queries see their own block and the one before. Differentiable, usable under vmap;
-    under export and inside `as_exported` it is `local_attention_reference`.
+    q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv], H a multiple of K -> [B, H, T, Dv] in v's dtype, computed in
+    float32 at least, autocast or not. Memory O(T window): blocks of `window` queries see their own block and the one
+    before. Differentiable, usable under vmap; under export and inside `as_exported` it is `local_attention_reference`.
     """
     if torch.compiler.is_exporting() or _as_exported:
         return local_attention_reference(q, k, v, scale=scale, window=window)
@@ -51,15 +53,17 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
         window = min(window, length)  # a longer one sees no more, and a block of it would be mostly padding
     blocks = -(-length // window)
     behind = blocks * window - length
-    queries = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries = F.pad(q.to(exact), (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))
 
     def pairs(x: Tensor) -> Tensor:
-        parts = F.pad(x, (0, 0, window, behind)).unflatten(2, (blocks + 1, window))
+        parts = F.pad(x.to(exact), (0, 0, window, behind)).unflatten(2, (blocks + 1, window))
         return torch.cat([parts[:, :, :-1], parts[:, :, 1:]], 3)[:, :, None]
 
     query, key = torch.arange(window, device=q.device), torch.arange(2 * window, device=q.device)
     distance = query[:, None] + window - key
     real = (torch.arange(blocks, device=q.device)[:, None, None] > 0) | (key >= window)
     seen = (distance >= 0) & (distance < window) & real
-    scores = (scale * queries @ pairs(k).transpose(-1, -2)).masked_fill(~seen, float("-inf"))
-    return (scores.softmax(-1) @ pairs(v)).flatten(1, 2).flatten(2, 3)[:, :, :length]
+    with without_autocast(q.device):
+        scores = (scale * queries @ pairs(k).transpose(-1, -2)).masked_fill(~seen, float("-inf"))
+        return (scores.softmax(-1) @ pairs(v)).to(v.dtype).flatten(1, 2).flatten(2, 3)[:, :, :length]
