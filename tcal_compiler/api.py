@@ -19,7 +19,7 @@ from .passes.choose import check_policy
 from .passes.make_stateful import require_states
 from .passes.types import Plan
 from .progress import Progress
-from .recorded import reading
+from .recorded import check_sizes, reading
 from .report import PLOTS_HINT, can_plot, render_report
 from .runtime.distill_checks import check_processes
 from .runtime.manifest import TeacherRecord, package_version
@@ -99,6 +99,7 @@ def prepare(
     check_output(out)
     if config.policy is not None and plan is None and not (out / "plan.toml").exists():
         check_policy(config.policy)
+    check_sizes(out, teacher, "another output folder with -o")
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
     source = source.with_local_window(config.local_window)
     assert source.tokenizer is not None

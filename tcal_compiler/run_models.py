@@ -15,7 +15,7 @@ from .passes.find_attention import find_attention
 from .passes.local_windows import with_local_windows
 from .passes.types import Capture, Plan, SiteScan
 from .progress import Progress
-from .recorded import local_window_of, plan_of, recorded_sites, recorded_teacher
+from .recorded import check_sizes, local_window_of, plan_of, recorded_sites, recorded_teacher
 from .runtime.initialize import naive_
 from .runtime.live import capture_live, difference
 from .runtime.mixer import GdnMixer
@@ -25,6 +25,7 @@ from .runtime.student import Student, make_student
 from .runtime.weights import load_weights
 from .source import Source, open_source
 
+TEACHER_HINT = "--teacher with the one it was made from"
 _SPELLING = ("module", "causal")  # facts of a site that a module and an exported program of it may spell differently
 
 
@@ -59,6 +60,7 @@ def teacher_of(
 ) -> Source:
     """The run's teacher."""
     spec = override or recorded_teacher(run.path, run.manifest)
+    check_sizes(run.path, spec, TEACHER_HINT)
     source = open_source(
         spec, tokenizer=tokenizer, allow_pickle=allow_pickle, need_tokenizer=need_tokenizer, progress=progress
     )
@@ -67,7 +69,7 @@ def teacher_of(
             str(run.path),
             f"was made from another teacher than {spec}: weights sha256 "
             f"{run.manifest.teacher.fingerprint[:16]}, found {source.capture.fingerprint[:16]}",
-            "--teacher with the one it was made from",
+            TEACHER_HINT,
         )
     return source.with_local_window(local_window_of(run))
 
