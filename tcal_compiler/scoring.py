@@ -52,7 +52,7 @@ def check_distilled_sets(config: Config) -> None:
 
 
 class Scoring:
-    """What the policies measure: a teacher and its text. ids: calibration sequences, the held-out ones last."""
+    """What the policies measure: a teacher and its text, on the last config.score.sequences of its calibration ids."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class Scoring:
         device: torch.device,
         progress: Progress,
     ) -> None:
+        """ids: calibration sequences, with which text begins, the held-out ones last."""
         self.run, self.source, self.text, self.ids, self.config = run, source, text, ids, config
         self.device, self.progress = device, progress
         self.policy = DEFAULT_POLICY if config.policy is None else config.policy
@@ -102,6 +103,13 @@ class Scoring:
                 rows: Any = stage.evidence["seconds"]
                 found = {int(i): (float(softmax), float(converted)) for i, softmax, converted in rows}
                 return {s.index: found[s.index] for s in scan.sites}
+
+    def plan(self, *, reuse: bool = True) -> Plan:
+        """Of the policy. reuse: what was measured for another budget is not measured again."""
+        measure = scored_by(self.policy)
+        if measure == JOINT:
+            return self.joint_plan(reuse=reuse)
+        return self.forward_plan(reuse=reuse) if measure == FORWARD else self.ranked_plan()
 
     def initial(self, scratch: Path) -> Student:
         """Every site converted and initialised, kept in scratch while the stage runs."""
@@ -298,22 +306,3 @@ def _write(folder: Path, policy: str, rows: Any) -> None:
     file = folder / "scores" / f"{policy}.json"
     file.parent.mkdir()
     file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-def scored_plan(
-    run: RunFolder,
-    source: Source,
-    text: CalibrationText,
-    ids: Tensor,
-    config: Config,
-    device: torch.device,
-    progress: Progress,
-    *,
-    reuse: bool = True,
-) -> Plan:
-    """The plan of a policy that measures sites, on the last config.score.sequences of ids, which text begins with."""
-    scoring = Scoring(run, source, text, ids, config, device, progress)
-    measure = scored_by(scoring.policy)
-    if measure == JOINT:
-        return scoring.joint_plan(reuse=reuse)
-    return scoring.forward_plan(reuse=reuse) if measure == FORWARD else scoring.ranked_plan()
