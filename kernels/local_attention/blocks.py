@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tcal_compiler.kernels.registration import without_autocast
+
 _as_exported = False  # a plain global: what compiles a graph cannot read a context variable
 
 
@@ -46,9 +48,9 @@ def local_attention_reference(
 def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int, first: bool = False) -> Tensor:
     """softmax(scale q k^T) v over the last `window` tokens, oneself among them, and (first) the sequence's first token.
 
-    q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv], H a multiple of K -> [B, H, T, Dv] in their dtype. Memory
-    O(T window): blocks of `window` queries see their own block and the one before. Differentiable, usable under vmap;
-    under export and inside `as_exported` it is `local_attention_reference`.
+    q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv], H a multiple of K -> [B, H, T, Dv] in v's dtype, computed in
+    float32 at least, autocast or not. Memory O(T window): blocks of `window` queries see their own block and the one
+    before. Differentiable, usable under vmap; under export and inside `as_exported` it is `local_attention_reference`.
     """
     if torch.compiler.is_exporting() or _as_exported:
         return local_attention_reference(q, k, v, scale=scale, window=window, first=first)
@@ -57,9 +59,11 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
         window = min(window, length)  # a longer one sees no more, and a block of it would be mostly padding
     blocks = -(-length // window)
     behind = blocks * window - length
-    queries = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries = F.pad(q.to(exact), (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))
 
     def pairs(x: Tensor) -> Tensor:
+        x = x.to(exact)
         parts = F.pad(x, (0, 0, window, behind)).unflatten(2, (blocks + 1, window))
         before, own = parts[:, :, :-1], parts[:, :, 1:]
         if first:  # in place of what no query of the block sees
@@ -72,5 +76,6 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
     seen = (distance >= 0) & (distance < window) & (token >= int(first))
     if first:
         seen = seen | (key == 0)
-    scores = (scale * queries @ pairs(k).transpose(-1, -2)).masked_fill(~seen, float("-inf"))
-    return (scores.softmax(-1) @ pairs(v)).flatten(1, 2).flatten(2, 3)[:, :, :length]
+    with without_autocast(q.device):
+        scores = (scale * queries @ pairs(k).transpose(-1, -2)).masked_fill(~seen, float("-inf"))
+        return (scores.softmax(-1) @ pairs(v)).to(v.dtype).flatten(1, 2).flatten(2, 3)[:, :, :length]

@@ -57,6 +57,26 @@ def test_a_window_far_longer_than_the_text_costs_no_more():
     torch.testing.assert_close(found, masked(q, k, v, 0.5, 9), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", ["bfloat16", "float16", "float32 under autocast"])
+def test_it_errs_no_more_than_its_result_is_rounded(case: str):
+    """Scores of some ten nats: rounded to bfloat16 they would be off by more than the result is, forward and back."""
+    dtype = torch.float16 if case == "float16" else torch.bfloat16
+    q, k, v = inputs(128, 4, 2)
+    q, k = (x.to(torch.float32 if "autocast" in case else dtype) for x in (4 * q, k))
+    weights = inputs(128, 4, 2)[0][..., :6].to(dtype)
+
+    def values(*given: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in case):
+            out = local_attention(*leaves, scale=0.35, window=16)
+        return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+    low = values(q, k, v.to(dtype))
+    for found, exact in zip(low, values(q.double(), k.double(), v.to(dtype).double()), strict=True):
+        error, rounding = ((x.double() - exact).square().mean().sqrt() for x in (found, exact.to(dtype)))
+        assert error <= 1.2 * rounding
+
+
 def test_gradients():
     q, k, v = (x.requires_grad_() for x in inputs(7, 4, 2))
     assert torch.autograd.gradcheck(lambda *x: local_attention(*x, scale=0.5, window=3, first=True), (q, k, v))
