@@ -43,7 +43,7 @@ def state_bytes(*, heads: int, kv_heads: int, key_dim: int, value_dim: int, held
 
     held: tokens whose keys and values it holds too, for attention beside the state.
     """
-    return (heads * key_dim * value_dim + held * kv_heads * (key_dim + value_dim)) * FLOAT_BYTES
+    return (heads * key_dim * value_dim + 2 * held * kv_heads * max(key_dim, value_dim)) * FLOAT_BYTES
 
 
 def _bytes(scan: SiteScan, tokens: int) -> dict[int, tuple[float, float]]:

@@ -90,8 +90,7 @@ class OnnxSession:
     @property
     def step_bytes(self) -> int:
         """Bytes of state that the next token needs at least: keys and values once, recurrent states in and out."""
-        once = (s.is_cache or s.is_window for s in self._slots)
-        return sum(s.used(self.length).nbytes * (1 if o else 2) for s, o in zip(self._slots, once, strict=True))
+        return sum(s.used(self.length).nbytes * (2 if s.is_recurrent else 1) for s in self._slots)
 
     @property
     def state_names(self) -> tuple[str, ...]:

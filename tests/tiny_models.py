@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from tcal_compiler.passes.capture import capture_program, export_module
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.passes.to_sdpa import to_sdpa
 from tcal_compiler.passes.types import AttentionSite, Capture, SiteScan
+from tcal_compiler.runtime.initialize import naive_
+from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.student import Student, make_student
 
 VOCAB, WIDTH, HEADS, KV_HEADS, DIM = 64, 32, 4, 2, 8
@@ -266,6 +269,18 @@ def student_of(core: str | tuple[str, ...] = "is_causal", policy: str = "none", 
     """A student of its own, around the shared capture."""
     capture, scan = scanned(core, **options)
     return make_student(capture, scan, choose(scan, policy))
+
+
+def capture_of_student(core: str | tuple[str, ...], policy: str, *, local_window: int) -> Capture:
+    """The exported graph of a student with random mixers, whose windows count as much as their teacher."""
+    capture, scan = scanned(core, sharp=3.0)
+    student = make_student(capture, with_local_windows(scan, local_window), choose(scan, policy))
+    for m in (m for m in student.gm.modules() if isinstance(m, GdnMixer)):
+        naive_(m, torch.Generator().manual_seed(0))
+        if m.local:
+            m.local_scale.data.fill_(1.0)
+    program = student.export()
+    return capture_program(program, teacher=program.module(), implementation="student", shapes=((2, 9), (1, 1)))
 
 
 def recomputed(capture: Capture, site: AttentionSite) -> tuple[torch.Tensor, torch.Tensor]:

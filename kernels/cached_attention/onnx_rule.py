@@ -149,14 +149,32 @@ def _visible(op: Any, scores: Scores, past_lengths: Any, tokens: Any, total: Any
     return op.Where(hidden, op.Constant(value_float=float("-inf")), op.Constant(value_float=0.0))
 
 
+class _Counts:
+    """T, the number of each row's last slot, and total: once for all layers that have one past."""
+
+    def __init__(self, op: Any) -> None:
+        self.op = op
+        self.known: dict[Any, tuple[Any, Any, Any]] = {}
+
+    def of(self, q: Any, past_lengths: Any, total: Any) -> tuple[Any, Any, Any]:
+        import onnx
+
+        op, int32 = self.op, onnx.TensorProto.INT32
+        if (past_lengths, total) not in self.known:
+            tokens = op.Shape(q, start=2, end=3)
+            last = op.Sub(op.Add(past_lengths, tokens), op.Constant(value_ints=[1]))
+            counts = tokens, op.Cast(last, to=int32), op.Squeeze(op.Cast(total, to=int32))
+            self.known[past_lengths, total] = counts
+        return self.known[past_lengths, total]
+
+
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """custom_translation_table of torch.onnx.export for the op."""
-    import onnx
     import onnxscript
 
     op: Any = onnxscript.opset21  # its stubs do not know constants
     attention = _group_query_attention()
-    int32 = onnx.TensorProto.INT32
+    counts = _Counts(op)
 
     def rule(
         q: Any,
@@ -173,9 +191,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     ) -> Any:
         scores = Scores(*flat)
         heads, kv_heads, dim = int(q.shape[1]), int(k.shape[1]), int(q.shape[3])
-        tokens = op.Shape(q, start=2, end=3)
-        last = op.Sub(op.Add(past_lengths, tokens), op.Constant(value_ints=[1]))
-        whole = op.Squeeze(op.Cast(total, to=int32))
+        tokens, last, whole = counts.of(q, past_lengths, total)
         options: dict[str, Any] = {}
         if cos is not None:
             options |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
@@ -196,7 +212,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
             _packed(op, v),
             past_key,
             past_value,
-            op.Cast(last, to=int32),
+            last,
             whole,
             *given,
             num_heads=heads,
