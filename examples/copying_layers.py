@@ -25,9 +25,9 @@ from tcal_compiler.api import CALIBRATION_TEXT
 from tcal_compiler.errors import DataError
 from tcal_compiler.progress import Progress
 from tcal_compiler.runtime import data
-from tcal_compiler.runtime.logits import Losses, SplitModel, compare, split_model
+from tcal_compiler.runtime.logits import CHUNK, Losses, SplitModel, compare, split_model
 from tcal_compiler.runtime.repeats import repeat_stretches
-from tcal_compiler.runtime.score_sites import CHUNK, bypassed
+from tcal_compiler.runtime.score_sites import bypassed
 from tcal_compiler.source import Source, open_source
 
 KINDS = ("fresh", "repeated")
