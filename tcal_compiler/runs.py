@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .api import STAGES, convert
 from .config import load_config
@@ -35,10 +34,10 @@ from .report.facts import Facts
 from .run_models import student_program, teacher_of
 from .runtime.durable import write_atomic
 from .runtime.manifest import MANIFEST_NAME
-from .runtime.onnx_export import CONFIG_FILE, OnnxArtifact
+from .runtime.onnx_export import OnnxArtifact
 from .runtime.onnx_parity import check_parity
 from .runtime.run_folder import RunFolder
-from .runtime.session import OnnxSession, read_genai_config
+from .runtime.session import OnnxSession
 from .runtime.statistics import attention_statistics
 from .runtime.student import make_student
 from .runtime.text_stream import TextStream
@@ -133,8 +132,7 @@ def verify_run(
         parts.begin(STUDENT)
         flat = student_program(run)
         checks += _weight_checks(run, source, flat)
-        known, _ = read_genai_config((run.path / model_file()).with_name(CONFIG_FILE))
-        stateful = make_stateful(flat, **({"max_length": known["context_length"]} if known else {}))
+        stateful = make_stateful(flat)
         checks += stateful.checks
         parts.begin(RUNTIME)
         artifact = OnnxArtifact(run.path / model_file(), profile_of(run), 0, stateful.layers, 0)
@@ -185,17 +183,11 @@ def distill_run(
     )
 
 
-def _example(source: Source, rows: int, tokens: int) -> Tensor:
-    """Random ids [rows, tokens], or as many tokens as the teacher's context holds."""
-    return example_ids(
-        rows, min(tokens, source.teacher.info.get("context_length") or tokens), source.capture.vocab_size
-    )
-
-
 def _unconverted_checks(source: Source) -> list[Check]:
     sites = tuple(s.index for s in source.scan.sites)
     same = make_student(source.capture, source.scan, Plan(sites, (), "all"))
-    args = source.capture.inputs(_example(source, 2, 33))
+    ids = example_ids(2, 33, source.capture.vocab_size)
+    args = source.capture.inputs(ids)
     with torch.no_grad():
         error = (same.gm(*args) - source.capture.gm(*args)).abs().max().item()
     return [Check("nothing converted: logits equal the teacher's", error, 0.0, "bit for bit")]
@@ -207,7 +199,7 @@ def _statistics_checks(source: Source) -> list[Check]:
     plan = Plan(tuple(s.index for s in others), (site.index,), "none")  # written-out cores have q, k and v there only
     taps = tap_graph(make_student(source.capture, source.scan, plan).gm, [site.q, site.k, site.v])
     with torch.no_grad():
-        qkv = taps(*source.capture.inputs(_example(source, 4, 40)))
+        qkv = taps(*source.capture.inputs(example_ids(4, 40, source.capture.vocab_size)))
     whole, first, second = (
         attention_statistics(*(t[rows] for t in qkv), site=site)[0] for rows in (slice(4), slice(2), slice(2, 4))
     )
@@ -222,7 +214,7 @@ def _weight_checks(run: RunFolder, source: Source, deployed: Capture) -> list[Ch
     weights = student_weights(run)
     load_weights(student, weights)
     local = max((s.local for s in student.converted), default=0)
-    ids = _example(source, 2, check_tokens(local, 33))
+    ids = example_ids(2, check_tokens(local, 33), source.capture.vocab_size)
     with torch.no_grad(), as_exported():
         error = (student.logits(ids) - deployed.gm(*deployed.inputs(ids))).abs().max().item()
     checks = [Check(f"student.pt2 equals the graph with {weights.name}", error, 0.0, "bit for bit")]
