@@ -1,4 +1,4 @@
-"""Converted sites with softmax attention over their last tokens beside the state."""
+"""Converted sites with softmax attention over their last tokens, and the first, beside the state."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ def with_local_windows(scan: SiteScan, window: int) -> SiteScan:
 
 
 def _with_local_window(site: AttentionSite, window: int) -> AttentionSite:
-    seen = 0 if not window else max(site.first, 1) if site.window is None else site.first
-    return replace(site, local=window, local_first=seen)
+    return replace(site, local=window, local_first=window > 0 and (site.window is None or site.first > 0))
 
 
-def local_held(local: int, local_first: int) -> int:
+def local_held(local: int, local_first: bool) -> int:
     """Tokens whose keys and values a converted site holds beside its state."""
     return held_positions(local) + local_first if local else 0

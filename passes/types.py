@@ -62,8 +62,8 @@ class AttentionSite:
             token of distance (alibi), or (). sinks: per head, the logit of an attention sink, or ().
         rope: q and k depend on the position. proof: how causality was established.
         written: where the teacher writes attention out, the node of its last product; else "".
-        local, local_first: window and first tokens of the softmax attention beside the state once the site is converted
-            (local_windows.py); 0, 0 without.
+        local: tokens that softmax attention beside the state sees once the site is converted (local_windows.py), or 0.
+            local_first: it also sees the first token.
     """
 
     index: int
@@ -89,7 +89,7 @@ class AttentionSite:
     sinks: tuple[float, ...] = ()
     first: int = 0
     local: int = 0
-    local_first: int = 0
+    local_first: bool = False
 
     @property
     def scores(self) -> str:

@@ -26,7 +26,7 @@ class GdnMixer(nn.Module):
     scaled_dot_product_attention. One state per query head. Gates accumulate in float32 at least.
 
     With site.local > 0, y also has local_scale [H] times the teacher's softmax attention over the last site.local
-    tokens and the site.local_first ones of the sequence.
+    tokens and, with site.local_first, the first token.
     """
 
     def __init__(self, site: AttentionSite) -> None:
@@ -51,8 +51,8 @@ class GdnMixer(nn.Module):
 
     def local_output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention over the last and first tokens [B, T, H, Dv], before its scale."""
-        seen = {"window": self.local, "first": self.local_first}
-        return local_attention(q, k, v, scale=self.scale, **seen).transpose(1, 2)
+        out = local_attention(q, k, v, scale=self.scale, window=self.local, first=self.local_first)
+        return out.transpose(1, 2)
 
     @torch.no_grad()
     def half_life(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def smooth(model: Any, source: Path, names: set[str]) -> int:
 
     Raises ExportError when the model cannot be run, or has no genai_config.json beside it.
     """
-    readers = _readers(model)
+    readers = readers_of(model)
     products: dict[str, list[Any]] = {}
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in names:
@@ -120,7 +120,8 @@ class _Folding:
         return tuple(dims) if 1 not in dims and math.prod(dims) == count else ()
 
 
-def _readers(model: Any) -> dict[str, list[Any]]:
+def readers_of(model: Any) -> dict[str, list[Any]]:
+    """Value -> the nodes of an ONNX model that it goes into, once for each place."""
     found: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in node.input:

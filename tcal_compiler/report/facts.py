@@ -29,7 +29,7 @@ class Layer:
     window: int | None
     first: int = 0
     local: int = 0
-    local_first: int = 0
+    local_first: bool = False
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that softmax attention keeps of so many tokens."""
@@ -77,7 +77,7 @@ class Facts:
                 s["window"] if bounded else None,
                 s.get("first", 0),
                 s.get("local_window", 0),
-                s.get("local_first", 0),
+                s.get("local_first", False),
             )
             for s in self.evidence("plan")["sites"]
         ]

@@ -60,7 +60,7 @@ def test_the_window_sees_no_more_than_the_teacher_and_only_beside_plain_scores()
         lone_site(sinks=(0.0,)),
     )
     found = with_local_windows(SiteScan(sites, ()), 6).sites
-    assert [(s.local, s.local_first) for s in found] == [(6, 1), (4, 0), (0, 0), (0, 0), (0, 0)]
+    assert [(s.local, s.local_first) for s in found] == [(6, True), (4, False), (0, False), (0, False), (0, False)]
     assert [s.summary().get("local_window") for s in found] == [6, 4, None, None, None]
     assert with_local_windows(SiteScan(found, ()), 0).sites == sites
 

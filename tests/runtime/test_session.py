@@ -246,13 +246,15 @@ def test_a_model_of_another_kind(tmp_path: Path):
 
 def test_a_snapshot_of_another_model_is_refused(session: OnnxSession):
     kept = session.snapshot()
-    for wrong in (
-        replace(kept, values=(*kept.values[:-1], np.zeros((1, 2, 3), np.float32))),
-        replace(kept, values=kept.values[:-1]),
-        replace(kept, model="0" * 64),
-        replace(kept, length=3),
+    earlier = f"another model: weights {kept.model[:16]} as int8, here {kept.model[:16]}\n.*another version"
+    for wrong, words in (
+        (replace(kept, values=(*kept.values[:-1], np.zeros((1, 2, 3), np.float32))), "its tensors are not those"),
+        (replace(kept, values=kept.values[:-1]), "its tensors are not those"),
+        (replace(kept, model="0" * 64), f"another model: weights {'0' * 16}, here {kept.model[:16]}"),
+        (replace(kept, model=f"{kept.model}-int8"), earlier),
+        (replace(kept, length=3), "its tensors are not those"),
     ):
-        with pytest.raises(ExportError, match="another model"):
+        with pytest.raises(ExportError, match=words):
             session.restore(wrong)
     session.restore(kept)
 
