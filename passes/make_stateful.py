@@ -65,7 +65,7 @@ def make_stateful(
     """The stateful form of a student's (or a teacher's) graph. Parameters are shared with the capture.
 
     verify: compare it in float64, cut into chunks, with the whole-sequence graph (needs a float64 copy of the weights).
-    check_length: tokens of that comparison; windows of up to 600 tokens make it longer.
+    check_length: tokens of that comparison; windows of up to 600 tokens make it longer, up to max_length.
     max_length: the longest sequence: rows of the rotary tables, where a kept core's positions are rotary.
     bounded: whether sites whose window is no longer than max_length forget what it has left behind; attention beside
         a state always does.
@@ -82,7 +82,8 @@ def make_stateful(
         return stateful
     wide = replace(plain, gm=widen_to_float64(plain.gm))
     whole = wide.gm if plain.gm is capture.gm else widen_to_float64(capture.gm)
-    checks = check_chunks(_add_state(wide, sites, max_length, bounded), whole, capture, check_length)
+    longest = check_tokens(max((s.window or 0 for s in scan.sites), default=0), check_length)
+    checks = check_chunks(_add_state(wide, sites, max_length, bounded), whole, capture, min(longest, max_length))
     if bad := [c for c in checks if not c.passed]:
         what = f"{bad[0].name}: {bad[0].measured:.3g} (allowed {bad[0].allowed:.3g}), in float64"
         raise UnsupportedModelError("student", what, "only attention cores may read across time")
@@ -131,16 +132,24 @@ def check_tokens(longest_window: int, least: int = 24) -> int:
     return max(min(longest_window + 3, 600) if longest_window else 0, least)
 
 
+def cuts(length: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Chunks of these sizes, as far as they go in so many tokens, and one of what is left."""
+    chunks: list[int] = []
+    for size in sizes:
+        if sum(chunks) + size < length:
+            chunks.append(size)
+    return (*chunks, length - sum(chunks))
+
+
 def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture, length: int = 24) -> tuple[Check, ...]:
-    """Chunked against whole-sequence logits, both graphs in float64, relative to the largest logit."""
-    longest = max((layer.window or 0 for layer in stateful.layers), default=0)
+    """Chunked against whole-sequence logits of so many tokens, both in float64, relative to the largest logit."""
     gen = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, capture.vocab_size, (2, check_tokens(longest, length)), generator=gen)
+    ids = torch.randint(0, capture.vocab_size, (2, length), generator=gen)
     with torch.no_grad():
         exact = whole(*capture.inputs(ids))
     largest = _largest(exact).clamp_min(1e-30)
     checks = []
-    for chunks in ((ids.shape[1] - 2, 1, 1), (1, 3, 17, ids.shape[1] - 21)):
+    for chunks in ((length - 2, 1, 1), cuts(length, (1, 3, 17))):
         errors, rest = [], exact
         for logits, _ in _each_chunk(stateful, ids, chunks, None, torch.float64):
             errors.append(_largest(logits.sub_(rest[:, : logits.shape[1]])))

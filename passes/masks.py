@@ -152,8 +152,9 @@ def _constants(capture: Capture, mask: Node) -> tuple[set[int], set[int]]:
 def probe_mask(capture: Capture, mask: Node) -> MaskFacts:
     """Evaluates the mask at short lengths, at its tables' sizes and at one beyond every constant of its sub-graph."""
     consts, sizes = _constants(capture, mask)
-    second, far = sorted([0, 0, *(c for c in consts if c <= MAX_PROBE)])[-2:]
-    beyond = {far + 3, far + second + 3} if far >= SHORT - 2 else set()  # a window, and one behind the first tokens
+    far = max((c for c in consts if c <= MAX_PROBE), default=0)
+    first = max((c for c in consts if c < far and far + c <= MAX_PROBE), default=0)
+    beyond = {far + 3, far + first + 3} if far >= SHORT - 2 else set()  # a window, and one behind the first tokens
     facts, why = None, ""
     for length in sorted({SHORT, LONG, *sizes} | beyond):
         try:

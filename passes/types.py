@@ -100,6 +100,7 @@ class AttentionSite:
 
     def summary(self) -> dict[str, Any]:
         """The facts that a user sees, as plain JSON values."""
+        where_set = {"first": self.first, "local_window": self.local, "local_first": self.local_first}
         return {
             "layer": self.index,
             "module": self.layer,
@@ -112,15 +113,7 @@ class AttentionSite:
             "scores": self.scores,
             "rope": self.rope,
             "causal": self.proof,
-        } | {
-            name: tokens
-            for name, tokens in {
-                "first": self.first,
-                "local_window": self.local,
-                "local_first": self.local_first,
-            }.items()
-            if tokens
-        }
+        } | {name: value for name, value in where_set.items() if value}
 
 
 @dataclass(frozen=True)

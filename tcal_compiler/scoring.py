@@ -19,12 +19,12 @@ from .errors import ConfigError
 from .passes.budget import Costs
 from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, choose_jointly, scored_by
 from .passes.graph import move_to
-from .passes.types import Plan
+from .passes.types import Plan, SiteScan
 from .progress import Progress
 from .recorded import reading
 from .resume import resuming
 from .runtime.distill import distill
-from .runtime.distill_checks import check_short
+from .runtime.distill_checks import check_short, check_train
 from .runtime.manifest import hash_json
 from .runtime.run_folder import RunFolder, Stage
 from .runtime.score_sites import SiteScore, Trials, initial_student, score_sites
@@ -39,16 +39,19 @@ if TYPE_CHECKING:
     from .source import Source
 
 
-def check_distilled_sets(config: Config) -> None:
+def check_distilled_sets(config: Config, scan: SiteScan) -> None:
     """Raises ConfigError when the sets of kl cannot be distilled for score.distill_steps, or would be on the test."""
-    score, calib = config.score, config.calib
-    if scored_by(config.policy or DEFAULT_POLICY) != JOINT or not score.distill_steps:
+    score, calib, policy = config.score, config.calib, config.policy or DEFAULT_POLICY
+    if scored_by(policy) != JOINT or not score.distill_steps:
         return
     if score.sequences > calib.holdout:
         what = f"is {score.distill_steps}, on {score.sequences - calib.holdout} of the {score.sequences} sequences too "
         what += f"that sets are measured on (score.sequences): {calib.holdout} are held out"
         raise ConfigError("score.distill_steps", what, f"calib.holdout = {score.sequences}, or 0 steps")
-    check_short(config.distill.trial(score.distill_steps), calib.length)
+    trial = config.distill.trial(score.distill_steps)
+    check_short(trial, calib.length)
+    if budget_of(scan, policy).count == 0:
+        check_train(trial, Plan((), tuple(s.index for s in scan.sites), policy))
 
 
 class Scoring:

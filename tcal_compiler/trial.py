@@ -283,10 +283,10 @@ class Trial:
             score_held_out(self.student.gm, self.source.capture, self.sample[self.take :])
         with self.meter() as program:
             exported = self.student.export()
-        with self.meter() as graph:
-            run = exported.module()
-            flat = capture_program(exported, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
         longest, bounded = context_length(config, self.source.teacher.info), config.bounded_windows
+        with self.meter() as graph:
+            run, shapes = exported.module(), ((2, min(24, longest)), (1, 1))
+            flat = capture_program(exported, teacher=run, implementation="student", shapes=shapes)
         with self.meter() as plain:
             unchecked = make_stateful(flat, verify=False, max_length=longest, bounded=bounded)
         with self.meter() as checked:

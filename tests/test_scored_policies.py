@@ -106,6 +106,8 @@ def test_sets_that_cannot_be_distilled_are_refused_before_anything_is_measured(t
         ("distill_steps = 3\n[distill]\nshort_length = 9", ("distill.short_length", "9")),
     ):
         refused(plan(out, "kl:1", score=asked + "\n"), "ConfigError", *words)
+    asked = 'distill_steps = 3\n[distill]\ntrain = "attention"\n'
+    refused(plan(out, "kl:0", score=asked), "ConfigError", "distill.train", "keeps no softmax site")
     assert not out.exists()
 
 

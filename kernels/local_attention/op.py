@@ -14,55 +14,23 @@ from .step import WindowRows, window_rows_reference, window_step_reference
 SHAPES = Shapes(
     "window_step", "q [B,H,T,Dk], k [B,K,T,Dk], v [B,K,T,Dv], past [B,N,C]", positive=("T",), groups=("H", "K")
 )
+_SIZES = {"window": "int", "first": "bool", "slots": "int", "front": "bool", "heads": "int", "kv_heads": "int"}
 _ROWS = ", ".join(["Tensor"] * len(WindowRows._fields))
 
 
 @torch.library.custom_op(
     "tcal::window_rows",
     mutates_args=(),
-    schema="(Tensor tokens, Tensor past_lengths, Tensor new_lengths, Tensor like, int window, bool first, int slots, "
-    f"bool front, int heads, int kv_heads) -> ({_ROWS})",
+    schema="(Tensor tokens, Tensor past_lengths, Tensor new_lengths, Tensor like, "
+    f"{', '.join(f'{kind} {name}' for name, kind in _SIZES.items())}) -> ({_ROWS})",
 )
-def _rows(
-    tokens: Tensor,
-    past_lengths: Tensor,
-    new_lengths: Tensor,
-    like: Tensor,
-    window: int,
-    first: bool,
-    slots: int,
-    front: bool,
-    heads: int,
-    kv_heads: int,
-) -> Any:
-    return window_rows_reference(
-        tokens,
-        past_lengths,
-        new_lengths,
-        like,
-        window=window,
-        first=first,
-        slots=slots,
-        front=front,
-        heads=heads,
-        kv_heads=kv_heads,
-    )
+def _rows(tokens: Tensor, past_lengths: Tensor, new_lengths: Tensor, like: Tensor, *sizes: Any) -> Any:
+    return window_rows_reference(tokens, past_lengths, new_lengths, like, **dict(zip(_SIZES, sizes, strict=True)))
 
 
 @_rows.register_fake
-def _(
-    tokens: Tensor,
-    past_lengths: Tensor,
-    new_lengths: Tensor,
-    like: Tensor,
-    window: int,
-    first: bool,
-    slots: int,
-    front: bool,
-    heads: int,
-    kv_heads: int,
-) -> Any:
-    batch, length = tokens.shape
+def _(tokens: Tensor, past_lengths: Tensor, new_lengths: Tensor, like: Tensor, *sizes: Any) -> Any:
+    (batch, length), (_, _, slots, _, heads, kv_heads) = tokens.shape, sizes
     new_size = torch.library.get_ctx().new_dynamic_size  # of T these sizes would be no simple function
     blocks, inner, keys = new_size(min=1), new_size(min=1), new_size(min=1)
 

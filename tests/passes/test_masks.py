@@ -74,6 +74,28 @@ def test_a_window_behind_first_tokens_that_hides_nothing_at_the_usual_lengths():
     assert (facts.window, facts.first) == (600, 5)
 
 
+def test_no_mask_is_evaluated_far_beyond_the_limit(monkeypatch):
+    from tiny_models import CORES, window_and_first
+
+    from tcal_compiler.passes import masks
+
+    lengths: list[int] = []
+
+    class Counted(Evaluator):
+        def __init__(self, capture, length, *args, **options):
+            lengths.append(length)
+            super().__init__(capture, length, *args, **options)
+
+    monkeypatch.setattr(masks, "Evaluator", Counted)
+    monkeypatch.setattr(masks, "MAX_PROBE", 900)
+    for window, first, longest in ((800, 500, 803), (800, 90, 893)):
+        name = f"window of {window} and {first}"
+        CORES[name] = window_and_first(window, first)
+        assert probe_mask(*mask_node(name)).kind == "causal"
+        assert max(lengths) == longest
+        lengths.clear()
+
+
 def test_slopes_that_are_rounded_are_seen_further_out():
     from tiny_models import CORES, distances, sdpa
 

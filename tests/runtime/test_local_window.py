@@ -274,3 +274,18 @@ def test_in_profile_cuda_they_are_float16_as_caches_are(tmp_path: Path):
     windows = [kind for name, kind in states.items() if name.endswith(".conv_state")]
     assert windows == [onnx.TensorProto.FLOAT16] * 6
     assert states["past_key_values.0.recurrent_state"] == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_kept_core_that_sees_a_window_and_the_first_tokens_is_exported(tmp_path: Path, bounded: bool):
+    capture, _ = scanned("window and first")
+    stateful = make_stateful(capture, max_length=64, bounded=bounded)
+    assert {(layer.window, layer.first, layer.held) for layer in stateful.layers} == {(5, 2, 6 if bounded else None)}
+    artifact = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info={"context_length": 64})
+
+    def whole(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return capture.gm(*capture.inputs(ids))
+
+    checks = check_parity(artifact, stateful, whole=whole, prompts=[[3, 4, 5, 6, 7, 8, 9, 10]], new_tokens=16)
+    assert all(c.passed for c in checks), [c for c in checks if not c.passed]
