@@ -52,7 +52,7 @@ def variants(name: str, body: dict[str, Any]) -> str:
             cells = [student, context, f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.1f}"]
             cells += [f"{r['speedup_over_first']:.2f}x", f"{r['moved_mb']:.1f}", f"{r['bound_ms']:.2f}"]
             lines.append("| " + " | ".join([*cells, f"{r['share_of_bound']:.2f}"]) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 
 def runtimes(name: str, body: dict[str, Any]) -> str:

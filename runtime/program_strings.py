@@ -38,6 +38,7 @@ _FUNCTIONS = frozenset(
     )
 )
 _NAMES = {"true", "false", "oo", "int_oo", "zoo", "True", "False"}
+_LEAST = ("min", "max")
 _MOST_NODES = 10_000
 _OPERATORS = (ast.boolop, ast.operator, ast.unaryop, ast.cmpop)
 _NODES = (ast.Expression, ast.Constant, ast.Tuple, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult)
@@ -95,7 +96,10 @@ def is_operator(text: str) -> bool:
 
 
 def is_plain_guard(text: str) -> bool:
-    """Whether text only compares sizes of inputs, such as L['ids'].size()[1] == L['position_ids'].size()[1]."""
+    """Whether text only compares sizes of inputs, such as L['ids'].size()[1] == L['position_ids'].size()[1].
+
+    The least or greatest of some is written as min(...) or max(...).
+    """
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -103,11 +107,12 @@ def is_plain_guard(text: str) -> bool:
     plain = (ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Load, *_OPERATORS)
     for node in nodes:
         if isinstance(node, ast.Call):
-            ok = isinstance(node.func, ast.Attribute) and not node.args and not node.keywords
+            known = isinstance(node.func, ast.Name) and node.func.id in _LEAST
+            ok = not node.keywords and (known or (isinstance(node.func, ast.Attribute) and not node.args))
         elif isinstance(node, ast.Attribute):
             ok = node.attr in ("size", "dim")
         elif isinstance(node, ast.Name):
-            ok = node.id == "L"
+            ok = node.id == "L" or node.id in _LEAST
         elif isinstance(node, ast.Constant):
             ok = isinstance(node.value, int) or (isinstance(node.value, str) and bool(_SYMBOL.fullmatch(node.value)))
         else:
