@@ -222,11 +222,12 @@ def cut_to_read(chunks: int, rows: int, value_dim: int, s: Setting, device: torc
 def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device, *, wide: bool) -> Cut:
     """As many programs as the card runs at once, where there are enough chunks to cut; as measured on an H200.
 
-    wide: the walk back loads more tiles a chunk, so that a processor's shared memory holds one program, not two.
+    wide: the walk back loads more tiles a chunk, so that with float32 a processor's shared memory holds one program.
     """
-    segments = _segments(chunks, rows * cdiv(value_dim, s.value_block), 1 if wide else 2, s, device)
-    narrow = s.dot == tl.bfloat16
-    stages = 3 if narrow and (wide or s.key_block <= 64) else 1 if wide and s.key_block > 64 else s.stages
+    narrow, small = s.dot == tl.bfloat16, s.key_block <= 64
+    large = wide and not narrow
+    segments = _segments(chunks, rows * cdiv(value_dim, s.value_block), 1 if large else 2, s, device)
+    stages = 3 if narrow and small else 1 if large and not small else s.stages
     return Cut(segments, s.value_block, stages, s.warps)
 
 
