@@ -77,15 +77,14 @@ def packed_self_check(device: torch.device, dtype: torch.dtype, key_dim: int, va
 def cases(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> list[Case]:
     """Two query heads on one key head; and a sequence that is cut into segments, where one can be."""
     from .triton_tiles import CHUNK, as_kernels_take, setting_for
-    from .triton_walk import cut_for, cut_to_read, least_cut
+    from .triton_walk import cut_for_states, cut_to_read, least_cut
 
     dims = (key_dim, key_dim, value_dim)
     q, _, v = as_kernels_take(tuple(torch.empty(1, 1, 1, dim, dtype=dtype, device=device) for dim in dims))
     s = setting_for(q, v)
     found = [Case(131, 2, (0, 5, 5, 130, 131) if packed else None)]
     long = least_cut(s) + 1
-    cuts = (cut_to_read(long, 1, value_dim, s, device), cut_for(long, 1, value_dim, s, device, wide=True))
-    if any(cut.segments > 1 for cut in cuts):
+    if any(cut(long, 1, value_dim, s, device).segments > 1 for cut in (cut_to_read, cut_for_states)):
         found.append(Case(CHUNK * long, 1, (0, CHUNK * long) if packed else None))
     return found
 

@@ -1,11 +1,10 @@
-"""Triton backward of the gated delta rule: five steps after the forward's solve and walk are run again.
+"""Triton backward of the gated delta rule: four steps after the forward's solve and walk are run again.
 
 The names are those of `chunked_backward`; q is not scaled in memory, so `scale` is applied where q meets dO.
-1. inward, all chunks: P^T dO                                       -> d_rows [rows, N, C, Dv]
-2. the walk back (`triton_walk_back`): dS behind each chunk, dR in the place of P^T dO
-3. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
-4. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
-5. gates: sums over the parts and along tokens give dg and dbeta
+1. the walk back (`triton_walk_back`): dS behind each chunk, dR
+2. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
+3. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
+4. gates: sums over the parts and along tokens give dg and dbeta
 dk and dv are summed over the query heads of a group in PyTorch. No atomics: results are the same every run.
 """
 
@@ -31,28 +30,10 @@ from .triton_tiles import (
     decay_sums,
     exp32,
     pair_decay,
-    pair_decay_transposed,
     setting_for,
 )
 from .triton_walk import Walk
 from .triton_walk_back import walk_back
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _inward(
-    q, k, g, d_out, d_fresh, chunks, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
-    keys = load_rows(k + h // (H // K) * DK, t0, K * DK, end, 0, DK, C, BK)
-    queries_t = load_columns(q + h * DK, t0, H * DK, end, 0, DK, C, BK)
-    c, _ = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
-    scores_t = dot(keys, queries_t, DOT, PRECISION) * pair_decay_transposed(c, C) * scale
-    for v0 in range(0, DV, BV):
-        grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
-        store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -196,14 +177,10 @@ def gated_delta_rule_triton_backward(
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
     s, layout = setting_for(q, v, tf32=takes_tf32(inputs[0])), layout_of(q, bounds)
-    solved = solve_chunks(q, k, g, beta, layout, s, scores=False)
+    solved = solve_chunks(q, k, g, beta, layout, s, scale=scale, read=False)
     states, fresh, _ = Walk(q, k, v, solved, state, layout, s).states()
-    d_rows = torch.empty_like(fresh)
-    sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
-    blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
-    programs = layout.rows * layout.chunks
-    launch(_inward, programs, q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
-    d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
+    d_rows, d_states, d_start = walk_back(k, d_out, d_state, solved, layout, s)
+    del solved  # what follows needs the memory
     grads = _at_all_chunks((q, k, v, g, beta, d_out), (states, fresh, d_rows, d_states), layout, scale, s)
     *firsts, dg, dbeta = grads
     dq, dk, dv = (_over_group(x, like) for x, like in zip(firsts, inputs[:3], strict=True))
@@ -213,7 +190,7 @@ def gated_delta_rule_triton_backward(
 def _at_all_chunks(
     inputs: tuple[Tensor, ...], walked: tuple[Tensor, ...], layout: Layout, scale: float, s: Setting
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Steps 3 to 5: dq, dk, dv per query head, dg, dbeta."""
+    """Steps 2 to 4: dq, dk, dv per query head, dg, dbeta."""
     q, k, v, g, beta, d_out = inputs
     states, fresh, d_rows, d_states = walked
     rows, num_chunks = layout.rows, layout.chunks

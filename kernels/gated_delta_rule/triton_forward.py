@@ -39,6 +39,6 @@ def gated_delta_rule_triton(
     v_dtype, state_dtype, tf32 = v.dtype, initial_state.dtype, takes_tf32(q)
     q, k, v, g, beta, state = as_kernels_take((q, k, v, g, beta, initial_state))
     s, layout = setting_for(q, v, tf32=tf32), layout_of(q, bounds)
-    solved = solve_chunks(q, k, g, beta, layout, s, scale=scale, scores=True)
+    solved = solve_chunks(q, k, g, beta, layout, s, scale=scale, read=True)
     out, final = Walk(q, k, v, solved, state, layout, s).outputs(scale, v_dtype)
     return out, final.to(state_dtype)

@@ -61,31 +61,37 @@ def _inverse(low, blocks, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _solve(
-    q, k, g, beta, matrices, gates, chunks, scale, T, N, H, K, DK,
+    q, k, g, beta, matrices, gates, scaled, chunks, scale, T, N, H, K, DK,
     C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, SCORES: tl.constexpr,
+    PACKED: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
     kp = k + h // (H // K) * DK
-    to = matrices + pid * (1 + SCORES) * C * C
+    to = matrices + pid * 2 * C * C
     rate = load_gate(beta + h, t0, H, end, C)
     given = load_gate(g + h, t0, H, end, C)  # before what needs it, to wait for all loads at once
     low = tl.zeros((C, C), tl.float32)
     pairs = tl.zeros((C, C), tl.float32)
     for k0 in range(0, DK, BK):
         keys = load_rows(kp, t0, K * DK, end, k0, DK, C, BK)
-        if SCORES:
-            queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
-            pairs += dot(queries, tl.trans(keys), DOT, PRECISION)
+        queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
+        pairs += dot(queries, tl.trans(keys), DOT, PRECISION)
         low += dot(keys, tl.trans(keys), DOT, PRECISION)
     c, last = decay_sums(given, GATE)
     decay = pair_decay(c, C)
-    if SCORES:
-        store_rows(to + C * C, pairs * decay * rate[None, :] * scale, 0, C, C, 0, C, C, C)
+    pairs *= decay * scale
+    fade = exp32(last - c)
+    if READ:
+        pairs *= rate[None, :]
         low *= rate[None, :]
+        fade *= rate
     else:
         low *= rate[:, None]
+        for k0 in range(0, DK, BK):
+            queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK).to(tl.float32) * (exp32(c) * scale)[:, None]
+            store_rows(scaled + pid * C * DK, queries, 0, DK, C, k0, DK, C, BK)
+    store_rows(to + C * C, pairs, 0, C, C, 0, C, C, C)
     blocks = _diagonal(low)
     j = tl.arange(0, 16)
     kept = 1.0 - tl.sum(tl.where(j[:, None] == j[None, :], blocks, 0.0), 2)  # of what each token's key reads
@@ -93,9 +99,8 @@ def _solve(
     bound = last.to(tl.float32) + grown
     gates += pid * 4 * C
     i = tl.arange(0, C)
-    fade = exp32(last - c)
     store_gate(gates, exp32(c), 0, 1, C, C)
-    store_gate(gates + C, fade * rate if SCORES else fade, 0, 1, C, C)
+    store_gate(gates + C, fade, 0, 1, C, C)
     store_gate(gates + 2 * C, rate, 0, 1, C, C)
     store_gate(gates + 3 * C, tl.where(i == 0, exp32(last), bound), 0, 1, C, C)
     x = _inverse(low, blocks, DOT, PRECISION)
@@ -110,20 +115,23 @@ class Solved:
     c_C, and more where |1 - beta k^2| > 1 for some token.
     """
 
-    matrices: Tensor  # with scores T~ and P diag(beta), else T: [rows, N, 2 or 1, C, C]
-    gates: Tensor  # e^c, e^(c_C - c) (with scores times beta), beta, and a row of e^c_C and bounds: [rows, N, 4, C]
+    matrices: Tensor  # to read outputs T~ and P diag(beta), for a backward T and P: [rows, N, 2, C, C]
+    gates: Tensor  # e^c, e^(c_C - c) (to read, times beta), beta, and a row of e^c_C and bounds: [rows, N, 4, C]
+    scaled: Tensor | None  # for a backward, scale e^c q [rows, N, C, Dk]
 
 
 def solve_chunks(
-    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, layout: Layout, s: Setting, *, scale: float = 1.0, scores: bool
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, layout: Layout, s: Setting, *, scale: float, read: bool
 ) -> Solved:
-    """Tensors as `as_kernels_take` returns them; scores: whether P is wanted."""
-    matrices = k.new_empty(layout.rows, layout.chunks, 1 + scores, CHUNK, CHUNK, dtype=s.kept)
+    """Tensors as `as_kernels_take` returns them. read: for the walk that reads outputs, else for a backward."""
+    matrices = k.new_empty(layout.rows, layout.chunks, 2, CHUNK, CHUNK, dtype=s.kept)
     gates = k.new_empty(layout.rows, layout.chunks, 4, CHUNK, dtype=torch.float32)
+    scaled = None if read else k.new_empty(layout.rows, layout.chunks, CHUNK, k.shape[3], dtype=s.kept)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:])
+    filled = (matrices, gates, gates if scaled is None else scaled)
     launch(
-        _solve, layout.rows * layout.chunks, q, k, g, beta, matrices, gates, layout.given(q), scale, *sizes,
-        C=CHUNK, BK=s.solve_keys, DOT=s.dot, GATE=s.gate, PRECISION=s.precision, PACKED=layout.packed, SCORES=scores,
+        _solve, layout.rows * layout.chunks, q, k, g, beta, *filled, layout.given(q), scale, *sizes,
+        C=CHUNK, BK=s.solve_keys, DOT=s.dot, GATE=s.gate, PRECISION=s.precision, PACKED=layout.packed, READ=read,
         num_warps=s.solve_warps, maxnreg=s.solve_registers, num_stages=1,
     )  # fmt: skip
-    return Solved(matrices, gates)
+    return Solved(matrices, gates, scaled)

@@ -40,35 +40,28 @@ def pair_decay(c, C: tl.constexpr):
     return tl.exp2(tl.where(i[:, None] >= i[None, :], (c[:, None] - c[None, :]).to(tl.float32), float("-inf")))
 
 
-@triton.jit
-def pair_decay_transposed(c, C: tl.constexpr):
-    i = tl.arange(0, C)
-    c = c * LOG2_E
-    return tl.exp2(tl.where(i[:, None] <= i[None, :], (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
-
-
 @dataclass(frozen=True)
 class Setting:
     """What the kernels are compiled for."""
 
     key_block: int  # all key columns, a power of two
-    value_block: int  # value columns of one program of a walk
+    value_block: int  # value columns of one program of the walk that stores states
     key_part: int  # key columns of one program of the gradients
     dot: Any  # type of the operands of products
     gate: Any  # type in which g is summed
     precision: str  # of products of float32 operands, as `dot` takes it
     kept: torch.dtype  # of U, W, P, V', dR, states, pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
-    warps: int  # of the walks
+    warps: int  # of the walk that stores states
     pair_warps: int  # of the gradients
     pair_columns: int  # value columns that these take at a time
     solve_warps: int
     solve_registers: int | None  # of a thread at most
     solve_keys: int  # key columns that one product of the solve takes
-    read_columns: int  # value columns of one program of the walk that reads the outputs, and of the ends before it
+    read_columns: int  # value columns of one program of the walk that reads the outputs and of the walk back
     read_stages: int
     read_warps: int
-    read_programs: int  # of that walk that a processor runs at once, as its shared memory holds them
+    read_programs: int  # of these walks that a processor runs at once, as its shared memory holds them
 
     def blocks(self, columns: int) -> dict[str, Any]:
         """The constexpr arguments that the kernels of the gradients share."""

@@ -68,7 +68,7 @@ def load_gates(gates, C: tl.constexpr):
 def _chunk(
     state, kp, vp, inverse, into, fade, rate, keep, t0, v0, columns, T, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    SCORES: tl.constexpr,
+    READ: tl.constexpr,
 ):  # fmt: skip
     """V' of a chunk (SCORES: Y), [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are, the
     others being zero."""
@@ -76,7 +76,7 @@ def _chunk(
     values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV)
     solve = load_columns(inverse, 0, C, C, 0, C, C, C)
     seen = dot(state, tl.trans(keys), DOT, PRECISION) * into[None, :]
-    if SCORES:
+    if READ:
         new = dot(values, solve, DOT, PRECISION) - dot(seen, solve, DOT, PRECISION)
     else:
         new = dot((values.to(tl.float32) - seen) * rate[None, :], solve, DOT, PRECISION)
@@ -114,7 +114,7 @@ def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.con
 def _ends(
     k, v, matrices, gates, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV) + tl.cdiv(DK, BV)
     pid = tl.program_id(0).to(tl.int64)
@@ -129,8 +129,8 @@ def _ends(
     for n in tl.range(first, last, num_stages=STAGES):
         into, fade, rate, keep = load_gates(gates + (at + n) * 4 * C, C)
         _, state = _chunk(
-            state, kp, vp, matrices + (at + n) * (1 + SCORES) * C * C, into, fade, rate, keep, n * C, v0, columns,
-            tokens, K, DK, DV, C, BK, BV, DOT, PRECISION, SCORES,
+            state, kp, vp, matrices + (at + n) * 2 * C * C, into, fade, rate, keep, n * C, v0, columns,
+            tokens, K, DK, DV, C, BK, BV, DOT, PRECISION, READ,
         )  # fmt: skip
     if read:
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
@@ -178,7 +178,7 @@ def _walk(
     first = (segment * LENGTH).to(tl.int32)
     for n in tl.range(first, tl.minimum(first + LENGTH, count), num_stages=STAGES):
         at, t0 = at_start + n, n * C
-        inverse = matrices + at * (1 + READ) * C * C
+        inverse = matrices + at * 2 * C * C
         into, fade, rate, keep = load_gates(gates + at * 4 * C, C)
         if READ:
             queries = load_columns(qp, t0, H * DK, tokens, 0, DK, C, BK)
@@ -213,21 +213,18 @@ def least_cut(s: Setting) -> int:
     return SHORTEST * WORTH * max(2, s.read_programs)
 
 
+def cut_for_states(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device) -> Cut:
+    """Of the walk that stores states: as many programs as the card runs at once, where there are enough chunks to cut;
+    as measured on an H200."""
+    segments = _segments(chunks, rows * cdiv(value_dim, s.value_block), 2, s, device)
+    stages = 3 if s.dot == tl.bfloat16 and s.key_block <= 64 else s.stages
+    return Cut(segments, s.value_block, stages, s.warps)
+
+
 def cut_to_read(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device) -> Cut:
-    """As `cut_for`, of the walk that reads the outputs, whose fields are its own."""
+    """Of the walk that reads the outputs, and of the walk back, which has as much to load."""
     segments = _segments(chunks, rows * cdiv(value_dim, s.read_columns), s.read_programs, s, device)
     return Cut(segments, s.read_columns, s.read_stages, s.read_warps)
-
-
-def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device, *, wide: bool) -> Cut:
-    """As many programs as the card runs at once, where there are enough chunks to cut; as measured on an H200.
-
-    wide: the walk back loads more tiles a chunk, so that a processor's shared memory holds one program, not two.
-    """
-    segments = _segments(chunks, rows * cdiv(value_dim, s.value_block), 1 if wide else 2, s, device)
-    narrow = s.dot == tl.bfloat16
-    stages = 3 if narrow and (wide or s.key_block <= 64) else 1 if wide and s.key_block > 64 else s.stages
-    return Cut(segments, s.value_block, stages, s.warps)
 
 
 def _segments(chunks: int, programs: int, at_once: int, s: Setting, device: torch.device) -> int:
@@ -280,7 +277,7 @@ class Walk:
         """
         lay, cuts = self.layout, self.layout.cuts(cut.segments)
         sizes = (lay.tokens, lay.chunks, cuts.length, cuts.each, lay.heads, *self.k.shape[2:], self.v.shape[3])
-        starts = self.state if cuts.total == lay.sequences else self._starts(cut, cuts, sizes, scores=read)
+        starts = self.state if cuts.total == lay.sequences else self._starts(cut, cuts, sizes, read=read)
         final = torch.empty_like(self.state)
         x = self.solved
         programs = cuts.total * lay.heads * cdiv(self.v.shape[3], cut.columns)
@@ -290,13 +287,13 @@ class Walk:
         )  # fmt: skip
         return final
 
-    def _starts(self, cut: Cut, cuts: Cuts, sizes: tuple[int, ...], *, scores: bool) -> Tensor:
+    def _starts(self, cut: Cut, cuts: Cuts, sizes: tuple[int, ...], *, read: bool) -> Tensor:
         """The true start of every segment, [segments, H, Dk, Dv]."""
         x, (key_dim, value_dim) = self.solved, sizes[-2:]
         ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
         programs = cuts.total * self.layout.heads * (cdiv(value_dim, cut.columns) + cdiv(key_dim, cut.columns))
-        read = (self.k, self.v, x.matrices, x.gates, self.state)
-        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, SCORES=scores, **self._blocks(cut))
+        given = (self.k, self.v, x.matrices, x.gates, self.state)
+        launch(_ends, programs, *given, ends, cuts.given(self.k), *sizes, READ=read, **self._blocks(cut))
         return join(self.state, ends, cuts, self.s)
 
     def _blocks(self, cut: Cut) -> dict[str, Any]:
@@ -308,7 +305,7 @@ class Walk:
         lay, s, value_dim = self.layout, self.s, self.v.shape[3]
         states = self.k.new_empty(lay.rows, lay.chunks, self.k.shape[3], value_dim, dtype=s.kept)
         fresh = self.k.new_empty(lay.rows, lay.chunks, CHUNK, value_dim, dtype=s.kept)
-        cut = cut_for(lay.longest, lay.whole_rows, value_dim, s, self.k.device, wide=False)
+        cut = cut_for_states(lay.longest, lay.whole_rows, value_dim, s, self.k.device)
         return states, fresh, self.run(cut, states, fresh, states, 1.0, read=False)
 
     def outputs(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

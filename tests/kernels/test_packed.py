@@ -210,8 +210,8 @@ def test_kernels_in_the_interpreter(lengths, heads, segments, monkeypatch):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
 
     cut = triton_walk.Cut(segments=segments, columns=16, stages=1)
-    for each in ("cut_for", "cut_to_read"):
-        monkeypatch.setattr(triton_walk, each, lambda *_, **__: cut)
+    for each in ("cut_for_states", "cut_to_read"):
+        monkeypatch.setattr(triton_walk, each, lambda *_: cut)
     args = make_packed(lengths, (heads, 1, 8, 8), torch.float32, decay=0.05)
     with interpreter_or_skip():
         actual = kernels(lengths, args, "cpu")

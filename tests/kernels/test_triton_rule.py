@@ -71,8 +71,8 @@ def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
 
     args = make_args((1, 300, 2, 1, 24, 40), torch.float32, decay=0.05)
-    monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: triton_walk.Cut(segments=3, columns=16, stages=1))
-    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for)
+    monkeypatch.setattr(triton_walk, "cut_for_states", lambda *_: triton_walk.Cut(segments=3, columns=16, stages=1))
+    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for_states)
     with interpreter_or_skip():
         actual = results(args, device="cpu")
     exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
@@ -94,8 +94,8 @@ def test_segments_forget_what_no_state_remembers(growth, monkeypatch):
     if growth:
         k, beta = k[:, :1].expand_as(k) * (1 + math.exp(growth)) ** 0.5, torch.ones_like(beta)
     args = [q, k, v, g, beta, state]
-    monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: triton_walk.Cut(segments=2, columns=16, stages=1))
-    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for)
+    monkeypatch.setattr(triton_walk, "cut_for_states", lambda *_: triton_walk.Cut(segments=2, columns=16, stages=1))
+    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for_states)
     with interpreter_or_skip():
         actual = results(args, device="cpu")
     exact = with_gradients(reference, exactly(args))
@@ -137,7 +137,7 @@ def test_another_length_compiles_nothing():
     from tcal_compiler.kernels.gated_delta_rule import triton_backward, triton_solve
 
     here = torch.cuda.current_device()
-    kernels = (triton_solve._solve, *(getattr(triton_backward, f"_{n}") for n in ("inward", "pairs", "keys", "gates")))
+    kernels = (triton_solve._solve, *(getattr(triton_backward, f"_{n}") for n in ("pairs", "keys", "gates")))
     found = []
     for shape in ((1, 130, 2, 1, 32, 32), (3, 1024, 16, 4, 32, 32), (2, 17, 6, 2, 32, 32)):
         results(make_args(shape, torch.bfloat16), device="cuda")
