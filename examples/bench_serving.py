@@ -3,16 +3,18 @@
     python examples/bench_serving.py --onnx teacher=run-all --onnx hybrid=run --torch teacher=smollm2 \
         --llama teacher=smollm2.gguf --dtypes fp32 int8 --contexts 128 1024 8192 32768 --batches 1 8 --json out.json
 
---onnx NAME=RUN is a run folder, in ONNX Runtime; --torch NAME=FOLDER a transformers model, in PyTorch with its KV
-cache; --llama NAME=FILE a GGUF file, in llama.cpp (package xllamacpp). Everything runs on --threads threads, every row
-in a process of its own, whose peak memory is given. The state behind a context is filled with one small number, because
-neither time depends on the values; decode is the median of single-token steps, prefill the time of one chunk whose last
-token is the context's last. llama.cpp cannot be given a state: it prefills the whole context, so its prefill figure is
-an average over it; it has one row only, and is left out beyond --llama-longest. Beyond an ONNX student's own context
-its rotary tables are repeated. A state of more than --most-state-gb is not tried. Beside a decode step of an ONNX
-student stands the least time in which one thread reads the bytes that it needs, at the speed that is measured behind
-it: all weights but embedding tables, caches of the context, recurrent states both ways. --pages huge lets glibc ask
-for memory in pages of 2 MB.
+--onnx NAME=RUN is a run folder, in ONNX Runtime; --torch NAME=PATH a transformers folder or a GGUF file, whose weights
+are widened, in PyTorch with its KV cache; --llama NAME=FILE a GGUF file, in llama.cpp (package xllamacpp). Everything
+runs on --threads threads, every row in a process of its own, whose peak memory is given. The state behind a context is
+filled with one small number, because neither time depends on the values; decode is the median of single-token steps,
+prefill the time of one chunk whose last token is the context's last. llama.cpp cannot be given a state: it prefills the
+whole context, so its prefill figure is an average over it; it has one row only, and is left out beyond --llama-longest.
+With --llama-slots FOLDER what it remembers behind a context is saved there, and restored where it is there already, so
+that decode can be measured later; then no prefill is given. Beyond an ONNX student's own context its rotary tables are
+repeated, and a GGUF file's is raised in a copy. A state of more than --most-state-gb is not tried.
+Beside a decode step of an ONNX student stands the least time in which one thread reads the bytes that it needs, at the
+speed that is measured behind it: all weights but embedding tables, caches of the context, recurrent states both ways.
+--pages huge lets glibc ask for memory in pages of 2 MB.
 
 --provider CUDAExecutionProvider measures on a GPU, with onnxruntime-gpu: students and teachers of profile cuda as they
 were exported, and --torch in float16. State and logits stay there, peak memory is what the whole card holds, CUDA's own
@@ -30,13 +32,13 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.quantize import WEIGHT_TYPES, quantize
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.speed import FILL, decode_seconds, go_behind, prefill_seconds
+from tcal_compiler.runtime.teacher import load_teacher
 
 ROOM = 8  # positions behind the context, at least, for warming up
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read when a process starts
@@ -96,7 +99,7 @@ def device_row(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def card_row(job: dict[str, Any]) -> dict[str, Any]:
-    """The card's name and the bytes it reads or writes a second in copies of 2 GB, the best of ten."""
+    """Name and UUID of the card that CUDA gives, and the bytes a second in copies of 2 GB, the best of ten."""
     import torch
 
     block, best = torch.ones(1 << 29, device="cuda"), 0.0
@@ -108,7 +111,8 @@ def card_row(job: dict[str, Any]) -> dict[str, Any]:
 
     for _ in range(10):
         best = max(best, 2 * block.nbytes / timed(copy))
-    return {"device": torch.cuda.get_device_name(), "reads": best}
+    card = torch.cuda.get_device_properties()
+    return {"device": card.name, "card": f"GPU-{card.uuid}", "reads": best}
 
 
 def check_room(job: dict[str, Any], state: int) -> None:
@@ -119,11 +123,13 @@ def check_room(job: dict[str, Any], state: int) -> None:
 
 def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     torch.set_num_threads(job["threads"])
-    device, dtype = ("cuda", torch.float16) if job["on_card"] else ("cpu", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype).to(device).eval()
+    device, dtype = ("cuda", torch.float16) if job["card"] else ("cpu", torch.float32)
+    model: Any = load_teacher(job["path"]).module
+    for weight in model.to(device).parameters():  # and no buffers, which from_pretrained leaves in float32 too
+        weight.data = weight.data.to(dtype)
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     batch, context, chunk = job["batch"], job["context"], min(job["chunk"], job["context"])
@@ -139,7 +145,7 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
     def feed(past: DynamicCache, count: int) -> None:
         ids = torch.ones(batch, count, dtype=torch.long, device=device)
         model(input_ids=ids, past_key_values=past, use_cache=True)
-        if job["on_card"]:
+        if job["card"]:
             torch.cuda.synchronize()
 
     with torch.no_grad():
@@ -156,16 +162,46 @@ def torch_row(job: dict[str, Any]) -> dict[str, Any]:
 def llama_row(job: dict[str, Any]) -> dict[str, Any]:
     import xllamacpp
 
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = job["path"], job["context"] + job["steps"] + ROOM, 1
+    params, context, slots = xllamacpp.CommonParams(), job["context"], job["llama_slots"]
+    params.model.path, params.n_ctx, params.n_parallel = job["path"], context + job["steps"] + ROOM, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
+    params.slot_save_path = slots and f"{slots}/"
     server = xllamacpp.Server(params)
-    ids = [100 + i % 1000 for i in range(job["context"])]
-    asked = {"prompt": ids, "n_predict": job["steps"], "temperature": 0, "ignore_eos": True}
-    found = server.handle_completions(asked)["timings"]
-    assert found["prompt_n"] == job["context"], found
+    name = f"{Path(job['path']).stem}-{context}.slot"
+    known = bool(slots) and Path(slots, name).is_file()
+    if known:
+        llama_slot(server, "restore", name)
+    ids = [100 + i % 1000 for i in range(context)]
+    asked = {"prompt": ids, "n_predict": job["steps"], "temperature": 0, "ignore_eos": True, "id_slot": 0}
+    answer = server.handle_completions(asked)
+    found = answer.get("timings") or sys.exit(json.dumps(answer))
+    assert (found["prompt_n"], found["cache_n"]) == ((1, context - 1) if known else (context, 0)), found
+    if slots and not known:
+        llama_slot(server, "save", name)
     step = found["predicted_ms"] / found["predicted_n"] / 1e3
-    return measured(job, found["prompt_ms"] / 1e3, job["context"], step)
+    row = measured(job, found["prompt_ms"] / 1e3, context, step)
+    return {k: v for k, v in row.items() if not (known and k == "prefill_tokens_per_s")}
+
+
+def llama_slot(server: Any, action: str, name: str) -> None:
+    """Saves or restores what llama.cpp remembers; the name is within its folder of slots."""
+    url, body = f"{server.listening_address}/slots/0?action={action}", json.dumps({"filename": name}).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"})) as answer:
+        assert answer.status == 200, answer.read()
+
+
+def gguf_for_contexts(source: Path, folder: Path, positions: int) -> Path:
+    """The GGUF file, or a copy that says that it takes so many positions: llama.cpp takes no more than it says."""
+    import gguf
+
+    field = "{}.context_length".format(gguf.GGUFReader(source).get_field("general.architecture").contents())
+    if gguf.GGUFReader(source).get_field(field).contents() >= positions:
+        return source
+    folder.mkdir()
+    copy = Path(shutil.copyfile(source, folder / source.name))
+    told = gguf.GGUFReader(copy, "r+").get_field(field)
+    told.parts[told.data[0]][0] = positions
+    return copy
 
 
 def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> dict[str, Any]:
@@ -174,13 +210,18 @@ def measured(job: dict[str, Any], prefill: float, chunk: int, step: float) -> di
         "prefill_tokens_per_s": batch * chunk / prefill,
         "decode_ms": 1e3 * step,
         "decode_tokens_per_s": batch / step,
-        "peak_mb": card_mb() if job["on_card"] else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_mb": card_mb(job["card"]) if job["card"] else process_mb(),
     }
 
 
-def card_mb() -> float:
-    """What the first card that this process sees holds now: neither runtime gives memory back while it runs."""
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+def process_mb() -> float:
+    """The peak of this program; getrusage would count what its parent held when it started it."""
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return float(peak.split()[1]) * 1.024e-3
+
+
+def card_mb(card: str) -> float:
+    """What a card holds now, other processes included: neither runtime gives memory back while it runs."""
     asked = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 1.048576
 
@@ -226,10 +267,12 @@ def jobs(args: argparse.Namespace, work: Path, card: dict[str, Any] | None = Non
             folder = for_contexts(Path(path) / "onnx", work / f"{name}-{dtype}", dtype, positions)
             known = ("onnx", f"{name} {dtype}") if args.provider is None else ("device", name)
             models.append((f"{known[1]}, ONNX Runtime", known[0], str(folder)))
-    for kind, title, items in (("torch", "PyTorch", args.torch), ("llama", "llama.cpp", args.llama)):
-        models += [(f"{name}, {title}", kind, path) for name, path in (item.split("=", 1) for item in items)]
-    common = {k: getattr(args, k) for k in ("steps", "chunk", "threads", "most_state_gb", "provider")}
-    common |= {"on_card": card is not None, "card_reads": (card or {}).get("reads")}
+    models += [(f"{name}, PyTorch", "torch", path) for name, path in (item.split("=", 1) for item in args.torch)]
+    for name, path in (item.split("=", 1) for item in args.llama):
+        file = gguf_for_contexts(Path(path), work / f"{name}-gguf", positions)
+        models.append((f"{name}, llama.cpp", "llama", str(file)))
+    common = {k: getattr(args, k) for k in ("steps", "chunk", "threads", "most_state_gb", "provider", "llama_slots")}
+    common |= {"card": card and card["card"], "card_reads": card and card["reads"]}
     pages = {"normal": (False,), "huge": (True,), "both": (False, True)}[args.pages]
     rows = [
         common
@@ -256,6 +299,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--pages", choices=["normal", "huge", "both"], default="normal")
     p.add_argument("--most-state-gb", type=float, default=4.0)
     p.add_argument("--llama-longest", type=int, default=8192)
+    p.add_argument("--llama-slots", help="folder of what llama.cpp remembers behind a context, to go on from")
     p.add_argument("--provider", help="of ONNX Runtime: where students of profile cuda run; default: our CPU sessions")
     p.add_argument("--json", type=Path)
     args = p.parse_args()

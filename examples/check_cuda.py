@@ -1,4 +1,5 @@
-"""The student of profile cuda in ONNX Runtime on a GPU: where its nodes run, its KL to the float32 student, its speed.
+"""The student of profile cuda in ONNX Runtime on a GPU: where its nodes run, its KL to the float32 student, its greedy
+tokens beside that one's, its speed.
 
     python examples/check_cuda.py run-cuda --against run --json out.json
     python examples/check_cuda.py run-cuda --against run --provider CPUExecutionProvider    # tries the script itself
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -50,6 +54,24 @@ def divergence(device: DeviceSession, exact: OnnxSession, ids: NDArray[np.int64]
     return float(np.mean(values))
 
 
+def greedy(device: DeviceSession, exact: OnnxSession, prompts: NDArray[np.int64], count: int) -> dict[str, Any]:
+    """Greedy tokens behind each prompt, and how many are the float32 student's up to the first that is not; by how much
+    the float32 logits of two tokens that part differ, at most."""
+    same, margins = 0, []
+    for prompt in prompts:
+        device.reset()
+        exact.reset()
+        fed = prompt
+        for _ in range(count):
+            logits = exact.forward(fed[None])[0, -1]
+            token = int(device.forward(fed[None]).numpy()[0, -1].argmax())
+            if token != (best := int(logits.argmax())):
+                margins.append(float(logits[best] - logits[token]))
+                break
+            fed, same = np.array([token]), same + 1
+    return {"prompts": len(prompts), "tokens": len(prompts) * count, "same": same, "margin": max(margins, default=0.0)}
+
+
 def speeds(device: DeviceSession, context: int, steps: int) -> dict[str, float]:
     """Seconds of a prefill and the median of single-token steps behind it; both after one that warms up."""
     ids = np.arange(context, dtype=np.int64) % 100
@@ -80,6 +102,16 @@ def placement(folder: Path, provider: str) -> dict[str, dict[str, int]]:
     return {name: dict(ops.most_common()) for name, ops in where.items()}
 
 
+def environment(provider: str) -> dict[str, str]:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found = {"machine": platform.machine(), "commit": os.environ.get("TCAL_COMMIT", head)}
+    if provider == CUDA:
+        import torch
+
+        found |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    return found
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path)
@@ -89,13 +121,16 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--sequences", type=int, default=4)
     p.add_argument("--length", type=int, default=128)
+    p.add_argument("--new-tokens", type=int, default=32, help="of each sequence, behind its first 16 tokens")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     folder, exact = args.run / "onnx", OnnxSession(args.against / "onnx")
-    found: dict[str, Any] = {"onnxruntime": ort.__version__, "provider": args.provider}
+    found: dict[str, Any] = {"environment": environment(args.provider), "onnxruntime": ort.__version__}
+    found["provider"] = args.provider
     found["nodes"] = placement(folder, args.provider)
     device = DeviceSession(folder, args.provider)
-    found["kl"] = divergence(device, exact, text_ids(args.against / "onnx", TEXT, args.sequences, args.length))
+    ids = text_ids(args.against / "onnx", TEXT, args.sequences, args.length)
+    found["kl"], found["greedy"] = divergence(device, exact, ids), greedy(device, exact, ids[:, :16], args.new_tokens)
     found["contexts"] = {str(c): speeds(device, c, args.steps) for c in args.contexts}
     print(json.dumps(found, indent=1))
     if args.json:

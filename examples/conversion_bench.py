@@ -6,13 +6,14 @@ import argparse
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import published_recipe
 import torch
-from conversion_schedule import RECIPES, Schedule, Start, align_config
+from conversion_schedule import NO_TRIAL, RECIPES, Schedule, Start, Trial, align_config, distill_config
 from torch import Tensor
 
 from tcal_compiler.passes.choose import FORWARD, JOINT, RULES, candidates, choose, choose_jointly, scored_by
@@ -23,7 +24,6 @@ from tcal_compiler.passes.types import Capture, Plan, SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.capture_teacher import capture_teacher
-from tcal_compiler.runtime.config import DistillConfig
 from tcal_compiler.runtime.data import (
     check_not_calibrated,
     count_rows,
@@ -64,13 +64,15 @@ class Bench:
         move_to(self.capture.gm, self.device)
         calib = CalibrationText((TextSource(Path(args.calib)),), args.repeats)
         self.ids = calib.sequences(tokenizer, count=args.sequences + args.holdout, length=args.length)
+        self.counts = torch.ones(len(self.ids), args.length - 1, dtype=torch.bool)
         self.kept = args.init_sequences or args.sequences
         self.seen = {args.calib: text_sha256(args.calib)}, {args.calib: paragraph_hashes(args.calib)}
         self.texts = dict(self._text(item, tokenizer) for item in args.eval)
         self.tasks: list[Task] = self.timed("tasks", lambda: self._tasks(tokenizer))
         self._ranks: dict[str, dict[int, float]] = {}
-        self._set_scores: dict[int, SetScores] = {}
+        self._set_scores: dict[tuple[int, Trial], SetScores] = {}
         self.candidates: dict[str, list[dict[str, Any]]] = {}
+        self.on_candidate: Callable[[], None] = lambda: None  # when one of these was measured
         self._scratch = tempfile.TemporaryDirectory()
 
     def timed(self, what: str, call: Any) -> Any:
@@ -128,31 +130,46 @@ class Bench:
         return self._ranks[name]
 
     def _joint_plan(self, policy: str) -> Plan:
-        """Every candidate's KL is kept, as initialised and after four times the steps too: the choice uses neither."""
+        """Of every candidate the KL is kept that it has after each of --score-distill-steps, of which the first counts;
+        without any, after those of alignment, of which there are none or four times as many too.
+        """
         ranks, steps = {rule: self._scores(rule) for rule in RULES}, self.args.score_align_steps
-        sets = {n: self._sets(n) for n in (0, steps, 4 * steps)}
+        asked = self.args.score_distill_steps
+        sets = {str(n): self._sets(n) for n in ((steps,) if asked else (0, steps, 4 * steps))}
+        sets |= {f"{steps}+{t.name}": self._sets(steps, t) for t in asked}
+        decides = self._sets(steps, *asked[:1])
+        rows = self.candidates[policy] = [
+            {"rule": rule, "keep": list(keep), "kl": {}} for rule, keep in candidates(self.scan, policy, ranks).items()
+        ]
 
         def measured() -> Plan:
-            self.candidates[policy] = [
-                {"rule": rule, "keep": list(keep), "kl": {str(n): s.kl(keep) for n, s in sets.items()}}
-                for rule, keep in candidates(self.scan, policy, ranks).items()
-            ]
-            return choose_jointly(self.scan, policy, ranks, sets[steps].kl)
+            for name, scores in sets.items():
+                for row in rows:
+                    row["kl"][name] = scores.kl(tuple(row["keep"]))
+                    self.on_candidate()
+            return choose_jointly(self.scan, policy, ranks, decides.kl)
 
         return self.timed("scores of candidate sets", measured)
 
-    def _sets(self, align_steps: int) -> SetScores:
-        """Scores of sets of sites that were aligned for so many steps."""
-        if align_steps not in self._set_scores:
-            self._set_scores[align_steps] = SetScores(
+    def _sets(self, align_steps: int, trial: Trial = NO_TRIAL) -> SetScores:
+        """Scores of sets of sites that were aligned and then distilled for so many steps."""
+        key = align_steps, trial
+
+        def train(student: Student) -> None:
+            config = trial.config(self.args)
+            distill(student, self.ids, self.counts, train=self.args.sequences, config=config, seed=0)
+
+        if key not in self._set_scores:
+            self._set_scores[key] = SetScores(
                 self.capture,
                 self.scan,
                 self.ids[-RANKED_ON:],
                 initial=lambda: self._aligned(align_steps) if align_steps else self._initial(),
                 batch=self.args.batch,
-                cache=Path(self._scratch.name) / f"sets-{align_steps}.json",
+                cache=Path(self._scratch.name) / f"sets-{align_steps}-{trial.steps}-{trial.warmup}.json",
+                train=train if trial.steps else None,
             )
-        return self._set_scores[align_steps]
+        return self._set_scores[key]
 
     def _aligned(self, steps: int) -> Student:
         student = self._initial()
@@ -337,21 +354,11 @@ class Arms:
 
     def distilled(self, student: Student, schedule: Schedule) -> Student:
         """The student after distillation on the sequences that it was aligned on; every prediction counts."""
-        steps, ids = schedule.distill, self.bench.ids
-        rates = {"lr_gdn": self.args.distill_lr_gdn, "lr_other": self.args.distill_lr_other}
-        config = DistillConfig(
-            steps=steps,
-            batch=self.args.distill_batch or self.args.batch,
-            score_every=max(1, steps // 4),
-            teacher_dtype=self.args.distill_dtype,
-            student_dtype=self.args.distill_dtype,
-            compile=self.args.distill_compile,
-            **{k: v for k, v in rates.items() if v is not None},
-        )
-        counts = torch.ones(len(ids), self.args.length - 1, dtype=torch.bool)
+        ids = self.bench.ids
+        config, train = distill_config(self.args, schedule.distill), self.args.sequences
         student, curve = self.bench.timed(
             f"distil {schedule.name}",
-            lambda: distill(student, ids, counts, train=self.args.sequences, config=config, seed=self.seed),
+            lambda: distill(student, ids, self.bench.counts, train=train, config=config, seed=self.seed),
         )
         print("  held-out KL: " + ", ".join(f"{p['kl']:.4f}" for p in curve), flush=True)
         return student

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from tcal_compiler.runtime.config import INIT_PARTS, AlignConfig, InitName, check_parts
+from tcal_compiler.runtime.config import INIT_PARTS, AlignConfig, DistillConfig, InitName, check_parts
 
 RECIPES = ("published", "mended")  # of published_recipe.py
 
@@ -85,3 +85,43 @@ def with_ablations(starts: Iterable[Any], without: list[tuple[str, ...]]) -> lis
 def align_config(args: argparse.Namespace, steps: int, lr_teacher: float | None) -> AlignConfig:
     given = {"lr_new": args.lr_new, "lr_teacher": lr_teacher, "weight_decay": args.weight_decay, "noise": args.noise}
     return AlignConfig(steps=steps, batch=args.batch, **{k: v for k, v in given.items() if v is not None})
+
+
+def distill_config(args: argparse.Namespace, steps: int) -> DistillConfig:
+    rates = {"lr_gdn": args.distill_lr_gdn, "lr_other": args.distill_lr_other}
+    return DistillConfig(
+        steps=steps,
+        batch=args.distill_batch or args.batch,
+        score_every=max(1, steps // 4),
+        teacher_dtype=args.distill_dtype,
+        student_dtype=args.distill_dtype,
+        compile=args.distill_compile,
+        checkpoint_activations=args.distill_recompute,
+        **{k: v for k, v in rates.items() if v is not None},
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Steps of distillation of every candidate set of kl, and of them those of warm-up; by default as the policy has
+    them.
+    """
+
+    steps: int
+    warmup: int | None = None
+
+    @classmethod
+    def list_of(cls, text: str) -> list[Trial]:
+        """ "20,40/20": 20 steps, and 40 with 20 of warm-up."""
+        return [cls(*map(int, part.split("/"))) for part in text.split(",")]
+
+    @property
+    def name(self) -> str:
+        return f"{self.steps}" + ("" if self.warmup is None else f"/{self.warmup}")
+
+    def config(self, args: argparse.Namespace) -> DistillConfig:
+        found = distill_config(args, 1).trial(self.steps)
+        return found if self.warmup is None else found.model_copy(update={"warmup": self.warmup})
+
+
+NO_TRIAL = Trial(0)

@@ -123,6 +123,24 @@ def step_parts(name: str, body: dict[str, Any]) -> str:
     return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 
+def _greedy(body: dict[str, Any]) -> str:
+    if "greedy" not in body:
+        return ""
+    g = body["greedy"]
+    text = f" Of {g['tokens']} greedy tokens behind {g['prompts']} prompts {g['same']} were that student's, "
+    return text + f"counted up to the first other one; there its logits were {g['margin']:.2g} apart at most."
+
+
+def fused(name: str, body: dict[str, Any]) -> str:
+    """examples/fused_step.py."""
+    lines = [f"## {name}\n", machine(body["environment"])]
+    lines += [f"A step behind {body['context']} tokens; each row has the rewrites above it too.", ""]
+    lines += ["| student | rewrite | nodes | ms |", "|---|---|---|---|"]
+    for student, rows in body["fused"].items():
+        lines += [f"| {student} | {r['name']} | {r['nodes']} | {r['ms']:.2f} |" for r in rows]
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
+
+
 def on_device(name: str, body: dict[str, Any]) -> str:
     """examples/check_cuda.py."""
     nodes = {p.removesuffix("ExecutionProvider"): sum(ops.values()) for p, ops in body["nodes"].items()}
@@ -132,7 +150,7 @@ def on_device(name: str, body: dict[str, Any]) -> str:
         f"Profile cuda in ONNX Runtime {body['onnxruntime']} by `examples/check_cuda.py`, one sequence; "
         "nodes of a step: "
         + ", ".join(f"{n} on {p}" for p, n in nodes.items())
-        + f". KL to the float32 student on the CPU {body['kl']:.1e} nats per token.\n",
+        + f". KL to the float32 student on the CPU {body['kl']:.1e} nats per token.{_greedy(body)}\n",
         "| tokens before | prefill, tokens per second | one more token, ms |",
         "|---|---|---|",
     ]

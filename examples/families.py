@@ -31,8 +31,9 @@ from tcal_compiler.passes.capture import capture_program, example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import from_program
-from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful
+from tcal_compiler.passes.make_stateful import make_stateful
 from tcal_compiler.passes.rewrite_gdn import mixer_path
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.passes.types import Capture, SiteScan
 from tcal_compiler.runtime.capture_teacher import capture_teacher
 from tcal_compiler.runtime.config import ExportConfig

@@ -4,8 +4,10 @@
     python examples/generate_genai.py run "The old man" "A" --max-new-tokens 20
     python examples/generate_genai.py run "The old man" "A" --compare --json out.json
 
-onnxruntime-genai takes padding on the right of a batch for padding, and nothing else. --compare counts the tokens that
-differ from those of our own session, of each prompt alone and of all as one padded batch; exits with 1 when any does.
+onnxruntime-genai makes the mask of a batch itself: the pad tokens at the end of a row are padding, all others are not,
+those on the left neither. So `continuations` pads on the right, with a token that none of its prompts ends with;
+`unpadded` gives the prompts of a batch that was padded on any side. --compare counts the tokens that differ from those
+of our own session, of each prompt alone and of all as one padded batch; exits with 1 when any does.
 """
 
 from __future__ import annotations
@@ -20,23 +22,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tcal_compiler.errors import DataError
 from tcal_compiler.runtime.run_folder import RunFolder
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.variants import model_file, require_variant, run_tokenizer
 
 
+def unpadded(ids: NDArray[np.integer], mask: NDArray[np.integer]) -> list[list[int]]:
+    """The prompts in ids [B, T] of a tokenizer that pads on any side: the tokens where mask [B, T] is not 0."""
+    if ids.shape != mask.shape or ids.ndim != 2 or not mask.any(1).all():
+        found = f"ids {ids.shape} with mask {mask.shape}, {[int(r.sum()) for r in mask]} tokens"
+        raise DataError("batch", f"needs a mask of its shape and a token in every row; found {found}", "both [B, T]")
+    return [row[real != 0].tolist() for row, real in zip(ids, mask, strict=True)]
+
+
+def padding_token(vocabulary: int, prompts: Sequence[Sequence[int]]) -> int:
+    """The last token that no prompt ends with; genai takes 32 prompts at most."""
+    ends = {prompt[-1] for prompt in prompts}
+    return next(i for i in reversed(range(vocabulary)) if i not in ends)
+
+
 def continuations(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Greedy continuations of prompts of any lengths, in one batch; a row ends behind the end token, which it keeps."""
+    """Greedy continuations of prompts of any lengths, in one batch; a row ends behind the end token, which it keeps.
+
+    Raises DataError where a student without an end token gives the token that pads, since genai ends the row there.
+    """
     import onnxruntime_genai as genai
 
-    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-    eos, pad = config.get("eos_token_id"), config.get("pad_token_id", 0)
+    given = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    pad, eos = padding_token(given["vocab_size"], prompts), given.get("eos_token_id")
     longest = max(map(len, prompts))
     ids = np.full((len(prompts), longest), pad, np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    model = genai.Model(str(folder))
+    config = genai.Config(str(folder))
+    config.overlay(json.dumps({"model": {"pad_token_id": pad}}))
+    model = genai.Model(config)
     options = genai.GeneratorParams(model)
     options.set_search_options(max_length=longest + count, do_sample=False, batch_size=len(prompts))
     generator = genai.Generator(model, options)
@@ -47,6 +70,8 @@ def continuations(folder: Path, prompts: Sequence[Sequence[int]], count: int) ->
         for row, token in zip(tokens, generator.get_next_tokens(), strict=True):
             if eos is None or eos not in row:
                 row.append(int(token))
+    if eos is None and any(pad in row for row in tokens):
+        raise DataError("onnxruntime-genai", f"ends a row at token {pad}, with which it pads", "tcal generate")
     return tokens
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from conversion_bench import Arms, Bench
-from conversion_schedule import RECIPES, Schedule, Start, with_ablations
+from conversion_schedule import RECIPES, Schedule, Start, Trial, with_ablations
 
 from tcal_compiler.runtime.config import check_parts
 from tcal_compiler.runtime.student import Student, without_linear
@@ -45,6 +45,12 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
     p.add_argument(
         "--score-align-steps", type=int, default=200, help="of every site, before kl and forward measure sets of sites"
+    )
+    p.add_argument(
+        "--score-distill-steps",
+        type=Trial.list_of,
+        default=[],
+        help="of each candidate set of kl; of several, as in 20,40/20 (40, of which 20 are warm-up), the first decides",
     )
     p.add_argument(
         "--init", type=Start.of, action="append", default=[], help="inits to score without a gradient step; repeat"
@@ -96,6 +102,7 @@ def training_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--distill-lr-other", type=float, help="default as in tcal-compile")
     p.add_argument("--distill-dtype", choices=["captured", "bfloat16"], default="captured", help="of products")
     p.add_argument("--distill-compile", action="store_true", help="distill.compile = true")
+    p.add_argument("--distill-recompute", action="store_true", help="distill.checkpoint_activations = true")
 
 
 def scoring_arguments(p: argparse.ArgumentParser) -> None:
@@ -144,6 +151,12 @@ def main() -> None:
     args = arguments()
     args.policy = args.policy or ["uniform:25%"]
     bench, scores, tasks, kept, rate, seconds = Bench(args), {}, {}, {}, None, {}
+
+    def write() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(result(bench, scores, tasks, kept, rate, seconds), indent=1) + "\n")
+
+    bench.on_candidate = write
     for policy in args.policy:
         plan = bench.plan(policy)
         kept[policy] = list(plan.keep)
@@ -155,8 +168,7 @@ def main() -> None:
             seconds |= {f"{before}{n}{behind}": s for n, s in took.items()}
             scores |= bench.timed("evaluation", lambda s=students: bench.score(s))
             tasks |= bench.timed("task evaluation", lambda s=students: bench.score_tasks(s))
-            if args.json:
-                args.json.write_text(json.dumps(result(bench, scores, tasks, kept, rate, seconds), indent=1) + "\n")
+            write()
 
 
 def result(
@@ -171,6 +183,7 @@ def result(
     given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
     given["steps"] = [s.spelled for s in args.steps if not s.start.without]
     given["init"] = [s.name for s in args.init if not s.without]
+    given["score_distill_steps"] = [t.name for t in args.score_distill_steps]
     given["lr_teacher_used"] = rate
     body = {"arguments": given, "kept": kept, "environment": environment(bench.device), "seconds": bench.seconds}
     body |= {"seconds_to_aligned": aligned} if aligned else {}

@@ -6,9 +6,11 @@
 --onnx NAME=RUN is a run folder. Every step is timed without ONNX Runtime's profiler and then with it, which makes all
 nodes slower; a part's time is the sum of the medians of its nodes, and its bytes are the weights, caches or states that
 it must read, recurrent states also written. Then single operators, in models of their own whose weights or caches are
-beyond every cache of the processor: a product with one row in float32 and by blocks of 8-bit weights (--widths), and
-GroupQueryAttention behind the longest context with --heads query heads for each number of key heads that divides them,
-beside its two products as MatMul, one row for each query head of a group.
+beyond every cache of the processor: a product with one row in float32, by blocks of 8-bit weights (--widths) and, as
+MatMulIntegerToFloat, with one scale for each output; and GroupQueryAttention behind the longest context with --heads
+query heads for each number of key heads that divides them, in float32 and on int8 caches, beside its two products as
+MatMul, one row for each query head of a group; its scores with the keys as left operand, a column for each query; its
+values from a cache that is transposed; and a copy of one cache, as a plain operator would need of one that is not full.
 All on --threads threads; run it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for pages of 2 MB.
 """
 
@@ -84,11 +86,21 @@ def median_seconds(call: Callable[[], Any], count: int = 15) -> float:
 
 
 def product(width: int, out: int, block: int | None, threads: int) -> dict[str, float]:
-    """[1, width] @ [width, out], float32 or (block) of 8-bit weights: microseconds and bytes of one."""
+    """[1, width] @ [width, out], float32 or (block) of 8-bit weights: microseconds and bytes of one.
+
+    block: how many weights have a scale; those of an output where it is the whole width.
+    """
     rng, weights, nodes = np.random.default_rng(0), [], []
     one = 4 * width * out if block is None else out * -(-width // block) * (block + 4)
     count = max(2, round(BEYOND_CACHES / one))
+    if block == width:
+        nodes.append(helper.make_node("DynamicQuantizeLinear", ["x"], ["bytes", "scale", "zero"]))
     for i in range(count):
+        if block == width:
+            weights += [(f"w{i}", rng.integers(-127, 127, (width, out), np.int8)), (f"s{i}", np.ones(out, np.float32))]
+            names = ["bytes", f"w{i}", "scale", f"s{i}", "zero"]
+            nodes.append(helper.make_node("MatMulIntegerToFloat", names, [f"y{i}"], domain="com.microsoft"))
+            continue
         if block is None:
             weights.append((f"w{i}", rng.standard_normal((width, out), np.float32)))
             nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
@@ -105,18 +117,23 @@ def product(width: int, out: int, block: int | None, threads: int) -> dict[str, 
     return {"us": 1e6 * seconds, "gb_s": one / seconds / 1e9}
 
 
-def attention(heads: int, kv_heads: int, dim: int, context: int, threads: int) -> dict[str, float]:
+def attention(heads: int, kv_heads: int, dim: int, context: int, threads: int, int8: bool = False) -> dict[str, float]:
     """One token behind `context` others: microseconds, and the speed at which caches are read if they are read once."""
-    slots, one = context + 1, 2 * kv_heads * context * dim * 4
-    cache = (1, kv_heads, slots, dim)
+    slots, one = context + 1, 2 * kv_heads * context * dim * (1 if int8 else 4)
+    cache, kind = (1, kv_heads, slots, dim), TensorProto.INT8 if int8 else TensorProto.FLOAT
     names = ["q", "k", "v", "past_k", "past_v", "last", "total"]
     inputs = [tensor("q", 1, 1, heads * dim), *(tensor(n, 1, 1, kv_heads * dim) for n in "kv")]
-    inputs += [tensor("past_k", *cache), tensor("past_v", *cache)]
+    inputs += [tensor("past_k", *cache, kind=kind), tensor("past_v", *cache, kind=kind)]
     inputs += [tensor("last", 1, kind=TensorProto.INT32), tensor("total", kind=TensorProto.INT32)]
-    outputs = [tensor("o", 1, 1, heads * dim), tensor("new_k", *cache), tensor("new_v", *cache)]
-    options = {"num_heads": heads, "kv_num_heads": kv_heads}
+    outputs = [tensor("o", 1, 1, heads * dim), *(tensor(n, *cache, kind=kind) for n in ("new_k", "new_v"))]
+    options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
+    scales = []
+    if int8:
+        names += ["", "", "", "", "", "scales", "scales"]
+        scales = [("scales", np.full((1, kv_heads, 1, dim), 0.03, np.float32))]
+        options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     node = helper.make_node(ATTENTION, names, ["o", "new_k", "new_v"], domain="com.microsoft", **options)
-    session = session_of([node], inputs, outputs, [], threads)
+    session = session_of([node], inputs, outputs, scales, threads)
     bindings = [bound(session, inputs, cache, context) for _ in range(max(2, round(BEYOND_CACHES / one)))]
     seconds = median_seconds(lambda: [session.run_with_iobinding(b) for b, _ in bindings]) / len(bindings)
     return {"us": 1e6 * seconds, "gb_s": one / seconds / 1e9}
@@ -138,11 +155,36 @@ def grouped(heads: int, kv_heads: int, dim: int, context: int, threads: int) -> 
     return {"us": 1e6 * seconds, "gb_s": one / seconds / 1e9}
 
 
+def single(name: str, heads: int, kv_heads: int, dim: int, context: int, threads: int) -> dict[str, float]:
+    """One product of attention with a cache as left operand, or (copy) a copy of all but its last slot."""
+    rows, one = heads // kv_heads, kv_heads * context * dim * 4
+    cache = (kv_heads, dim, context) if name == "values" else (kv_heads, context, dim)
+    right = (kv_heads, cache[2], rows)
+    result = (kv_heads, context - 1, dim) if name == "copy" else (*cache[:2], rows)
+    rng, count = np.random.default_rng(0), max(2, round(BEYOND_CACHES / one))
+    caches = [(f"c{i}", rng.standard_normal(cache, np.float32)) for i in range(count)]
+    feeds = dict(caches) if name == "copy" else dict(caches) | {"x": rng.standard_normal(right, np.float32)}
+    bounds = [(n, np.array([v])) for n, v in (("first", 0), ("last", context - 1), ("axis", 1))]
+    ends = [n for n, _ in bounds] if name == "copy" else ["x"]
+    kind = "Slice" if name == "copy" else "MatMul"
+    nodes = [helper.make_node(kind, [n, *ends], [f"{n}.out"]) for n, _ in caches]
+    outputs = [tensor(f"{n}.out", *result) for n, _ in caches]
+    inputs = [tensor(n, *a.shape) for n, a in feeds.items()]
+    session = session_of(nodes, inputs, outputs, bounds if name == "copy" else [], threads)
+    values = {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in feeds.items()}
+    names = [o.name for o in outputs]
+    seconds = median_seconds(lambda: session.run_with_ort_values(names, values)) / count
+    return {"us": 1e6 * seconds, "gb_s": one / seconds / 1e9}
+
+
 def bound(session: Any, inputs: list[Any], cache: tuple[int, ...], context: int) -> tuple[Any, list[Any]]:
     """A binding whose caches are written in place, and the memory that it does not own."""
     rng, binding, kept = np.random.default_rng(0), session.io_binding(), []
-    for name, shape in ((i.name, [d.dim_value for d in i.type.tensor_type.shape.dim]) for i in inputs[:5]):
-        array: NDArray[np.float32] = rng.standard_normal(shape, np.float32)
+    for given in inputs[:5]:
+        name, kind = given.name, given.type.tensor_type
+        array: NDArray[Any] = rng.standard_normal([d.dim_value for d in kind.shape.dim], np.float32)
+        if kind.elem_type == TensorProto.INT8:
+            array = (30 * array).clip(-127, 127).astype(np.int8)
         kept.append(ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_ortvalue_input(name, kept[-1])
     binding.bind_cpu_input("last", np.array([context], np.int32))
@@ -155,14 +197,19 @@ def bound(session: Any, inputs: list[Any], cache: tuple[int, ...], context: int)
 
 def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for width, out in (tuple(map(int, w.split("x"))) for w in args.widths):
-        for block in (None, *BLOCKS):
-            name = f"product {width} x {out}, " + ("float32" if block is None else f"8 bits in blocks of {block}")
+        for block in (None, *BLOCKS, width):
+            kind = "float32" if block is None else f"8 bits in blocks of {block}"
+            name = f"product {width} x {out}, " + ("8 bits by MatMulIntegerToFloat" if block == width else kind)
             yield {"name": name} | product(width, out, block, args.threads)
     for kv_heads in (k for k in range(1, args.heads + 1) if args.heads % k == 0):
         name = f"{ATTENTION}, {args.heads} query heads on {kv_heads}, behind {max(args.contexts)} tokens"
         sizes = (args.heads, kv_heads, args.dim, max(args.contexts), args.threads)
         yield {"name": name} | attention(*sizes)
+        yield {"name": name.replace(ATTENTION, f"{ATTENTION} on int8 caches")} | attention(*sizes, int8=True)
         yield {"name": name.replace(ATTENTION, "its products as MatMul")} | grouped(*sizes)
+        forms = {"scores": "its scores, keys as left operand", "values": "its values, transposed cache as left operand"}
+        for form, said in (forms | {"copy": "a copy of one cache"}).items():
+            yield {"name": name.replace(ATTENTION, said)} | single(form, *sizes)
 
 
 def options() -> argparse.Namespace:

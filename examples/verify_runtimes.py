@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from tcal_compiler.errors import ExportError
-from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful
+from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.run_models import student_program
 from tcal_compiler.runtime import data
 from tcal_compiler.runtime.onnx_export import LOWERINGS, version_of

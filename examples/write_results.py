@@ -14,17 +14,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from export_tables import decode, machine, on_device, runtimes, serving, step_parts, variants
+from export_tables import decode, fused, machine, on_device, runtimes, serving, step_parts, variants
 
 HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/profile_step.py`,
-`examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
-`examples/estimate_conversion.py`, `examples/rank_sets.py`, `examples/copying_layers.py` and, from run folders, this
-script itself wrote. Each section names its command's arguments, machine, versions and commit. Ratios are to the teacher
-in the same run. Calibration texts and scored texts are different files, and a scored text that was calibrated on is
-refused.
+`examples/fused_step.py`, `examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
+`examples/estimate_conversion.py`, `examples/rank_sets.py`, `examples/copying_layers.py`, `examples/site_variants.py`
+and, from run folders, this script itself wrote. Each section names its command's arguments, machine, versions and
+commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are different files, and a scored
+text that was calibrated on is refused.
 """
 
 
@@ -49,12 +49,25 @@ def conversion(name: str, body: dict[str, Any]) -> str:
     lines += ["Behind each text: the length of its sequences.", machine(env), ""]
     if "kept" in body and len(body["kept"]) > 1:
         lines += [f"Kept by {policy}: {', '.join(map(str, keep))}.  " for policy, keep in body["kept"].items()] + [""]
-    lines += _texts(body["scores"]) + _tasks(body.get("tasks", {}))
+    lines += _site_variants(body.get("site_variants", {})) + _texts(body["scores"]) + _tasks(body.get("tasks", {}))
     lines += _candidates(body.get("candidates", {}), a)
     seconds = ", ".join(f"{k} {v}" for k, v in body["seconds"].items())
     if aligned := body.get("seconds_to_aligned"):
         seconds += ". From loaded teacher to aligned student: " + ", ".join(f"{n} {s}" for n, s in aligned.items())
     return "\n".join([*lines, "", " ".join([f"Seconds: {seconds}.", body.get("note", "")]).rstrip(), ""])
+
+
+def _site_variants(rows: dict[str, Any]) -> list[str]:
+    """Errors of sites on held-out calibration sequences, and what a site has beyond the product's."""
+    if not rows:
+        return []
+    lines = ["| variant | mean error of sites, start | aligned | bytes of state more | parameters more | seconds |"]
+    lines.append("|---" * 6 + "|")
+    for name, r in rows.items():
+        cells = [f"{r['mean_start']:.4f}", f"{r['mean_aligned']:.4f}"]
+        cells += [f"{r['extra_state_bytes']:+d}", f"{r['extra_parameters']:+d}", f"{r['align_seconds']:.1f}"]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return [*lines, ""]
 
 
 def _candidates(candidates: dict[str, Any], a: dict[str, Any]) -> list[str]:
@@ -63,12 +76,16 @@ def _candidates(candidates: dict[str, Any], a: dict[str, Any]) -> list[str]:
         return []
     steps = list(next(iter(candidates.values()))[0]["kl"])
     lines = ["\nCandidate sets of kl on held-out sequences, after so many steps of alignment of every site; chosen by "]
-    lines[0] += f"that after {a['score_align_steps']}.\n"
+    asked = a.get("score_distill_steps")
+    lines[0] += f"that after {a['score_align_steps']}{f'+{asked[0]}' if asked else ''}."
+    if asked:
+        lines[0] += " Behind +: steps of distillation of each set, and behind / those of warm-up, else a third at most."
+    lines[0] += "\n"
     head = ["policy", "rule", "kept", f"KL after {steps[0]} steps", *(f"after {n} steps" for n in steps[1:])]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for policy, rows in candidates.items():
         for r in rows:
-            kls = [f"{r['kl'][n]:.4f}" for n in steps]
+            kls = [f"{r['kl'][n]:.4f}" if n in r["kl"] else "" for n in steps]
             lines.append("| " + " | ".join([policy, r["rule"], ", ".join(map(str, r["keep"])), *kls]) + " |")
     return lines
 
@@ -363,6 +380,7 @@ def main() -> None:
             "runtime_parity": runtimes,
             "serving": serving,
             "step_parts": step_parts,
+            "fused": fused,
             "memory": memory,
             "planning": planning,
             "step_seconds": step_times,

@@ -1,8 +1,8 @@
 """Tiles that Triton kernels load, store and multiply.
 
-Rows beyond `T` and columns beyond `D` are zero. Tiles that a product needs transposed are loaded so: no register value
-is ever transposed, because Triton 3.4 to 3.7.0 miscompiles products with a transposed left operand at an inner size of
-64 on Hopper. Addresses are int64; a launch's grid is one-dimensional.
+Rows beyond `T` and columns beyond `D` are zero. A product's left operand is never a transposed value, but loaded so,
+because Triton 3.4 to 3.7.0 miscompiles products with a transposed left operand at an inner size of 64 on Hopper.
+Addresses are int64; a launch's grid is one-dimensional.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ def store_rows(ptr, x, t0, stride, T, d0, D, C: tl.constexpr, BD: tl.constexpr):
     d = d0 + tl.arange(0, BD)
     mask = (t[:, None] < T) & (d[None, :] < D)
     tl.store(ptr + t[:, None] * stride + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_columns(ptr, x, t0, stride, T, d0, D, C: tl.constexpr, BD: tl.constexpr):
+    """x [BD, C], as `load_columns` loads it."""
+    t = t0 + tl.arange(0, C).to(tl.int64)
+    d = d0 + tl.arange(0, BD)
+    mask = (t[None, :] < T) & (d[:, None] < D)
+    tl.store(ptr + t[None, :] * stride + d[:, None], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -37,18 +37,22 @@ def cache_bytes(tokens: int, *, kv_heads: int, key_dim: int, value_dim: int, win
     return kept * kv_heads * (key_dim + value_dim) * FLOAT_BYTES
 
 
-def state_bytes(*, heads: int, key_dim: int, value_dim: int) -> int:
-    """Bytes of a Gated DeltaNet state, whatever the length: [heads, key_dim, value_dim] in float32."""
-    return heads * key_dim * value_dim * FLOAT_BYTES
+def state_bytes(*, heads: int, kv_heads: int, key_dim: int, value_dim: int, local: int = 0) -> int:
+    """Bytes of a converted site's state, whatever the length: [heads, key_dim, value_dim] in float32.
+
+    local: tokens of the attention beside it, 0 without, whose keys and values it then holds too.
+    """
+    beside = held_positions(local) * kv_heads * (key_dim + value_dim) if local else 0
+    return (heads * key_dim * value_dim + beside) * FLOAT_BYTES
 
 
 def _bytes(scan: SiteScan, tokens: int) -> dict[int, tuple[float, float]]:
     """Site -> bytes behind so many tokens as softmax and as Gated DeltaNet."""
     costs: dict[int, tuple[float, float]] = {}
     for s in scan.sites:
-        dims = {"key_dim": s.key_dim, "value_dim": s.value_dim}
-        cache = cache_bytes(tokens, kv_heads=s.num_kv_heads, window=s.window, **dims)
-        costs[s.index] = cache, state_bytes(heads=s.num_heads, **dims)
+        dims = {"kv_heads": s.num_kv_heads, "key_dim": s.key_dim, "value_dim": s.value_dim}
+        cache = cache_bytes(tokens, window=s.window, **dims)
+        costs[s.index] = cache, state_bytes(heads=s.num_heads, local=s.local, **dims)
     return costs
 
 

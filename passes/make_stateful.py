@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .graph import (
     aten,
     fresh,
     get_tensor,
+    module_path,
     placeholders,
     set_tensor,
     taint,
@@ -39,78 +40,12 @@ from .masks import probe_mask
 from .pack import pack_tokens, unpack_logits
 from .positions import promote_positions, token_free
 from .softmax_attention import ANCHORS, sinks_of
+from .stateful_graph import LayerState, StatefulGraph
 from .to_sdpa import to_sdpa
 from .types import AttentionSite, Capture, Check, SiteScan
 
 RULE = torch.ops.tcal.gated_delta_rule.default
 ATTENTION = torch.ops.tcal.cached_attention.default
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What one attention core carries from token to token.
-
-    softmax: key [B, K, P, Dk] and value [B, K, P, Dv]. gdn: recurrent_state [B, H, Dk, Dv].
-    window: visible tokens including oneself, None for all. held: where not None, key and value have that many slots,
-    for the last tokens alone.
-    """
-
-    index: int
-    kind: Literal["softmax", "gdn"]
-    num_heads: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None = None
-    held: int | None = None
-
-    @property
-    def grows(self) -> bool:
-        """Whether the state grows with the tokens."""
-        return self.kind == "softmax" and self.held is None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return ("key", "value") if self.kind == "softmax" else ("recurrent_state",)
-
-    def shape(self, part: str, *, batch: int, past: int = 0) -> tuple[int, int, int, int]:
-        if part == "recurrent_state":
-            return batch, self.num_heads, self.key_dim, self.value_dim
-        slots = past if self.held is None else self.held
-        return batch, self.num_kv_heads, slots, self.key_dim if part == "key" else self.value_dim
-
-
-@dataclass(frozen=True)
-class StatefulGraph:
-    """gm(input_ids [B, T], attention_mask [B, P + T], *past) -> (logits [B, T, V], *present), all int64 or float.
-
-    past and present are, layer by layer, the parts of `layers`. attention_mask is 1 for tokens and 0 for padding, over
-    the P tokens fed before and the T new ones. Padding may stand anywhere: it leaves recurrent states exactly as they
-    were, is never attended to, and takes no slot of a cache for longer than its chunk. Caches have S >= 0 slots; one
-    with fewer than P + T grows to that.
-    """
-
-    gm: GraphModule
-    layers: tuple[LayerState, ...]
-    vocab_size: int
-    checks: tuple[Check, ...] = ()
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        return tuple(f"{layer.index}.{part}" for layer in self.layers for part in layer.parts)
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        return ("input_ids", "attention_mask", *(f"past_key_values.{n}" for n in self.state_names))
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        return ("logits", *(f"present.{n}" for n in self.state_names))
-
-    def empty_state(self, batch: int, *, past: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """The state before the first token; past > 0 gives caches of that many zero slots, for tracing."""
-        shapes = [layer.shape(part, batch=batch, past=past) for layer in self.layers for part in layer.parts]
-        return tuple(torch.zeros(s, dtype=dtype) for s in shapes)
 
 
 def require_states(scan: SiteScan, hint: str = "") -> None:
@@ -129,7 +64,8 @@ def make_stateful(
     verify: compare it in float64, cut into chunks, with the whole-sequence graph (needs a float64 copy of the weights).
     check_length: tokens of that comparison; windows of up to 600 tokens make it longer.
     max_length: the longest sequence: rows of the rotary tables, where a kept core's positions are rotary.
-    bounded: whether sites whose window is no longer than max_length forget what it has left behind.
+    bounded: whether sites whose window is no longer than max_length forget what it has left behind; attention beside
+        a state always does.
 
     Raises UnsupportedModelError when a core cannot carry a state, when positions cannot be followed, or when chunks
     differ from one pass: then something else than the attention cores reads across time.
@@ -236,13 +172,28 @@ def _layer(index: int, core: Node, sites: dict[str, AttentionSite], longest_wind
     return LayerState(index, "softmax", s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, s.window, held)
 
 
+def _layer_numbers(cores: list[Node]) -> list[int]:
+    """By core: attention that a rule of the same module stands before, a converted site's over its last tokens, is of
+    the rule's layer."""
+    numbers: list[int] = []
+    for before, core in zip([None, *cores], cores, strict=False):
+        beside = before is not None and before.target is RULE and core.target is not RULE
+        same = beside and module_path(core) == module_path(before) != ""  # type: ignore[arg-type]
+        numbers.append(numbers[-1] if same else len(set(numbers)))
+    return numbers
+
+
 def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: int, bounded: bool) -> StatefulGraph:
     """The surgery, on a copy of the graph."""
     source = capture.gm
     cores = _cores(source)
     if not cores:
         raise UnsupportedModelError("student", "has no attention core and no gated delta rule: no state to carry")
-    layers = tuple(_layer(i, c, sites, max_length if bounded else 0) for i, c in enumerate(cores))
+    numbers = _layer_numbers(cores)
+    layers = tuple(
+        _layer(n, c, sites, max_length if bounded or n in numbers[:i] else 0)
+        for i, (n, c) in enumerate(zip(numbers, cores, strict=True))
+    )
     graph, root = Graph(), nn.Module()
     old: dict[Node, Node] = {}
     logits: Any = graph.graph_copy(source.graph, old)

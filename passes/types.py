@@ -61,6 +61,7 @@ class AttentionSite:
             token of distance (alibi), or (). sinks: per head, the logit of an attention sink, or ().
         rope: q and k depend on the position. proof: how causality was established.
         written: where the teacher writes attention out, the node of its last product; else "".
+        local: tokens that softmax attention beside the state sees once the site is converted (local_windows.py), or 0.
     """
 
     index: int
@@ -84,6 +85,7 @@ class AttentionSite:
     softcap: float = 0.0
     slopes: tuple[float, ...] = ()
     sinks: tuple[float, ...] = ()
+    local: int = 0
 
     @property
     def scores(self) -> str:
@@ -106,7 +108,7 @@ class AttentionSite:
             "scores": self.scores,
             "rope": self.rope,
             "causal": self.proof,
-        }
+        } | ({"local_window": self.local} if self.local else {})
 
 
 @dataclass(frozen=True)

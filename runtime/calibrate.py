@@ -20,6 +20,7 @@ from .config import InitName, InitPart
 from .initialize import (
     closed_form_output_,
     left_alone,
+    local_scale_,
     naive_,
     ridge_update,
     set_memory_,
@@ -27,7 +28,16 @@ from .initialize import (
     zero_gate_,
 )
 from .mixer import GdnMixer
-from .statistics import NormalSums, OutputSums, SiteStats, attention_statistics, normal_sums, output_sums
+from .statistics import (
+    LocalSums,
+    NormalSums,
+    OutputSums,
+    SiteStats,
+    attention_statistics,
+    local_sums,
+    normal_sums,
+    output_sums,
+)
 from .student import Student
 from .taps import Progress, SiteGroup
 
@@ -131,11 +141,24 @@ class SiteCalibrator:
         assert total is not None
         return total
 
+    @torch.no_grad()
+    def local_outputs(self) -> LocalSums:
+        """Sums of the attention over the last tokens, with the mixer's present decay and write gate."""
+        total: LocalSums | None = None
+        for x, (q, k, v), _ in self.rows():
+            _, context = attention_statistics(q, k, v, site=self.site)
+            sums = local_sums(context, self.mixer.core(q, k, v, x), self.mixer.local_output(q, k, v))
+            total = sums if total is None else total.merge(sums)
+        assert total is not None
+        return total
+
     def fit(self, stats: SiteStats, init: InitName, without: Sequence[InitPart] = ()) -> None:
         """What taylor or closed-form set, but for some parts; later parts are fitted to what the earlier ones give."""
         with left_alone(self.mixer, without):
             set_memory_(self.mixer, stats)
         sums = self.outputs()
+        if init == "closed-form" and self.mixer.local and "local-window" not in without:
+            sums = local_scale_(self.mixer, sums, self.local_outputs())
         with left_alone(self.mixer, without):
             (taylor_output_ if init == "taylor" else closed_form_output_)(self.mixer, sums)
         if init == "closed-form" and "ridge" not in without:

@@ -73,12 +73,19 @@ class ScoreConfig(StrictModel):
         le=MOST_STEPS,
         description="steps that every site is aligned for before kl and forward measure sets of sites",
     )
+    distill_steps: int = Field(
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="steps, with the batch and the rates of [distill], that each candidate set of kl is then distilled "
+        "for before it is measured",
+    )
 
 
 InitName = Literal["closed-form", "taylor", "zero-gate", "naive"]
-InitPart = Literal["decay", "write-gate", "value-scale", "output-gate", "ridge"]
+InitPart = Literal["decay", "write-gate", "value-scale", "output-gate", "local-window", "ridge"]
 ALL_PARTS: tuple[InitPart, ...] = get_args(InitPart)
-INIT_PARTS: dict[InitName, tuple[InitPart, ...]] = {"closed-form": ALL_PARTS, "taylor": ALL_PARTS[:-1]}
+INIT_PARTS: dict[InitName, tuple[InitPart, ...]] = {"closed-form": ALL_PARTS, "taylor": ALL_PARTS[:-2]}
 
 
 def check_parts(init: InitName, without: Sequence[str]) -> None:
@@ -235,6 +242,14 @@ class DistillConfig(TrainConfig):
     def settings(self) -> dict[str, object]:
         """As of TrainConfig, but shard: like the number of processes, it may change when a stopped run goes on."""
         return {k: v for k, v in super().settings().items() if k != "shard"}
+
+    def trial(self, steps: int) -> DistillConfig:
+        """The same with a schedule for so few steps, of which a third at most is warm-up, scored at their ends alone.
+
+        Nor is it compiled, which takes longer than the steps, or shared by processes.
+        """
+        own = {"steps": steps, "tokens": None, "warmup": min(self.warmup, steps // 3), "score_every": max(steps, 1)}
+        return self.model_copy(update=own | {"patience": None, "compile": False, "shard": False})
 
     def cuts(self, step: int) -> bool:
         """Whether step `step`, from 0, cuts its sequences: evenly spread over the steps."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from tcal_compiler.errors import ConfigError, DataError
-from tcal_compiler.passes.make_stateful import StatefulGraph
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 
 
 class StudentCache(Cache):
@@ -34,7 +34,7 @@ class StudentCache(Cache):
     def __init__(self, student: nn.Module, graph: StatefulGraph, *, slots: int | None = None) -> None:
         super().__init__(layers=[])
         self._owner = weakref.ref(student)
-        self._depth = len(graph.layers)
+        self._depth = graph.depth
         self.slots = slots
         self.states: tuple[Tensor, ...] | None = None
         self.mask: Tensor | None = None

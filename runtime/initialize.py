@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .config import InitPart
 from .mixer import GdnMixer
-from .statistics import NormalSums, OutputSums, SiteStats, half_life_rate
+from .statistics import LocalSums, NormalSums, OutputSums, SiteStats, half_life_rate
 
 OPEN = 1.2784645427610738  # silu(OPEN) = 1
 
@@ -27,6 +27,7 @@ PARAMETERS: dict[InitPart, tuple[str, ...]] = {
     "write-gate": ("b_proj.weight", "b_proj.bias"),
     "value-scale": ("norm",),
     "output-gate": ("g_proj.weight", "g_proj.bias"),
+    "local-window": ("local_scale",),
     "ridge": (),  # of the output projection, which is no part of the mixer
 }
 
@@ -58,6 +59,8 @@ def naive_(mixer: GdnMixer, generator: torch.Generator) -> None:
             if lin.bias is not None:
                 lin.bias.zero_()
         mixer.norm.fill_(1.0)
+        if mixer.local:
+            mixer.local_scale.zero_()
 
 
 def zero_gate_(mixer: GdnMixer, generator: torch.Generator) -> None:
@@ -86,7 +89,7 @@ def set_memory_(mixer: GdnMixer, stats: SiteStats) -> None:
 @contextmanager
 def left_alone(mixer: GdnMixer, parts: Sequence[InitPart]) -> Iterator[None]:
     """What is done to these parts of the mixer inside is undone."""
-    names = [n for part in parts for n in PARAMETERS[part]]
+    names = [n for part in parts for n in PARAMETERS[part] if hasattr(mixer, n.split(".")[0])]
     before = {n: mixer.get_parameter(n).detach().clone() for n in names}
     yield
     with torch.no_grad():
@@ -118,6 +121,21 @@ def closed_form_output_(mixer: GdnMixer, sums: OutputSums) -> None:
     mixer.norm.copy_(scale.expand_as(c))
     mixer.g_proj.weight.zero_()
     mixer.g_proj.bias.copy_(inverse_silu(c / scale).flatten())
+
+
+@torch.no_grad()
+def local_scale_(mixer: GdnMixer, sums: OutputSums, local: LocalSums) -> OutputSums:
+    """Scale s [H] of the attention over the last tokens w, with the best factors of n = o / rms(o) beside it put in.
+
+    Least squares of the context on n, a factor per channel, and w, one per head; sums over tokens, then channels d:
+    s = sum_d (<ctx, w> - <ctx, n> <n, w> / <n, n>) / sum_d (<w, w> - <n, w>^2 / <n, n>).
+    Returns the sums of what s w leaves of the context, for `closed_form_output_`.
+    """
+    part = local.nw / sums.nn.clamp_min(1e-30)
+    rest = torch.maximum(local.ww - (part * local.nw).sum(-1), 1e-3 * local.ww).clamp_min(1e-30)
+    scale = (local.cw - (part * sums.cn).sum(-1)) / rest
+    mixer.local_scale.copy_(scale)
+    return replace(sums, cn=sums.cn - mixer.local_scale.to(sums.cn)[:, None] * local.nw)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from tcal_compiler.passes.capture import require_causal
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import move_to
+from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.passes.rewrite_gdn import MIXERS
 from tcal_compiler.passes.types import Capture, Plan, SiteScan
 
@@ -96,9 +97,9 @@ def student_of_run(module: nn.Module, path: str | os.PathLike[str]) -> Student:
                 f"was made from another model than the compiled one: {_difference(capture, run)}",
                 f"the model it was made from: {run.manifest.teacher.source}",
             )
-        scan = find_attention(capture)
-        _check_sites(scan, run)
         plan: dict[str, Any] = run.manifest.plan
+        scan = with_local_windows(find_attention(capture), int(plan.get("local_window", 0)))
+        _check_sites(scan, run)
         student = make_student(capture, scan, Plan(tuple(plan["keep"]), tuple(plan["convert"]), plan["policy"]))
         load_weights(student, run.path / "weights.safetensors")
     return student
@@ -110,6 +111,7 @@ def student_of_batches(
     *,
     policy: str,
     init: InitName = "closed-form",
+    local_window: int = 0,
     seed: int = 0,
     config: AlignConfig | None = None,
 ) -> Student:
@@ -117,6 +119,7 @@ def student_of_batches(
 
     Args:
         batches: int64 token ids [B, T], all of one length T. The last eighth of the sequences only scores.
+        local_window: tokens of the attention beside the states, see `with_local_windows`.
 
     Raises:
         TcalError: as a conversion does; DataError when the batches are no token ids of this model.
@@ -129,7 +132,7 @@ def student_of_batches(
     if int(ids.min()) < 0 or int(ids.max()) >= capture.vocab_size:
         what = f"hold ids {ids.min()} to {ids.max()}, but the vocabulary has {capture.vocab_size}"
         raise DataError(BATCHES, what, BATCHES_HINT)
-    require_sites(scan := find_attention(capture))
+    require_sites(scan := with_local_windows(find_attention(capture), local_window))
     student = make_student(capture, scan, choose(scan, policy))
     require_causal(capture)
     for gm in (capture.gm, student.gm):

@@ -11,6 +11,7 @@ from tcal_compiler.kernels.delta_gates import delta_gates
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.kernels.gated_rms_norm import gated_rms_norm
 from tcal_compiler.kernels.gates import decay_gate, l2_normalize
+from tcal_compiler.kernels.local_attention import local_attention
 from tcal_compiler.passes.types import AttentionSite
 
 
@@ -23,6 +24,9 @@ class GdnMixer(nn.Module):
 
     q [B, H, T, Dk], k [B, K, T, Dk], v [B, K, T, Dv], x [B, T, C] -> y [B, H, T, Dv] in x's dtype: the layout of
     scaled_dot_product_attention. One state per query head. Gates accumulate in float32 at least.
+
+    With site.local > 0, y also has local_scale [H] times the teacher's softmax attention over the last site.local
+    tokens.
     """
 
     def __init__(self, site: AttentionSite) -> None:
@@ -34,6 +38,9 @@ class GdnMixer(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(site.num_heads))
         self.dt_bias = nn.Parameter(torch.zeros(site.num_heads))
         self.norm = nn.Parameter(torch.ones(site.num_heads, site.value_dim))
+        self.local, self.scale = site.local, site.scale
+        if self.local:
+            self.local_scale = nn.Parameter(torch.zeros(site.num_heads))
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """The recurrence's output o [B, T, H, Dv], before norm and output gate; at least float32."""
@@ -41,6 +48,10 @@ class GdnMixer(nn.Module):
         qn, kn = l2_normalize(q.transpose(1, 2)), l2_normalize(k.transpose(1, 2))
         out, _ = gated_delta_rule(qn, kn, v.transpose(1, 2).to(qn.dtype), g=g, beta=beta)
         return out
+
+    def local_output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention over the last tokens [B, T, H, Dv], before its scale."""
+        return local_attention(q, k, v, scale=self.scale, window=self.local).transpose(1, 2)
 
     @torch.no_grad()
     def half_life(self, x: Tensor) -> Tensor:
@@ -51,4 +62,6 @@ class GdnMixer(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
         y = gated_rms_norm(self.core(q, k, v, x), gate, self.norm)
+        if self.local:
+            y = y + self.local_scale[:, None] * self.local_output(q, k, v)
         return y.transpose(1, 2).to(x.dtype)

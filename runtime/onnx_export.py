@@ -24,7 +24,8 @@ from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, NEWER, t
 from tcal_compiler.kernels.gates import onnx_rule as gates_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.lower_complex import without_complex
-from tcal_compiler.passes.make_stateful import LayerState, StatefulGraph, export_stateful, runs_behind
+from tcal_compiler.passes.make_stateful import export_stateful, runs_behind
+from tcal_compiler.passes.stateful_graph import LayerState, StatefulGraph
 from tcal_compiler.passes.types import Check
 
 from . import onnx_experts
@@ -41,6 +42,7 @@ FINGERPRINT = "tcal_weights"  # key of the model's metadata: sha256 of the stude
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; a protobuf file must stay below 2 GiB
 _NEWEST_TORCH_OPSET = 24  # torch.onnx writes broken files for 26 to 28
 _IR_VERSIONS = {27: 13}  # of ONNX files, by opset, where torch.onnx does not write the opset itself
+INT8_CACHES = (1, 28)  # the oldest ONNX Runtime that was seen to run attention on int8 caches
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
@@ -74,13 +76,17 @@ def check_supported(config: ExportConfig) -> None:
     check_runtime(config.profile)
 
 
-def check_runtime(profile: str) -> None:
-    """Raises ExportError when the ONNX Runtime here is too old to check a model of this profile with."""
+def check_runtime(profile: str, least: tuple[int, int] | None = None) -> None:
+    """Raises ExportError when the ONNX Runtime here is too old for a model of this profile.
+
+    least: what the model needs beyond its profile, for int8 caches.
+    """
     import onnxruntime as ort
 
-    least = LOWERINGS[profile].runtime
+    least = max(LOWERINGS[profile].runtime, least or (0, 0))
     if runtime_version() < least:
-        what = f"onnxruntime {ort.__version__} cannot check a student of profile {profile}"
+        kind = f"profile {profile}" if least == LOWERINGS[profile].runtime else "int8 caches"
+        what = f"onnxruntime {ort.__version__} cannot run a student of {kind}"
         raise ExportError("ONNX export", what, f"onnxruntime {'.'.join(map(str, least))} or newer")
 
 
@@ -334,7 +340,7 @@ def genai_config(
         "hidden_size": int(widths[0]) if widths else first.num_heads * first.key_dim,
         "num_attention_heads": first.num_heads,
         "num_key_value_heads": first.num_kv_heads,
-        "num_hidden_layers": len(stateful.layers),
+        "num_hidden_layers": stateful.depth,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tcal_compiler.passes.graph import widen_to_float64
-from tcal_compiler.passes.make_stateful import StatefulGraph, run_chunks
+from tcal_compiler.passes.make_stateful import run_chunks
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.passes.types import Check
 
 from .onnx_export import LOWERINGS, OnnxArtifact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +76,7 @@ def aligned_student(
 
 
 class SetScores:
-    """Mean KL(teacher || student) in nats per token of the students of sets of kept sites.
+    """Mean KL(teacher || student) in nats per token of the students of sets of kept sites, one in memory at a time.
 
     Each set is measured once: `known` and the file `cache` hold those that were measured before.
     """
@@ -90,11 +91,15 @@ class SetScores:
         batch: int,
         cache: Path,
         known: Sets | None = None,
+        train: Callable[[Student], None] | None = None,
     ) -> None:
-        """ids [N, T]: what is measured on. initial: every site converted, with its values; called when first needed."""
+        """ids [N, T]: what is measured on. initial: every site converted, with its values; called when first needed.
+
+        train: trains the student of a set in place before it is measured.
+        """
         self.capture, self.scan, self.ids, self.batch, self.cache = capture, scan, ids, batch, cache
         self.measured: Sets = (known or {}) | _read(cache)
-        self._make_initial = initial
+        self._make_initial, self._train = initial, train
 
     @cached_property
     def _initial(self) -> Student:
@@ -109,11 +114,16 @@ class SetScores:
         parts = [self.capture.inputs(p.to(device)) for p in self.ids.split(self.batch)]
         return teacher, parts, [teacher.hidden(p) for p in parts]
 
-    def prepare(self, sets: Iterable[tuple[int, ...]]) -> None:
-        """Makes what measuring these takes beforehand, where one of them is not known: kl then takes its own time."""
+    def prepare(self, sets: Iterable[tuple[int, ...]]) -> bool:
+        """Makes what measuring these takes beforehand, where one of them is not known: kl then takes its own time.
+
+        Returns whether one is not known.
+        """
         sites = tuple(s.index for s in self.scan.sites)
-        if any(keep != sites and keep not in self.measured for keep in sets):
+        unknown = any(keep != sites and keep not in self.measured for keep in sets)
+        if unknown:
             _ = self._initial, self._teacher
+        return unknown
 
     def kl(self, keep: tuple[int, ...]) -> float:
         """Of the student that keeps these sites, in ascending order. Raises StageError when it is not finite."""
@@ -122,16 +132,23 @@ class SetScores:
             self.measured[keep] = 0.0  # the teacher itself
         if keep not in self.measured:
             plan = Plan(keep, tuple(i for i in sites if i not in keep), "")
-            student = planned_student(self._initial, self.scan, plan)  # which may have to be aligned, with gradients
-            with torch.no_grad():
-                total = sum_losses(split_model(student.gm), *self._teacher)
-            kl = total.kl.item() / total.count
+            kl = self._kl_of(plan)
+            if self._train:
+                gc.collect()  # a graph refers to itself: the weights of this set go before those of the next come
             if not math.isfinite(kl):
                 what = f"KL {kl:.4g} of the student that keeps {list(keep)} is not finite"
                 raise StageError("score", what, "another --init, or keep=I,J,...")
             self.measured[keep] = kl
             write_atomic(self.cache, json.dumps(self.rows()).encode())
         return self.measured[keep]
+
+    def _kl_of(self, plan: Plan) -> float:
+        student = planned_student(self._initial, self.scan, plan)  # which may have to be aligned, with gradients
+        if self._train:
+            self._train(student)
+        with torch.no_grad():
+            total = sum_losses(split_model(student.gm), *self._teacher)
+        return total.kl.item() / total.count
 
     def rows(self) -> list[dict[str, object]]:
         """Every measured set as JSON data."""

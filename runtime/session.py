@@ -18,7 +18,15 @@ from tcal_compiler.errors import ConfigError, DataError, ExportError
 from tcal_compiler.passes.files import read_small
 from tcal_compiler.passes.json_text import read_json
 
-from .onnx_export import CONFIG_FILE, FINGERPRINT, LOWERINGS, MODEL_FILE, runtime_version
+from .onnx_export import (
+    CONFIG_FILE,
+    FINGERPRINT,
+    INT8_CACHES,
+    LOWERINGS,
+    MODEL_FILE,
+    check_runtime,
+    runtime_version,
+)
 from .sampling import Sampler
 from .session_state import SessionState, find_slots
 
@@ -52,13 +60,15 @@ class OnnxSession:
         if not self.path.is_file():
             raise ExportError(str(self.path), "no such file", "tcal export writes it")
         self._config, shares_buffers = read_genai_config(self.path.with_name(CONFIG_FILE))
-        self._session = _load(self.path, threads, optimized_path, profile_prefix)
+        self._session = load_model(self.path, threads, optimized_path, profile_prefix)
         capacity = self._config["context_length"] if shares_buffers else None
         try:
             self.fingerprint: str = self._session.get_modelmeta().custom_metadata_map.get(FINGERPRINT, "")
             self._slots = find_slots(self._session, str(self.path), capacity)
         except UnicodeDecodeError as e:
             raise ExportError(str(self.path), f"is damaged: a name in it is no text: {e}", "export again") from e
+        if any(s.dtype == np.int8 for s in self._slots):
+            check_runtime("ort", INT8_CACHES)
         vocab = self._session.get_outputs()[0].shape[2]
         self.vocab_size: int = vocab if isinstance(vocab, int) else int(self._config["vocab_size"])
         self.context_length: int | None = self._config.get("context_length")
@@ -82,6 +92,11 @@ class OnnxSession:
         """Bytes of state that the next token needs at least: keys and values once, recurrent states in and out."""
         once = (s.is_cache or s.is_window for s in self._slots)
         return sum(s.used(self.length).nbytes * (1 if o else 2) for s, o in zip(self._slots, once, strict=True))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The inputs that a snapshot's values are for, in its order."""
+        return tuple(s.past for s in self._slots)
 
     def state_shapes(self, length: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of a snapshot's values behind `length` tokens of one row."""
@@ -311,7 +326,10 @@ def read_genai_config(path: Path) -> tuple[dict[str, Any], bool]:
         raise ExportError(str(path), f"is damaged: {type(e).__name__}: {e}", "export again") from e
 
 
-def _load(path: Path, threads: int | None, optimized_path: Path | None, profile_prefix: str | None) -> Any:
+def load_model(
+    path: Path, threads: int | None, optimized_path: Path | None = None, profile_prefix: str | None = None
+) -> Any:
+    """The model as a session of ONNX Runtime; see `OnnxSession`."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

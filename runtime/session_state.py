@@ -19,7 +19,7 @@ from tcal_compiler.errors import ExportError
 
 from .durable import write_atomic
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -183,7 +183,7 @@ def find_slots(session: Any, where: str, capacity: int | None) -> list[Slot]:
     for name in states:
         dtype = _DTYPES.get(inputs[name].type)
         if dtype is None:
-            raise ExportError(where, f"{name} is {inputs[name].type}; only float and float16 states can be fed")
+            raise ExportError(where, f"{name} is {inputs[name].type}; only float, float16 and int8 states can be fed")
         shape = tuple(d if isinstance(d, int) else None for d in inputs[name].shape[1:])
         slots.append(Slot(name, partners[name], shape, dtype, capacity if None in shape else None))
     return slots

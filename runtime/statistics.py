@@ -89,6 +89,29 @@ def output_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, site: AttentionSi
 
 
 @dataclass(frozen=True)
+class LocalSums:
+    """Sums of the output w of attention over the last tokens; merge by adding.
+
+    cw, ww [H]: <ctx, w>, <w, w>. nw [H, D]: <n, w> per channel, n = o / rms(o) as in OutputSums.
+    """
+
+    cw: Tensor
+    ww: Tensor
+    nw: Tensor
+
+    def merge(self, other: LocalSums) -> LocalSums:
+        return LocalSums(*(getattr(self, f) + getattr(other, f) for f in ("cw", "ww", "nw")))
+
+
+@torch.no_grad()
+def local_sums(context: Tensor, o: Tensor, w: Tensor) -> LocalSums:
+    """Sums over B and T, in float64: of the teacher's context on w, and of w on o; each [B, T, H, D]."""
+    n = o * (o.square().mean(-1, keepdim=True) + attention_stats.EPS).rsqrt()
+    cw, ww, nw = ((a * b).sum((0, 1), dtype=torch.float64) for a, b in ((context, w), (w, w), (n, w)))
+    return LocalSums(cw.sum(-1), ww.sum(-1), nw)
+
+
+@dataclass(frozen=True)
 class NormalSums:
     """Normal equations of a linear map z -> r, float64: zz [Z, Z], zr [Z, R]; merge by adding."""
 

@@ -30,9 +30,10 @@ def step_seconds(scan: SiteScan, tokens: int, *, threads: int | None = None) -> 
     """Site -> seconds of a step behind so many tokens as softmax and as Gated DeltaNet.
 
     Measured with the operators of the profile ort in ONNX Runtime on the CPU, once for each distinct size. Softmax is
-    GroupQueryAttention on a cache in place; converted is LinearAttention and the product of x with W_a, W_b and W_g;
-    what both forms have is in neither. A round steps once through as many caches as there are sites of the size, or
-    MOST_BYTES of them, as the model does; of ROUNDS rounds, in which both forms take turns, the median counts.
+    GroupQueryAttention on a cache in place; converted is LinearAttention and the product of x with W_a, W_b and W_g,
+    and GroupQueryAttention on the last tokens where a site has that beside its state; what both forms have is in
+    neither. A round steps once through as many caches as there are sites of the size, or MOST_BYTES of them, as the
+    model does; of ROUNDS rounds, in which all forms take turns, the median counts.
 
     Raises ConfigError for a site whose sizes GroupQueryAttention does not take, or whose cache memory cannot hold.
     """
@@ -71,16 +72,17 @@ def policy_seconds(scan: SiteScan, policy: str) -> Costs | None:
 def _size(site: AttentionSite, tokens: int) -> tuple[int, ...]:
     """All that a step's time depends on; last, the tokens whose keys and values the softmax form holds."""
     held = tokens if site.window is None else min(tokens, held_positions(site.window))
-    return site.num_heads, site.num_kv_heads, site.key_dim, site.hidden, held
+    return site.num_heads, site.num_kv_heads, site.key_dim, site.hidden, site.local, held
 
 
 def _measure(site: AttentionSite, held: int, sites: int, threads: int | None) -> tuple[float, float]:
     forms = [_Step(*make(site, held), sites, threads) for make in (_softmax, _converted)]
+    forms += [_Step(*_softmax(site, held_positions(site.local)), sites, threads)] if site.local else []
     for form in forms:
         form.seconds()  # a warm-up
     rounds = [[form.seconds() for form in forms] for _ in range(ROUNDS)]
-    softmax, converted = (median(times) for times in zip(*rounds, strict=True))
-    return softmax, converted
+    softmax, *converted = (median(times) for times in zip(*rounds, strict=True))
+    return softmax, sum(converted)
 
 
 Form = tuple[list[Any], dict[str, Array], dict[str, str]]  # nodes, inputs, and which output overwrites which input

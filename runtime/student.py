@@ -85,4 +85,6 @@ def without_linear(student: Student) -> Student:
     for m in gm.modules():
         if isinstance(m, GdnMixer):
             m.norm.zero_()
+            if m.local:
+                m.local_scale.zero_()
     return replace(student, gm=gm)

@@ -30,7 +30,7 @@ from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.sources import CalibrationText
 from .runtime.tokenizer import find_tokenizer
-from .scoring import scored_plan
+from .scoring import check_distilled_sets, scored_plan
 from .source import Source, check_device, check_length, choose_plan, open_source
 
 STAGES = ("plan", "calibrate", "align", "distill", "export")
@@ -100,6 +100,7 @@ def prepare(
     if config.policy is not None and plan is None and not (out / "plan.toml").exists():
         check_policy(config.policy)
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
+    source = source.with_local_window(config.local_window)
     assert source.tokenizer is not None
     record = TeacherRecord(source=source.teacher.source, fingerprint=source.capture.fingerprint)
     check_output(out, record)
@@ -108,6 +109,8 @@ def prepare(
         source.tokenizer, count=calib.rows, length=calib.length, holdout=calib.holdout, progress=progress.bar
     )
     chosen = choose_plan(source.scan, config, out, plan)
+    if chosen is None:
+        check_distilled_sets(config)
     require_causal(source.capture)
     if until == "export":
         require_states(source.scan, "tcal align or tcal distill --no-export, which stop before the ONNX model")
@@ -162,7 +165,7 @@ def convert(
         run.on_again = lambda stage, why: (
             None if stage == "report" else progress.say(f"stage {stage} runs again: {why}")
         )
-        score = lambda: scored_plan(run, source, job.ids, config, job.device, progress, reuse=resume)  # noqa: E731
+        score = lambda: scored_plan(run, source, job.text, job.ids, config, job.device, progress, reuse=resume)  # noqa: E731
         chosen = job.chosen or _guarded("score", score)
         progress.say(
             f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -46,7 +46,7 @@ class BackendOptions(StrictModel):
         policy: which attention layers stay softmax, as for tcal-compile.
         calibrate: int64 token ids [B, T], all of one length T; the last eighth of the sequences only scores. Before a
             model is compiled with other ones, call torch._dynamo.reset(): torch cannot compare the two.
-        init, seed, align: as in the configuration of a conversion.
+        init, local_window, seed, align: as in the configuration of a conversion.
         compiler: what compiles the student's graph. inductor_mode: the mode of torch.compile, for inductor.
     """
 
@@ -56,6 +56,7 @@ class BackendOptions(StrictModel):
     policy: str | None = None
     calibrate: list[Tensor] | tuple[Tensor, ...] | None = None
     init: InitName = "closed-form"
+    local_window: int = Field(0, ge=0, le=1 << 20)
     seed: int = 0
     align: AlignConfig = AlignConfig()
     compiler: Literal["inductor", "aot_eager", "eager"] = "inductor"
@@ -152,6 +153,7 @@ def prepare(module: nn.Module, options: BackendOptions) -> Prepared:
                     options.calibrate,
                     policy=options.policy,
                     init=options.init,
+                    local_window=options.local_window,
                     seed=options.seed,
                     config=options.align,
                 )

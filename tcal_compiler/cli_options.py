@@ -24,6 +24,10 @@ Policy = Annotated[
 PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="plan.toml to follow instead of a policy")]  # noqa: UP045
 ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with any configuration key")]  # noqa: UP045
 Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
+LocalWindow = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--local-window", help="tokens of softmax attention beside each converted layer's state; 0: none"),
+]
 Calib = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
@@ -61,10 +65,10 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say plan, time, memory and disk of every stage, and write nothing")
 ]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on stdout")]
-Dtype = Annotated[Optional[str], typer.Option(help="weights of the variant: fp16, int8 or int4")]  # noqa: UP045
+Dtype = Annotated[Optional[str], typer.Option(help="weights of the variant: fp16, int8, int8-caches or int4")]  # noqa: UP045
 MaxKl = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option("--max-kl", help="largest KL to the float32 student, nats per token; 1e-4 fp16, 1e-2 int8, 0.1 int4"),
+    typer.Option("--max-kl", help="largest KL to float32, nats per token; 1e-4 fp16, 1e-2 int8, int8-caches, 0.1 int4"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="keep a variant beyond the bound")]
 TeacherAgain = Annotated[Optional[str], typer.Option("--teacher", help="where the teacher is now, if it moved")]  # noqa: UP045

@@ -152,7 +152,7 @@ def generate(
     top_k: Annotated[Optional[int], typer.Option(help="draw from so many likeliest tokens")] = None,  # noqa: UP045
     top_p: Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens of this mass")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="seed of the draws", min=0)] = 0,
-    dtype: Annotated[Optional[str], typer.Option(help="which export: fp16, int8 or int4; default float32")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="fp16, int8, int8-caches or int4; default float32")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """Streams text from the ONNX student in ONNX Runtime; with --json it comes at the end."""

@@ -25,6 +25,7 @@ from .cli_options import (
     Init,
     Json,
     Length,
+    LocalWindow,
     MaxKl,
     Opset,
     Out,
@@ -96,6 +97,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
         plan: PlanFile = None,
         config: ConfigFile = None,
         init: Init = None,
+        local_window: LocalWindow = None,
         calib: Calib = None,
         calib_sequences: Sequences = None,
         calib_length: Length = None,
@@ -119,6 +121,7 @@ def _stage_command(until: str, description: str) -> Callable[..., None]:
             "config": config,
             "plan": plan,
             "init": init,
+            "local_window": local_window,
             "calib.text": calib[0] if calib and len(calib) == 1 else calib or None,
             "calib.sequences": calib_sequences,
             "calib.length": calib_length,
@@ -159,7 +162,9 @@ def _export_command() -> Callable[..., None]:
     ) -> None:
         if dtype is None:
             if force or max_kl is not None:
-                raise ConfigError("export", "--force and --max-kl bound a variant", "--dtype fp16, int8 or int4")
+                raise ConfigError(
+                    "export", "--force and --max-kl bound a variant", "--dtype fp16, int8, int8-caches or int4"
+                )
             stage(teacher=teacher, quiet=quiet, verbose=verbose, as_json=as_json, **options)
             return
         if set_too := [n for n, value in options.items() if value != given.parameters[n].default]:

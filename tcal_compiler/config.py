@@ -35,6 +35,13 @@ class Config(StrictModel):
         description="parts of closed-form or taylor that stay as naive has them, of decay, write-gate, value-scale, "
         "output-gate and, of closed-form alone, ridge: the output projection is then the teacher's",
     )
+    local_window: int = Field(
+        0,
+        ge=0,
+        le=1 << 20,
+        description="tokens that softmax attention beside the state of each converted site sees, 0 for none; what it "
+        "remembers has a fixed size all the same. Sites with soft caps, alibi or sinks have none",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()
     score: ScoreConfig = ScoreConfig()
@@ -50,10 +57,10 @@ class Config(StrictModel):
         return parts
 
     def initial_values(self) -> dict[str, object]:
-        """What a run folder compares of them; init_without only where it is set, so that older folders stay valid."""
-        return {"init": self.init, "seed": self.seed} | (
-            {"init_without": sorted(self.init_without)} if self.init_without else {}
-        )
+        """What a run folder compares of them; what is newer only where it is set, so that older folders stay valid."""
+        values: dict[str, object] = {"init": self.init, "seed": self.seed}
+        values |= {"init_without": sorted(self.init_without)} if self.init_without else {}
+        return values | ({"local_window": self.local_window} if self.local_window else {})
 
 
 DEFAULT_POLICY = "uniform:25%"

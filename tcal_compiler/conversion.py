@@ -96,7 +96,13 @@ class Conversion:
         )
 
     def plan(self) -> None:
-        chosen = {"keep": list(self.chosen.keep), "convert": list(self.chosen.convert), "policy": self.chosen.policy}
+        chosen: dict[str, Any] = {
+            "keep": list(self.chosen.keep),
+            "convert": list(self.chosen.convert),
+            "policy": self.chosen.policy,
+        }
+        if self.config.local_window:  # left out where there is none, so that older folders stay valid
+            chosen["local_window"] = self.config.local_window
         inputs = {
             "teacher": self.source.capture.fingerprint,
             "tokenizer": self.source.teacher.info.get("tokenizer"),
@@ -214,7 +220,7 @@ class Conversion:
             stateful = make_stateful(flat, max_length=context, bounded=bounded)
             info, prompt = self.source.teacher.info, self.ids[-1, :16].tolist()
             checks = (*flat.checks, *stateful.checks)
-            for count in self.config.export.float32_layer_counts(len(stateful.layers)):
+            for count in self.config.export.float32_layer_counts(stateful.depth):
                 parts.begin(ONNX)
                 chosen = self.config.export.model_copy(update={"float32_layers": count})
                 artifact = export_onnx(

@@ -27,6 +27,7 @@ from .runtime.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from .conversion import Conversion
+    from .scoring import Scoring
 
 ALIGNED, DISTILLED, CURVE = "weights.safetensors", "distilled.safetensors", "distillation.json"
 
@@ -52,7 +53,7 @@ def student_weights(run: RunFolder) -> Path:
     return run.path / (DISTILLED if DISTILLED in run.record("distill").files else ALIGNED)
 
 
-def distillation_rows(work: Conversion) -> tuple[Tensor, Tensor, int]:
+def distillation_rows(work: Conversion | Scoring) -> tuple[Tensor, Tensor, int]:
     """The calibration text as rows, the held-out slice last; predictions that count; number of rows to train on."""
     calib, tokenizer = work.config.calib, work.source.tokenizer
     assert tokenizer is not None

@@ -168,8 +168,7 @@ def dry_run(
                 parts.begin(name)
             stages.append(trial.stage(name))
             if name == "calibrate" and models:
-                sets = scored_by(policy) in (JOINT, FORWARD)
-                stages.insert(1, trial.score(models, config.score.align_steps if sets else 0))
+                stages.insert(1, trial.score(models))
         parts.begin(REPORT)
         stages.append(trial.report())
     sites = [s.summary() | {"becomes": "softmax" if s.index in chosen.keep else "gated delta net"} for s in scan.sites]

@@ -56,6 +56,7 @@ class _PlanRecord(_Record):
     keep: list[int]
     convert: list[int]
     policy: str
+    local_window: int = 0
 
 
 class _CheckRecord(_Record):
@@ -103,6 +104,12 @@ def plan_of(run: RunFolder, scan: SiteScan) -> Plan:
         if sorted(found.keep + found.convert) != [s.index for s in scan.sites]:
             raise ValueError(f"layers {found.keep} and {found.convert} are not the teacher's sites, each once")
     return Plan(tuple(found.keep), tuple(found.convert), found.policy)
+
+
+def local_window_of(run: RunFolder) -> int:
+    """Tokens of the attention beside the states of converted sites; 0 without a plan."""
+    found = _read(run, _PlanRecord, run.manifest.plan) if run.manifest.plan else None
+    return found.local_window if found else 0
 
 
 def settings_before(path: Path) -> tuple[dict[str, Any], str | None]:

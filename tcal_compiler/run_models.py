@@ -10,7 +10,7 @@ from .errors import RunFolderError
 from .passes.capture import capture_program
 from .passes.types import Capture, Plan
 from .progress import Progress
-from .recorded import recorded_teacher
+from .recorded import local_window_of, recorded_teacher
 from .runtime.initialize import naive_
 from .runtime.mixer import GdnMixer
 from .runtime.program_file import load_program
@@ -56,7 +56,7 @@ def teacher_of(
             f"{run.manifest.teacher.fingerprint[:16]}, found {source.capture.fingerprint[:16]}",
             "--teacher with the one it was made from",
         )
-    return source
+    return source.with_local_window(local_window_of(run))
 
 
 def naive_student(source: Source, plan: Plan) -> Student:

@@ -13,6 +13,7 @@ from .config import load_config
 from .distillation import student_weights
 from .errors import ConfigError, DataError
 from .inputs import check_names
+from .kernels.local_attention import as_exported
 from .passes.capture import example_ids
 from .passes.make_stateful import make_stateful
 from .passes.site_program import tap_graph
@@ -213,7 +214,7 @@ def _weight_checks(run: RunFolder, source: Source, deployed: Capture) -> list[Ch
     weights = student_weights(run)
     load_weights(student, weights)
     ids = example_ids(2, 33, source.capture.vocab_size)
-    with torch.no_grad():
+    with torch.no_grad(), as_exported():
         error = (student.logits(ids) - deployed.gm(*deployed.inputs(ids))).abs().max().item()
     checks = [Check(f"student.pt2 equals the graph with {weights.name}", error, 0.0, "bit for bit")]
     return checks + training_checks(run)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .config import DEFAULT_POLICY, Config
+from .distillation import distillation_rows
+from .errors import ConfigError
 from .passes.budget import Costs
 from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, choose_jointly, scored_by
 from .passes.graph import move_to
@@ -20,31 +23,56 @@ from .passes.types import Plan
 from .progress import Progress
 from .recorded import reading
 from .resume import resuming
+from .runtime.distill import distill
+from .runtime.distill_checks import check_short
 from .runtime.manifest import hash_json
 from .runtime.run_folder import RunFolder, Stage
 from .runtime.score_sites import SiteScore, Trials, initial_student, score_sites
 from .runtime.select_sites import Sets, SetScores, aligned_student, forward_path, sets_from_rows
+from .runtime.sources import CalibrationText
 from .runtime.step_seconds import step_seconds
 from .runtime.student import Student
+from .runtime.taps import Progress as Steps
+from .runtime.tokenizer import prompt_start
 
 if TYPE_CHECKING:
     from .source import Source
+
+
+def check_distilled_sets(config: Config) -> None:
+    """Raises ConfigError when the sets of kl cannot be distilled for score.distill_steps, or would be on the test."""
+    score, calib = config.score, config.calib
+    if scored_by(config.policy or DEFAULT_POLICY) != JOINT or not score.distill_steps:
+        return
+    if score.sequences > calib.holdout:
+        what = f"is {score.distill_steps}, on {score.sequences - calib.holdout} of the {score.sequences} sequences too "
+        what += f"that sets are measured on (score.sequences): {calib.holdout} are held out"
+        raise ConfigError("score.distill_steps", what, f"calib.holdout = {score.sequences}, or 0 steps")
+    check_short(config.distill.trial(score.distill_steps), calib.length)
 
 
 class Scoring:
     """What the policies measure: a teacher and its text. ids: calibration sequences, the held-out ones last."""
 
     def __init__(
-        self, run: RunFolder, source: Source, ids: Tensor, config: Config, device: torch.device, progress: Progress
+        self,
+        run: RunFolder,
+        source: Source,
+        text: CalibrationText,
+        ids: Tensor,
+        config: Config,
+        device: torch.device,
+        progress: Progress,
     ) -> None:
-        self.run, self.source, self.ids, self.config = run, source, ids, config
+        self.run, self.source, self.text, self.ids, self.config = run, source, text, ids, config
         self.device, self.progress = device, progress
         self.policy = DEFAULT_POLICY if config.policy is None else config.policy
         self.seconds = self._step_seconds()
         tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        self.inputs = {"teacher": source.capture.fingerprint, "tokens": tokens}
+        self.inputs: dict[str, Any] = {"teacher": source.capture.fingerprint, "tokens": tokens}
         self.settings: dict[str, Any] = {"sequences": config.score.sequences}
         self.aligning = config.align.model_copy(update={"steps": config.score.align_steps, "patience": None})
+        self.distilling = config.distill.trial(config.score.distill_steps)
         measure = scored_by(self.policy)
         if measure != "ar":
             self.settings |= config.initial_values() | {"calib": config.calib.kept}
@@ -52,6 +80,9 @@ class Scoring:
             self.settings["policy"] = self.policy
             if config.score.align_steps:
                 self.settings |= {"align": self.aligning.settings(), "train": config.calib.sequences}
+            if measure == JOINT and config.score.distill_steps:
+                self.settings |= {"distill": self.distilling.settings(), "holdout": config.calib.holdout}
+                self.inputs["text"] = text.identity()
             if self.seconds is not None:
                 self.settings["seconds"] = sorted(self.seconds.items())
         self.measured_on = ids[-config.score.sequences :]
@@ -117,8 +148,27 @@ class Scoring:
             progress=self.progress.bar(f"scores for {measure}: one model a site"),
         )
 
-    def sets(self, stage: Stage, known: Sets) -> SetScores:
-        """Scores of sets, of which some may be known."""
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor, int]:
+        return distillation_rows(self)
+
+    def distilled(self, student: Student, progress: Steps) -> None:
+        """In place, as the run will be, for score.distill_steps; progress: is told how many are done."""
+        assert self.source.tokenizer is not None
+        ids, counts, train = self._rows
+        distill(
+            student,
+            ids,
+            counts,
+            train=train,
+            config=self.distilling,
+            seed=self.config.seed,
+            progress=lambda done, total, _: progress(done, total),
+            start=prompt_start(self.source.tokenizer),
+        )
+
+    def sets(self, stage: Stage, known: Sets, train: Callable[[Student], None] | None = None) -> SetScores:
+        """Scores of sets, of which some may be known. train: what a set's student goes through first."""
         return SetScores(
             self.source.capture,
             self.source.scan,
@@ -127,6 +177,7 @@ class Scoring:
             batch=self.config.calib.batch,
             cache=stage.scratch / "sets.json",
             known=known,
+            train=train,
         )
 
     def ranked_plan(self) -> Plan:
@@ -152,15 +203,26 @@ class Scoring:
             move_to(self.source.capture.gm, self.device)
             rows = old or {rule: [asdict(s) for s in self.scores(rule, stage.scratch)] for rule in RULES}
             ranks = _ranks(rows)
-            sets = self.sets(stage, sets_from_rows(old["sets"]) if old else {})
-            rules = candidates(scan, self.policy, ranks, self.seconds)
-            sets.prepare(rules.values())
-            bar, asked = self.progress.bar("scores: candidate sets"), set[tuple[int, ...]]()
+            rules, asked = candidates(scan, self.policy, ranks, self.seconds), set[tuple[int, ...]]()
+            steps = self.distilling.steps
+            units = (steps + 1) * len(set(rules.values()))  # measuring a set counts as a step
+
+            def train(student: Student) -> None:
+                before = (len(asked) - 1) * (steps + 1)
+                self.distilled(student, lambda done, _: bar(before + done, units))
+
+            known = sets_from_rows(old["sets"]) if old else {}
+            sets = self.sets(stage, known, train if steps else None)
+            if sets.prepare(rules.values()) and steps:
+                _ = self._rows  # now, so that the bar times the sets alone
+            bar = self.progress.bar(
+                "scores: candidate sets" + (f", {steps} steps of distillation each" if steps else "")
+            )
 
             def kl(keep: tuple[int, ...]) -> float:
                 asked.add(keep)
                 found = sets.kl(keep)
-                bar(len(asked), len(set(rules.values())))
+                bar(len(asked) * (steps + 1), units)
                 return found
 
             plan = choose_jointly(scan, self.policy, ranks, kl, self.seconds)
@@ -232,6 +294,7 @@ def _write(folder: Path, policy: str, rows: Any) -> None:
 def scored_plan(
     run: RunFolder,
     source: Source,
+    text: CalibrationText,
     ids: Tensor,
     config: Config,
     device: torch.device,
@@ -239,8 +302,8 @@ def scored_plan(
     *,
     reuse: bool = True,
 ) -> Plan:
-    """The plan of a policy that measures sites, on the last config.score.sequences of ids."""
-    scoring = Scoring(run, source, ids, config, device, progress)
+    """The plan of a policy that measures sites, on the last config.score.sequences of ids, which text begins with."""
+    scoring = Scoring(run, source, text, ids, config, device, progress)
     measure = scored_by(scoring.policy)
     if measure == JOINT:
         return scoring.joint_plan(reuse=reuse)

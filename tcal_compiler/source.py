@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
@@ -14,6 +14,7 @@ from .config import DEFAULT_POLICY, Config
 from .errors import ConfigError, UnsupportedModelError
 from .passes.choose import budget_of, choose, plan_from_toml, scored_by
 from .passes.find_attention import find_attention
+from .passes.local_windows import with_local_windows
 from .passes.types import Capture, Plan, SiteScan
 from .progress import Parts, Progress
 from .runtime.capture_teacher import capture_teacher
@@ -35,6 +36,10 @@ class Source:
     capture: Capture
     scan: SiteScan
     capture_seconds: float = math.nan
+
+    def with_local_window(self, tokens: int) -> Source:
+        """The same; converted sites have softmax attention over so many tokens beside their state."""
+        return replace(self, scan=with_local_windows(self.scan, tokens))
 
 
 def open_source(

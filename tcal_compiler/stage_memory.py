@@ -21,6 +21,7 @@ from .passes.capture import SHAPES
 from .passes.choose import choose, scored_by
 from .passes.find_attention import find_attention
 from .passes.json_text import read_json
+from .passes.local_windows import with_local_windows
 from .passes.make_stateful import check_tokens
 from .passes.types import Plan, SiteScan
 from .progress import Parts, Progress
@@ -162,7 +163,8 @@ class _Shell:
     def __init__(self, spec: str, config: Config, layers: int | None = None) -> None:
         self.config, self.teacher = config, shell_teacher(spec, layers=layers)
         capture = capture_shell(self.teacher)
-        self.source = Source(self.teacher, None, capture, find_attention(capture))
+        scan = with_local_windows(find_attention(capture), config.local_window)
+        self.source = Source(self.teacher, None, capture, scan)
         check_length(config.calib.length, self.source, "calib.length")
 
     def needs(self, plan: Plan) -> Needs:
@@ -182,6 +184,9 @@ class _Shell:
                 stages.append(Need(name, cost.peak, cost.files, cost.scratch))
                 if name == "calibrate":
                     values = trial.values_in_all
+                    if scored_by(plan.policy):  # before it; with any number of models
+                        score = trial.score(1)
+                        stages.insert(1, Need("score", score.peak, score.files, score.scratch))
             student = trial.weights
         peak = base + weights + round(EXPORT * student) + _compared_logits(self.source)
         stages.append(Need("export", peak, 2 * student))

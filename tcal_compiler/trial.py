@@ -19,19 +19,20 @@ from torch import Tensor
 
 from .config import Config
 from .passes.capture import capture_program
+from .passes.choose import FORWARD, JOINT, RULES, scored_by
 from .passes.make_stateful import make_stateful
 from .passes.types import Plan
 from .report import can_plot
 from .runtime.align import GroupTrainer
 from .runtime.calibrate import half_lives, initialise
-from .runtime.config import AlignConfig, TrainConfig
+from .runtime.config import AlignConfig, DistillConfig, TrainConfig
 from .runtime.distill import Distiller
 from .runtime.held_out import score_held_out
 from .runtime.logits import split_model
 from .runtime.meter import Meter, Time
 from .runtime.onnx_export import context_length
 from .runtime.score_sites import sum_losses
-from .runtime.student import make_student
+from .runtime.student import Student, make_student
 from .runtime.taps import LivePairs, SiteGroup, collect_taps, stored_pairs
 from .runtime.weights import changed_names, unique_state
 from .source import Source
@@ -179,8 +180,8 @@ class Trial:
         """Bytes of the teacher's values that the whole text has beyond the trial's."""
         return round(self._values * ((self.config.calib.kept + self.config.calib.holdout) / len(self.sample) - 1))
 
-    def score(self, models: int, align_steps: int) -> StageCost:
-        """Of a policy that measures so many trial models, some after so many steps of alignment of every site."""
+    def score(self, models: int) -> StageCost:
+        """Of the plan's policy, which measures so many trial models, those of sets after alignment of every site."""
         calib, sites = self.config.calib, len(self.source.scan.sites)
         time = self._teacher_pass(calib.kept)
         number = sum(n for n, _ in self.sites)
@@ -194,12 +195,20 @@ class Trial:
         share = self.config.score.sequences / len(self.sample)
         beyond = round(self._values * (calib.kept * sites / number / len(self.sample) - 1))
         peak, scratch = max(self.peak, one.peak), 0
-        if align_steps:
-            config = self.config.align.model_copy(update={"steps": align_steps})
+        measure, score = scored_by(self.chosen.policy), self.config.score
+        if measure in (JOINT, FORWARD) and score.align_steps:
+            config = self.config.align.model_copy(update={"steps": score.align_steps})
             aligned = self._alignment(config)
             time += self._teacher_pass(calib.kept + calib.holdout) + aligned.time * (sites / number)
             peak, scratch = max(peak, aligned.peak), aligned.scratch
-        return StageCost("score", time + (m.time + one.time * share) * models, peak + beyond, scratch=scratch)
+        peak += beyond
+        if measure == JOINT and score.distill_steps:  # when the teacher's values are given back
+            trained = self._distillation(self.config.distill.trial(score.distill_steps), student)
+            time += trained.time * (models - len(RULES) * sites)
+            peak = max(peak, trained.peak)
+            del student
+            gc.collect()  # a graph refers to itself
+        return StageCost("score", time + (m.time + one.time * share) * models, peak, scratch=scratch)
 
     def _alignment(self, config: AlignConfig) -> StageCost:
         """Of the steps alone, on the sites of the plan."""
@@ -239,23 +248,26 @@ class Trial:
             after = self._beyond
         self.groups = []
         gc.collect()
-        config = self.config.distill.in_steps(self.config.calib.length).model_copy(
-            update={"compile": False, "short_length": None}
-        )
+        config = self.config.distill.in_steps(self.config.calib.length)
         if not (config.active and self.chosen.convert):
             with self.meter() as m:
                 pass
             return StageCost("distill", m.time, before.peak + after)
+        steps = self._distillation(config, self.student)
+        time = steps.time + self.writing * (self.weights + steps.scratch * counts(config)[1])
+        return StageCost("distill", time, max(before.peak + after, steps.peak), self.weights, steps.scratch)
+
+    def _distillation(self, config: DistillConfig, student: Student) -> StageCost:
+        """Of the steps alone."""
+        config = config.model_copy(update={"compile": False, "short_length": None})
         counted = torch.ones(len(self.sample), self.sample.shape[1] - 1, dtype=torch.bool)
         with self.meter() as setup:
-            trainer = Distiller(self.student, self.sample, counted, train=self.take, config=config)
+            trainer = Distiller(student, self.sample, counted, train=self.take, config=config)
         index = torch.arange(config.batch) % self.take
         trained = _training(config, lambda n: trainer.step(n, index), trainer.score, self)
-        time = setup.time + trained.whole(config, self.config.calib.holdout / self.held) + self.writing * self.weights
-        state, saves = _bytes(trainer.state()), counts(config)[1]
-        time += self.writing * (state * saves)
-        peak = max(before.peak + after, setup.peak, trained.peak)
-        return StageCost("distill", time, peak, self.weights, state if saves else 0)
+        time = setup.time + trained.whole(config, self.config.calib.holdout / self.held)
+        scratch = _bytes(trainer.state()) if counts(config)[1] else 0
+        return StageCost("distill", time, max(setup.peak, trained.peak), scratch=scratch)
 
     def export(self) -> StageCost:
         config = self.config.export

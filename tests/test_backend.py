@@ -386,3 +386,14 @@ def test_the_entry_point_is_the_backend(monkeypatch):
     assert registry.lookup_backend("tcal") is backend.tcal
     backend.register_backend()
     assert registry.lookup_backend("tcal") is backend.tcal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [6, 100])
+def test_a_local_window_shorter_and_longer_than_the_text(tiny, window):
+    batches = [ids_of(3, 24, seed=s) for s in range(2)]
+    torch._dynamo.reset()
+    options = {"policy": "keep=0", "calibrate": batches, "local_window": window, "compiler": "aot_eager"}
+    fast = torch.compile(copy.deepcopy(tiny), backend="tcal", options=options | {"align": {"steps": 2, "batch": 2}})
+    with torch.inference_mode():
+        assert_close(fast(ids_of(2, 20)[:, :9].contiguous()), fast(ids_of(2, 20))[:, :9])

@@ -43,10 +43,13 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "measure_dry_run": "docs/results.md",
     "measure_shards": "its numbers in docs/method.md",
     "estimate_conversion": "test_estimate",
+    "fused_step": "docs/results.md",
     "rank_sets": "docs/results.md",
     "time_alignment": "docs/kernels.md",
     "time_planning": "docs/results.md",
     "published_recipe": "test_measure_conversion",
+    "site_variants": "test_site_variants",
+    "variant_mixer": "test_site_variants",
 }
 HERE = {
     "convert_and_generate",

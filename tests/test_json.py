@@ -227,6 +227,13 @@ def test_a_dry_run_goes_no_further_than_bad_input(tmp_path):
     assert contents(tmp_path) == {}
 
 
+def test_a_dry_run_counts_the_distillation_of_candidate_sets(tmp_path):
+    (tmp_path / "c.toml").write_text("[score]\nalign_steps = 0\ndistill_steps = 1000000\n[distill]\nbatch = 2\n")
+    words = ("tcal", "align", TINY, *BYTES, "--dry-run", "--json", *SMALL, "--policy", "kl:2")
+    score = checked(DryRun, done(*words, "--config", tmp_path / "c.toml")).stages[1]
+    assert score.stage == "score" and score.cpu_seconds > 4 * 1000
+
+
 @pytest.mark.slow
 def test_times_of_more_steps_and_of_scored_policies(tmp_path):
     """Steps are counted up; a policy that measures the sites has a stage of its own and no plan yet."""

@@ -113,6 +113,23 @@ def test_one_command_gives_the_table(tmp_path):
 
 
 @pytest.mark.slow
+def test_candidate_sets_after_distillation(tmp_path):
+    """The first of --score-distill-steps decides; nothing is converted without --init or --steps."""
+    out = tmp_path / "results" / "sets.json"
+    out.parent.mkdir()
+    given = ["--tokenizer", "bytes", "--calib", CALIBRATION_TEXT, "--sequences", 6, "--length", 48, "--batch", 2]
+    given += ["--policy", "kl:1", "--score-align-steps", 2, "--score-distill-steps", "3,2/2", "--device", "cpu"]
+    script("measure_conversion.py", TINY, *given, "--json", out)
+    found = json.loads(out.read_text())
+    rows = found["candidates"]["kl:1"]
+    assert all(list(r["kl"]) == ["2", "2+3", "2+2/2"] and len(set(r["kl"].values())) == 3 for r in rows)
+    assert found["kept"]["kl:1"] == min(rows, key=lambda r: r["kl"]["2+3"])["keep"] and not found["scores"]
+    script("write_results.py", out.parent, "--out", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| KL after 2 steps | after 2+3 steps | after 2+2/2 steps |" in page and "chosen by that after 2+3." in page
+
+
+@pytest.mark.slow
 def test_the_calibration_text_is_not_scored(tmp_path):
     (tmp_path / "text.txt").write_text(CALIBRATION_TEXT.read_text()[:60_000])
     words = [sys.executable, str(ROOT / "examples/measure_conversion.py"), TINY, "--calib", str(CALIBRATION_TEXT)]

@@ -14,9 +14,9 @@ from tcal_compiler.runtime.align import GroupTrainer
 from tcal_compiler.runtime.score_sites import Trials
 
 
-def plan(out: Path, policy: str, *more: object):
+def plan(out: Path, policy: str, *more: object, score: str = "align_steps = 4\n"):
     config = out.parent / "few.toml"
-    config.write_text("[score]\nalign_steps = 4\n")
+    config.write_text(f"[score]\n{score}")
     return call("tcal", "plan", TINY, "-o", out, *BYTES, *SMALL, "--config", config, "--policy", policy, *more)
 
 
@@ -67,6 +67,46 @@ def test_kl_keeps_the_candidate_that_leaves_the_least(tmp_path, monkeypatch):
     assert plan(out, "kl:1").code == 0 and ranked == [] and {len(keep) for keep in made} == {1}
     made.clear()
     assert plan(out, "kl:4").code == 0 and made == [] and manifest(out)["plan"]["convert"] == []
+
+
+def test_kl_distils_its_candidates(tmp_path, monkeypatch):
+    """Stopped in the second set the first is kept; a schedule of its own; other settings of [distill] measure anew."""
+    out, made, train, stop = tmp_path / "run", [], scoring.distill, [2]
+
+    def stops(student, *rows, config, **options):
+        made.append((student.plan.keep, config.steps, config.warmup, config.batch))
+        if [len(made)] == stop:
+            stop.clear()
+            raise KeyboardInterrupt
+        return train(student, *rows, config=config, **options)
+
+    monkeypatch.setattr(scoring, "distill", stops)
+    asked = "distill_steps = 3\nalign_steps = 1\nsequences = 2\n[distill]\nbatch = 2\n"
+    assert plan(out, "kl:1", score=asked).code == 130
+    assert plan(out, "kl:1", score=asked).code == 0
+    assert made[0] == ((0,), 3, 1, 2) and made[1] == made[2] and made.count(made[0]) == 1
+    found = json.loads((out / "scores/kl.json").read_text())
+    sets = {tuple(c["keep"]): c["kl"] for c in found["candidates"]}
+    assert set(sets) == {keep for keep, *_ in made} and len(made) == len(sets) + 1
+    assert tuple(manifest(out)["plan"]["keep"]) == min(sets, key=sets.__getitem__)
+    made.clear()
+    assert plan(out, "kl:1", score=asked).code == 0 and made == []
+    (out / "plan.toml").unlink()  # which would be followed
+    assert plan(out, "kl:1", score=f"{asked}lr_gdn = 1e-2\n").code == 0 and {keep for keep, *_ in made} == set(sets)
+    new = json.loads((out / "scores/kl.json").read_text())["candidates"]
+    assert all(c["kl"] != sets[tuple(c["keep"])] for c in new)
+    assert not list((out / ".scratch/score-kl").rglob("*.safetensors"))
+
+
+def test_sets_that_cannot_be_distilled_are_refused_before_anything_is_measured(tmp_path):
+    out = tmp_path / "run"
+    for asked, words in (
+        ("distill_steps = -1", ("score.distill_steps", "0")),
+        ("distill_steps = 3\nsequences = 12", ("score.distill_steps", "4 of the 12", "calib.holdout = 12")),
+        ("distill_steps = 3\n[distill]\nshort_length = 9", ("distill.short_length", "9")),
+    ):
+        refused(plan(out, "kl:1", score=asked + "\n"), "ConfigError", *words)
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -84,6 +84,13 @@ def test_needs_of_a_configuration(config_only):
 
 
 @pytest.mark.slow
+def test_scores_of_sets_that_are_distilled_need_what_distillation_does(config_only, tmp_path):
+    (tmp_path / "c.toml").write_text("[score]\ndistill_steps = 2\n[distill]\nbatch = 24\n")
+    rows = {s.stage: s for s in _needs(config_only, *SMALL, "--policy", "kl:1", "--config", tmp_path / "c.toml").stages}
+    assert rows["score"].peak_bytes > 0.98 * rows["distill"].peak_bytes > 1.2 * rows["align"].peak_bytes
+
+
+@pytest.mark.slow
 def test_more_text_needs_more(config_only):
     one, two = (_needs(config_only, "--calib-length", "32", "--calib-sequences", n).value_bytes for n in ("8", "24"))
     assert two == 2 * one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from command_line import TINY, call, contents, done, refused
 from test_json import Checked
 
 from tcal_compiler.errors import ExportError
-from tcal_compiler.runtime.quantize import divergence, quantize
+from tcal_compiler.runtime import onnx_export
+from tcal_compiler.runtime.quantize import WEIGHT_TYPES, divergence, quantize
 from tcal_compiler.runtime.session import OnnxSession
 
 TYPES = ("fp16", "int8", "int4")
@@ -41,10 +43,19 @@ def test_every_variant_is_smaller_near_and_runs(finished):
     assert sizes[0] < 0.75 and sizes[2] < sizes[1] < sizes[0] and kls[0] < kls[1] < kls[2]
     before = contents(finished)
     assert export(finished, "int8")["passed"] and contents(finished) == before  # done already
+    assert export(finished, "int8-caches")["passed"]
     printed = done("tcal", "verify", finished, "--quiet")
-    assert all(f"{d} student: KL to the float32 student" in printed for d in TYPES)
-    assert all(f"ok   {d} student: the float32 one" in printed for d in TYPES)
+    assert all(f"{d} student: KL to the float32 student" in printed for d in WEIGHT_TYPES)
+    assert all(f"ok   {d} student: the float32 one" in printed for d in WEIGHT_TYPES)
     assert "int4 student: KL" in (finished / "report.md").read_text()
+
+
+def test_int8_takes_small_blocks_where_large_ones_err_too_much(finished):
+    large = export(finished, "int8")
+    assert {b["block_size"] for b in operators(finished / "onnx-int8/model.onnx")[1]} == {128}
+    small = export(finished, "int8", "--max-kl", str(0.99 * large["measured"]))
+    assert small["passed"] and small["measured"] < large["measured"]
+    assert {b["block_size"] for b in operators(finished / "onnx-int8/model.onnx")[1]} == {32}
 
 
 @pytest.mark.slow
@@ -74,7 +85,7 @@ def test_a_variant_that_is_not_there(finished):
     command = ("tcal", "generate", finished, "x", "--dtype")
     hint = f"tcal export {finished} --dtype int8"
     refused(call(*command, "int8"), "RunFolderError", "no int8 student; it holds: float32\n", hint)
-    refused(call(*command, "fp32"), "ConfigError", "'fp32' is unknown", "fp16, int8, int4", "without --dtype")
+    refused(call(*command, "fp32"), "ConfigError", "'fp32' is unknown", "int8-caches, int4", "without --dtype")
     assert export(finished, "fp16")["passed"]
     refused(call(*command, "int8"), "RunFolderError", "it holds: float32, fp16\n", hint)
     with (finished / "onnx-fp16/genai_config.json").open("a") as config:
@@ -94,7 +105,7 @@ def test_products_become_blocks_and_the_recurrence_stays(shared_run, tmp_path, d
     source = shared_run / "onnx/model.onnx"
     before, _ = operators(source)
     after, blocks = operators(quantize(source, tmp_path / "a", dtype))
-    assert all(b["block_size"] == 32 and b["accuracy_level"] == 4 for b in blocks)
+    assert all(b["block_size"] == {8: 128, 4: 32}[b["bits"]] and b["accuracy_level"] == 4 for b in blocks)
     head = [b for b in blocks if b["N"] == 256]
     assert len(head) == 1 and head[0]["bits"] == 8
     assert {b["bits"] for b in blocks if b["N"] != 256} == {bits}
@@ -136,3 +147,34 @@ def test_models_that_cannot_be_made_smaller(shared_run, tmp_path):
     onnx.save(model, tmp_path / "large.onnx")
     with pytest.raises(ExportError, match="more than float16 can"):
         quantize(tmp_path / "large.onnx", tmp_path / "out", "fp16")
+
+
+def test_int8_caches_give_what_float32_ones_give(shared_run, tmp_path, monkeypatch):
+    """Fed whole, in chunks, alone and in a padded batch; an older runtime is refused."""
+    source = shared_run / "onnx/model.onnx"
+    model = quantize(source, tmp_path / "a", "int8-caches")
+    assert quantize(source, tmp_path / "b", "int8-caches").read_bytes() == model.read_bytes()
+    shutil.copyfile(source.with_name("genai_config.json"), model.with_name("genai_config.json"))
+    session, float32 = OnnxSession(model, threads=1), OnnxSession(source, threads=1)
+    ids = np.random.default_rng(0).integers(0, 256, (2, 40))
+    assert divergence(float32, session, ids).kl < 1e-2
+    caches = {n: v.dtype for n, v in zip(session.state_names, session.snapshot().values, strict=True)}
+    assert {n.rpartition(".")[2]: d for n, d in caches.items()}["key"] == np.int8
+    session.reset()
+    whole = session.forward(ids[:1])
+    session.reset()
+    parts = [session.forward(ids[:1, a:b]) for a, b in ((0, 7), (7, 8), (8, 40))]
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=0.2)
+    prompts = [list(ids[0, :9]), list(ids[1, :4])]
+    alone = []
+    for prompt in prompts:
+        session.reset()
+        alone.append(list(session.generate(prompt, 12)))
+    assert session.generate_batch(prompts, 12) == alone
+    snapshot = session.snapshot()
+    with pytest.raises(ExportError, match="of another model"):
+        float32.restore(snapshot)
+    monkeypatch.setattr(onnx_export, "runtime_version", lambda: (1, 27))
+    with pytest.raises(ExportError, match=r"int8 caches(.|\n)*onnxruntime 1\.28"):
+        OnnxSession(model)
+    assert OnnxSession(source).length == 0

@@ -107,14 +107,13 @@ class Rule(Target):
         walks = (
             *({"read_columns": 128, "read_warps": 8, "read_stages": n} for n in (1, 2, 3)),
             *({"read_columns": 64, "read_programs": 2, "read_stages": n} for n in (1, 2)),
-            *({"read_columns": 64, "read_warps": 8, "read_stages": n} for n in (2, 3)),
-            {"read_columns": 64, "read_warps": 4, "read_stages": 2},
+            *({"read_columns": 64, "read_programs": 1, "read_stages": n} for n in (2, 3)),
         )
         found = (
             Trial(forward, walks),
-            Trial(both, one("solve_warps", 2, 4)),
+            Trial(both, one("solve_warps", 8)),
             Trial(both, one("solve_keys", 32, 64)),
-            Trial(backward, (*one("value_block", 32), {"value_block": 128, "warps": 8})),
+            Trial(backward, ({"value_block": 128, "warps": 8},)),
             Trial(backward, one("pair_warps", 2, *eight)),
             Trial(backward, one("key_part", 32, 128)),
             Trial(backward, one("stages", 1, 3)),

@@ -52,22 +52,12 @@ def _takes_triton(q: Tensor, v: Tensor, *, packed: bool = False) -> bool:
 class Case:
     """Sizes of one comparison with float64."""
 
-    batch: int
     tokens: int
-    heads: int = 1
-    bounds: tuple[int, ...] | None = None  # of sequences in a batch of one
-    packed: bool = False  # the sequences of the batch one after another in one row, for Triton alone
+    heads: int
+    bounds: tuple[int, ...] | None  # of packed sequences
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens" if self.batch == 1 else f"{self.batch} x {self.tokens} tokens"
-
-    def given(self, tensors: list[Tensor]) -> list[Tensor]:
-        """As Triton takes them: all but the last, the state."""
-        return [x.flatten(0, 1).unsqueeze(0) for x in tensors[:-1]] + tensors[-1:] if self.packed else tensors
-
-    @property
-    def triton_bounds(self) -> tuple[int, ...] | None:
-        return tuple(range(0, self.batch * self.tokens + 1, self.tokens)) if self.packed else self.bounds
+        return f"{self.tokens} tokens"
 
 
 def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
@@ -84,21 +74,18 @@ def packed_self_check(device: torch.device, dtype: torch.dtype, key_dim: int, va
 
 
 def cases(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> list[Case]:
-    """Few programs, two query heads on one key head; more sequences than the card has processors, whose programs take
-    all their columns; and a sequence that is cut into segments, where one can be.
-    """
+    """Two query heads on one key head; and a sequence that is cut into segments, where one can be."""
     from .triton_tiles import CHUNK, as_kernels_take, setting_for
-    from .triton_walk import cut_for, cut_to_read, least_cut, processors
+    from .triton_walk import cut_for, cut_to_read, least_cut
 
     dims = (key_dim, key_dim, value_dim)
     q, _, v = as_kernels_take(tuple(torch.empty(1, 1, 1, dim, dtype=dtype, device=device) for dim in dims))
     s = setting_for(q, v)
-    few = Case(1, 131, 2, bounds=(0, 5, 5, 130, 131) if packed else None)
-    found = [few, Case(processors(device) + 1, CHUNK + 1, packed=packed)]
+    found = [Case(131, 2, (0, 5, 5, 130, 131) if packed else None)]
     long = least_cut(s) + 1
     cuts = (cut_to_read(long, 1, value_dim, s, device), cut_for(long, 1, value_dim, s, device, wide=True))
     if any(cut.segments > 1 for cut in cuts):
-        found.append(Case(1, CHUNK * long, packed=packed))
+        found.append(Case(CHUNK * long, 1, (0, CHUNK * long) if packed else None))
     return found
 
 
@@ -112,12 +99,9 @@ def _proof(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: in
 
     def run() -> list[Tensor]:
         results: list[Tensor] = []
-        for case, tensors in zip(tried, made, strict=True):
-            inputs, seeds = (case.given(x) for x in tensors)
-            out = gated_delta_rule_triton(*inputs, scale=scale, bounds=case.triton_bounds)
-            grads = gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=case.triton_bounds)
-            like = (*tensors[1], *tensors[0])
-            results += (x.view(y.shape) for x, y in zip((*out, *grads), like, strict=True))
+        for case, (inputs, seeds) in zip(tried, made, strict=True):
+            results += gated_delta_rule_triton(*inputs, scale=scale, bounds=case.bounds)
+            results += gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=case.bounds)
         return results
 
     def exact() -> list[Tensor]:
@@ -143,9 +127,9 @@ def _made(
     def unit(*size: int) -> Tensor:
         return torch.nn.functional.normalize(randn(*size), dim=-1).to(dtype)
 
-    each, heads = (case.batch, case.tokens), case.heads
+    each, heads = (1, case.tokens), case.heads
     q, k, v = unit(*each, heads, key_dim), unit(*each, 1, key_dim), randn(*each, 1, value_dim, as_dtype=dtype)
     g, beta = -torch.nn.functional.softplus(randn(*each, heads) - 2), randn(*each, heads).sigmoid()
-    state = (case.batch if case.bounds is None else len(case.bounds) - 1, heads, key_dim, value_dim)
+    state = (1 if case.bounds is None else len(case.bounds) - 1, heads, key_dim, value_dim)
     inputs = [q, k, v, g, beta, randn(*state)]
     return inputs, [randn(*each, heads, value_dim, as_dtype=dtype), randn(*state)]

@@ -1,10 +1,9 @@
 """Triton backward of the gated delta rule: five steps after the forward's solve and walk are run again.
 
 The names are those of `chunked_backward`; q is not scaled in memory, so `scale` is applied where q meets dO.
-1. inward, all chunks: P^T dO                                       -> d_fresh [rows, N, C, Dv]
-2. the walk back (`triton_walk_back`): dS behind each chunk, dV'
-3. pairs, all chunks: dR = T^T dV' in the place of dV', G = [dO; -dR] V'^T, masked and decayed, dv, the value part of
-   dbeta, the pair part of dg
+1. inward, all chunks: P^T dO                                       -> d_rows [rows, N, C, Dv]
+2. the walk back (`triton_walk_back`): dS behind each chunk, dR in the place of P^T dO
+3. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
 4. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
 5. gates: sums over the parts and along tokens give dg and dbeta
 dk and dv are summed over the query heads of a group in PyTorch. No atomics: results are the same every run.
@@ -24,7 +23,7 @@ from tcal_compiler.kernels.self_check import takes_tf32
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
 from .triton_layout import COUNTS, Layout, chunk_at, layout_of
-from .triton_solve import Solved, solve_chunks
+from .triton_solve import solve_chunks
 from .triton_tiles import (
     CHUNK,
     Setting,
@@ -35,7 +34,7 @@ from .triton_tiles import (
     pair_decay_transposed,
     setting_for,
 )
-from .triton_walk import walk_states
+from .triton_walk import Walk
 from .triton_walk_back import walk_back
 
 
@@ -49,7 +48,7 @@ def _inward(
     h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
     keys = load_rows(k + h // (H // K) * DK, t0, K * DK, end, 0, DK, C, BK)
     queries_t = load_columns(q + h * DK, t0, H * DK, end, 0, DK, C, BK)
-    c, _ = decay_sums(g + h, t0, H, end, C, GATE)
+    c, _ = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
     scores_t = dot(keys, queries_t, DOT, PRECISION) * pair_decay_transposed(c, C) * scale
     for v0 in range(0, DV, BV):
         grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
@@ -58,7 +57,7 @@ def _inward(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _pairs(
-    q, k, v, g, beta, d_out, inverse, fresh, d_rows, pairs, dv, d_rate, d_total, chunks, scale, T, N, H, K, DK, DV,
+    q, k, v, g, beta, d_out, fresh, d_rows, pairs, dv, d_rate, d_total, chunks, scale, T, N, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -69,13 +68,10 @@ def _pairs(
     d_scores = tl.zeros((C, C), tl.float32)
     d_low = tl.zeros((C, C), tl.float32)
     by_value = tl.zeros((C,), tl.float32)
-    inverse_t = load_columns(inverse + pid * C * C, 0, C, C, 0, C, C, C)
     for v0 in range(0, DV, BV):
         new_t = load_columns(fresh + pid * C * DV, 0, DV, C, v0, DV, C, BV)
         grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
-        d_new = load_rows(d_rows + pid * C * DV, 0, DV, C, v0, DV, C, BV).to(tl.float32)
-        rows = dot(inverse_t, d_new, tl.float32, PRECISION)
-        store_rows(d_rows + pid * C * DV, rows, 0, DV, C, v0, DV, C, BV)
+        rows = load_rows(d_rows + pid * C * DV, 0, DV, C, v0, DV, C, BV).to(tl.float32)
         d_scores += dot(grad, new_t, DOT, PRECISION)
         d_low -= dot(rows, new_t, DOT, PRECISION)
         values = load_rows(v + kv * DV, t0, K * DV, end, v0, DV, C, BV)
@@ -84,7 +80,7 @@ def _pairs(
     store_gate(d_rate + pid * C, by_value, 0, 1, C, C)
     i = tl.arange(0, C)
     strict = i[:, None] > i[None, :]
-    c, _ = decay_sums(g + h, t0, H, end, C, GATE)
+    c, _ = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
     decay = pair_decay(c, C)
     d_scores = d_scores * decay * scale
     d_low = tl.where(strict, d_low * decay, 0.0)
@@ -110,7 +106,7 @@ def _keys(
     k0 = part.to(tl.int32) * BK
     h, t0, end = chunk_at(at, chunks, T, N, H, C, PACKED)
     kv = h // (H // K)
-    c, last = decay_sums(g + h, t0, H, end, C, GATE)
+    c, last = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
     into, leave = exp32(c), exp32(last - c)
     rate = load_gate(beta + h, t0, H, end, C)
     by_query = tl.zeros((C, BK), tl.float32)
@@ -200,27 +196,26 @@ def gated_delta_rule_triton_backward(
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
     s, layout = setting_for(q, v, tf32=takes_tf32(inputs[0])), layout_of(q, bounds)
-    solved = solve_chunks(q, k, v, g, beta, layout, s, inverse=True)
-    states, _ = walk_states(k, solved, state, layout, s)
-    d_rows = torch.empty_like(solved.u)
+    solved = solve_chunks(q, k, g, beta, layout, s, scores=False)
+    states, fresh, _ = Walk(q, k, v, solved, state, layout, s).states()
+    d_rows = torch.empty_like(fresh)
     sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
     blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
     programs = layout.rows * layout.chunks
     launch(_inward, programs, q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
     d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
-    walked = (states, d_rows, d_states)
-    grads = _at_all_chunks((q, k, v, g, beta, d_out), solved, walked, layout, scale, s)
+    grads = _at_all_chunks((q, k, v, g, beta, d_out), (states, fresh, d_rows, d_states), layout, scale, s)
     *firsts, dg, dbeta = grads
     dq, dk, dv = (_over_group(x, like) for x, like in zip(firsts, inputs[:3], strict=True))
     return dq, dk, dv, dg.to(inputs[3].dtype), dbeta.to(inputs[4].dtype), d_start.to(inputs[5].dtype)
 
 
 def _at_all_chunks(
-    inputs: tuple[Tensor, ...], solved: Solved, walked: tuple[Tensor, ...], layout: Layout, scale: float, s: Setting
+    inputs: tuple[Tensor, ...], walked: tuple[Tensor, ...], layout: Layout, scale: float, s: Setting
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Steps 3 to 5: dq, dk, dv per query head, dg, dbeta."""
     q, k, v, g, beta, d_out = inputs
-    states, d_rows, d_states = walked
+    states, fresh, d_rows, d_states = walked
     rows, num_chunks = layout.rows, layout.chunks
     count, parts = rows * num_chunks, cdiv(q.shape[3], s.key_part)
     sizes = (layout.tokens, num_chunks, layout.heads, *k.shape[2:], v.shape[3])
@@ -241,9 +236,9 @@ def _at_all_chunks(
     by_value, by_pair = floats(rows, num_chunks, CHUNK), floats(rows, num_chunks, CHUNK)
     by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
     kept = floats(parts, rows, num_chunks)
-    given = (q, k, v, g, beta, d_out, solved.inverse, solved.u, d_rows)
+    given = (q, k, v, g, beta, d_out, fresh, d_rows)
     launch(_pairs, count, *given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
-    read = (q, k, g, beta, d_out, solved.u, d_rows, states, d_states, pairs)
+    read = (q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs)
     taken = (dq, dk, by_key, total, end, kept)
     launch(_keys, count * parts, *read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)

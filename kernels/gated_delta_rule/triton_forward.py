@@ -16,7 +16,7 @@ from tcal_compiler.kernels.self_check import takes_tf32
 from .triton_layout import layout_of
 from .triton_solve import solve_chunks
 from .triton_tiles import as_kernels_take, setting_for
-from .triton_walk import walk_outputs
+from .triton_walk import Walk
 
 
 def gated_delta_rule_triton(
@@ -39,6 +39,6 @@ def gated_delta_rule_triton(
     v_dtype, state_dtype, tf32 = v.dtype, initial_state.dtype, takes_tf32(q)
     q, k, v, g, beta, state = as_kernels_take((q, k, v, g, beta, initial_state))
     s, layout = setting_for(q, v, tf32=tf32), layout_of(q, bounds)
-    solved = solve_chunks(q, k, v, g, beta, layout, s, scale=scale, inverse=False)
-    out, final = walk_outputs(q, k, solved, state, layout, s, scale=scale, dtype=v_dtype)
+    solved = solve_chunks(q, k, g, beta, layout, s, scale=scale, scores=True)
+    out, final = Walk(q, k, v, solved, state, layout, s).outputs(scale, v_dtype)
     return out, final.to(state_dtype)

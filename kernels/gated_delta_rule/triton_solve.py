@@ -1,6 +1,10 @@
 """What every chunk of the gated delta rule gives by itself, all chunks at once, on Triton.
 
-The names are those of `chunked`: T = (I + B)^-1 * L, U = T (beta v), W = T (beta e^c k), P = scale (q k^T * L).
+The names are those of `chunked`: T = (I + B)^-1 * L, P = scale (q k^T * L). With B = diag(beta) A,
+
+    T diag(beta) = diag(beta) T~        T~ = (I + A diag(beta))^-1 * L
+
+of which the walk that reads the outputs takes T~: then v, whose numbers need no rounding, meets it as it is.
 """
 
 from __future__ import annotations
@@ -13,145 +17,113 @@ import triton.language as tl
 from torch import Tensor
 
 from tcal_compiler.kernels.launch import launch
-from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
+from tcal_compiler.kernels.tiles import dot, load_gate, load_rows, store_gate, store_rows
 
 from .triton_layout import COUNTS, Layout, chunk_at
 from .triton_tiles import CHUNK, Setting, decay_sums, exp32, pair_decay
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    return dot(a, b, tl.float32, PRECISION)
+def _diagonal(x):
+    """The blocks [4, 16, 16] on the diagonal of [64, 64]."""
+    i = tl.arange(0, 4)
+    same = (i[:, None] == i[None, :])[:, None, :, None]
+    return tl.sum(tl.where(same, tl.reshape(x, (4, 16, 4, 16)), 0.0), 2)
 
 
 @triton.jit
-def _quarters(x, B: tl.constexpr):
-    """The diagonal blocks of [2 B, 2 B] and the one below the diagonal, [B, B] each."""
-    x = tl.permute(tl.reshape(x, (2, B, 2, B)), (1, 3, 0, 2))
-    left, right = tl.split(x)
-    first, corner = tl.split(left)
-    _, second = tl.split(right)
-    return first, corner, second
+def _on_diagonal(blocks):
+    i = tl.arange(0, 4)
+    same = (i[:, None] == i[None, :])[:, None, :, None]
+    return tl.reshape(tl.where(same, tl.reshape(blocks, (4, 16, 1, 16)), 0.0), (64, 64))
 
 
 @triton.jit
-def _whole(first, corner, second, B: tl.constexpr):
-    """[2 B, 2 B] of its lower blocks."""
-    x = tl.join(tl.join(first, corner), tl.join(tl.zeros_like(first), second))
-    return tl.reshape(tl.permute(x, (2, 0, 3, 1)), (2 * B, 2 * B))
+def _doubled(x, low, B: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Of x, (I + low)^-1 on diagonal blocks of B, that on blocks of 2 B: X - X L X, L what of low lies between them."""
+    i = tl.arange(0, x.shape[-1])
+    row, column = i[:, None], i[None, :]
+    between = (row // (2 * B) == column // (2 * B)) & (row // B > column // B)
+    return x - dot(dot(x, tl.where(between, low, 0.0), DOT, PRECISION), x, DOT, PRECISION)
 
 
 @triton.jit
-def _inverse16(low, PRECISION: tl.constexpr):
-    """(I + low)^-1 of strictly lower [16, 16]: from blocks of b to those of 2 b, X - X L X, L what lies between."""
-    r = tl.arange(0, 16)
-    row, column = r[:, None], r[None, :]
-    x = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, low, 0.0)
+def _inverse(low, blocks, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + low)^-1 of the strictly lower part of low [64, 64], with its diagonal blocks: from blocks of 2 on."""
+    i = tl.arange(0, 16)
+    row, column = i[:, None], i[None, :]
+    first = (row // 2 == column // 2) & (row > column)
+    x = tl.where(row == column, 1.0, 0.0) - tl.where(first, blocks, 0.0)
     for level in tl.static_range(1, 4):
-        between = ((row >> level + 1) == (column >> level + 1)) & ((row >> level) != (column >> level))
-        x -= _product(_product(x, tl.where(between, low, 0.0), PRECISION), x, PRECISION)
-    return x
-
-
-@triton.jit
-def _inverse32(low, PRECISION: tl.constexpr):
-    a, corner, b = _quarters(low, 16)
-    a, b = _inverse16(a, PRECISION), _inverse16(b, PRECISION)
-    return _whole(a, -_product(b, _product(corner, a, PRECISION), PRECISION), b, 16)
-
-
-@triton.jit
-def _inverse(low, PRECISION: tl.constexpr):
-    """(I + low)^-1 of strictly lower [64, 64]: [A 0; C B]^-1 = [A' 0; -B' C A' B'] with A' = A^-1, B' = B^-1."""
-    a, corner, b = _quarters(low, 32)
-    a, b = _inverse32(a, PRECISION), _inverse32(b, PRECISION)
-    return _whole(a, -_product(b, _product(corner, a, PRECISION), PRECISION), b, 32)
+        x = _doubled(x, blocks, 2**level, DOT, PRECISION)
+    return _doubled(_doubled(_on_diagonal(x), low, 16, DOT, PRECISION), low, 32, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _solve(
-    q, k, v, g, beta, inverse, scores, w, u, into, fade, keep, chunks, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, INVERSE: tl.constexpr, SCORES: tl.constexpr,
+    q, k, g, beta, matrices, gates, chunks, scale, T, N, H, K, DK,
+    C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
-    i = tl.arange(0, C)
     kp = k + h // (H // K) * DK
+    to = matrices + pid * (1 + SCORES) * C * C
     rate = load_gate(beta + h, t0, H, end, C)
-    c, last = decay_sums(g + h, t0, H, end, C, GATE)
-    store_gate(into + pid * C, exp32(c), 0, 1, C, C)
-    store_gate(fade + pid * C, exp32(last - c), 0, 1, C, C)
-    tl.store(keep + pid, exp32(last))
-    if SCORES:
-        pairs = tl.zeros((C, C), tl.float32)
-        for k0 in range(0, DK, BK):
-            keys_t = load_columns(kp, t0, K * DK, end, k0, DK, C, BK)
-            queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
-            pairs += dot(queries, keys_t, DOT, PRECISION)
-        store_rows(scores + pid * C * C, pairs * pair_decay(c, C) * scale, 0, C, C, 0, C, C, C)
+    given = load_gate(g + h, t0, H, end, C)  # before what needs it, to wait for all loads at once
     low = tl.zeros((C, C), tl.float32)
+    pairs = tl.zeros((C, C), tl.float32)
     for k0 in range(0, DK, BK):
-        keys_t = load_columns(kp, t0, K * DK, end, k0, DK, C, BK)
-        low += dot(load_rows(kp, t0, K * DK, end, k0, DK, C, BK), keys_t, DOT, PRECISION)
-    low = tl.where(i[:, None] > i[None, :], low * rate[:, None], 0.0)
-    x = _inverse(low, PRECISION) * pair_decay(c, C)
-    if INVERSE:
-        store_rows(inverse + pid * C * C, x, 0, C, C, 0, C, C, C)
-    vp = v + h // (H // K) * DV
-    for v0 in range(0, DV, BV):
-        values = load_rows(vp, t0, K * DV, end, v0, DV, C, BV).to(tl.float32) * rate[:, None]
-        store_rows(u + pid * C * DV, dot(x, values, tl.float32, PRECISION), 0, DV, C, v0, DV, C, BV)
-    weight = rate * exp32(c)
-    for k0 in range(0, DK, BV):
-        some = load_rows(kp, t0, K * DK, end, k0, DK, C, BV).to(tl.float32) * weight[:, None]
-        store_rows(w + pid * C * DK, dot(x, some, tl.float32, PRECISION), 0, DK, C, k0, DK, C, BV)
+        keys = load_rows(kp, t0, K * DK, end, k0, DK, C, BK)
+        if SCORES:
+            queries = load_rows(q + h * DK, t0, H * DK, end, k0, DK, C, BK)
+            pairs += dot(queries, tl.trans(keys), DOT, PRECISION)
+        low += dot(keys, tl.trans(keys), DOT, PRECISION)
+    c, last = decay_sums(given, GATE)
+    decay = pair_decay(c, C)
+    if SCORES:
+        store_rows(to + C * C, pairs * decay * rate[None, :] * scale, 0, C, C, 0, C, C, C)
+        low *= rate[None, :]
+    else:
+        low *= rate[:, None]
+    blocks = _diagonal(low)
+    j = tl.arange(0, 16)
+    kept = 1.0 - tl.sum(tl.where(j[:, None] == j[None, :], blocks, 0.0), 2)  # of what each token's key reads
+    grown = tl.sum(tl.sum(tl.log(tl.maximum(tl.abs(kept), 1.0)), 1), 0)
+    bound = last.to(tl.float32) + grown
+    gates += pid * 4 * C
+    i = tl.arange(0, C)
+    fade = exp32(last - c)
+    store_gate(gates, exp32(c), 0, 1, C, C)
+    store_gate(gates + C, fade * rate if SCORES else fade, 0, 1, C, C)
+    store_gate(gates + 2 * C, rate, 0, 1, C, C)
+    store_gate(gates + 3 * C, tl.where(i == 0, exp32(last), bound), 0, 1, C, C)
+    x = _inverse(low, blocks, DOT, PRECISION)
+    store_rows(to, x * decay, 0, C, C, 0, C, C, C)
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What every chunk of C tokens gives by itself; rows and N as in `triton_layout`, c the running sum of g."""
+    """What every chunk of C tokens gives by itself; rows and N as in `triton_layout`, c the running sum of g.
 
-    inverse: Tensor  # T [rows, N, C, C], or empty
-    scores: Tensor  # P = scale (q k^T * L) [rows, N, C, C], or empty
-    w: Tensor  # T (beta e^c k) [rows, N, C, Dk]
-    u: Tensor  # T (beta v) [rows, N, C, Dv]
-    into: Tensor  # e^c [rows, N, C]
-    fade: Tensor  # e^(c_C - c) [rows, N, C]
-    keep: Tensor  # e^c_C [rows, N]
+    The bound: what is left of the state before a chunk in the one behind it has a norm of at most e^bound of it. It is
+    c_C, and more where |1 - beta k^2| > 1 for some token.
+    """
+
+    matrices: Tensor  # with scores T~ and P diag(beta), else T: [rows, N, 2 or 1, C, C]
+    gates: Tensor  # e^c, e^(c_C - c) (with scores times beta), beta, and a row of e^c_C and bounds: [rows, N, 4, C]
 
 
 def solve_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    layout: Layout,
-    s: Setting,
-    *,
-    scale: float = 1.0,
-    inverse: bool,
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, layout: Layout, s: Setting, *, scale: float = 1.0, scores: bool
 ) -> Solved:
-    """Tensors as `as_kernels_take` returns them. The inverse is for a backward, else the scores for a forward."""
-    key_dim, value_dim = k.shape[3], v.shape[3]
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(layout.rows, layout.chunks, *size, dtype=dtype, device=k.device)
-
-    solved = Solved(
-        inverse=empty(CHUNK, CHUNK) if inverse else empty(0),
-        scores=empty(0) if inverse else empty(CHUNK, CHUNK, dtype=s.kept),
-        w=empty(CHUNK, key_dim, dtype=s.kept),
-        u=empty(CHUNK, value_dim, dtype=s.kept),
-        into=empty(CHUNK),
-        fade=empty(CHUNK),
-        keep=empty(),
-    )
-    sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], value_dim)
+    """Tensors as `as_kernels_take` returns them; scores: whether P is wanted."""
+    matrices = k.new_empty(layout.rows, layout.chunks, 1 + scores, CHUNK, CHUNK, dtype=s.kept)
+    gates = k.new_empty(layout.rows, layout.chunks, 4, CHUNK, dtype=torch.float32)
+    sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:])
     launch(
-        _solve, layout.rows * layout.chunks, q, k, v, g, beta, *vars(solved).values(), layout.given(q), scale, *sizes,
-        C=CHUNK, BK=s.solve_keys, BV=min(32, s.value_block), DOT=s.dot, GATE=s.gate, PRECISION=s.precision,
-        PACKED=layout.packed, INVERSE=inverse, SCORES=not inverse, num_warps=s.solve_warps,
+        _solve, layout.rows * layout.chunks, q, k, g, beta, matrices, gates, layout.given(q), scale, *sizes,
+        C=CHUNK, BK=s.solve_keys, DOT=s.dot, GATE=s.gate, PRECISION=s.precision, PACKED=layout.packed, SCORES=scores,
+        num_warps=s.solve_warps, maxnreg=s.solve_registers, num_stages=1,
     )  # fmt: skip
-    return solved
+    return Solved(matrices, gates)

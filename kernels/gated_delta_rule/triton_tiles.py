@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.tiles import load_gate
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 CHUNK = 64
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def decay_sums(g_ptr, t0, stride, T, C: tl.constexpr, GATE: tl.constexpr):
-    """c_t [C], the running sum of g in type GATE, and c_C. A g below -70 has decayed everything."""
-    g = tl.maximum(load_gate(g_ptr, t0, stride, T, C), -70.0).to(GATE)
+def decay_sums(g, GATE: tl.constexpr):
+    """c_t [C], the running sum of g [C] in type GATE, and c_C. A g below -70 has decayed everything."""
+    g = tl.maximum(g, -70.0).to(GATE)
     return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
@@ -36,13 +36,15 @@ def exp32(x):
 def pair_decay(c, C: tl.constexpr):
     """L [C, C]: exp(c_i - c_j) for j <= i, else 0."""
     i = tl.arange(0, C)
-    return tl.exp(tl.where(i[:, None] >= i[None, :], (c[:, None] - c[None, :]).to(tl.float32), float("-inf")))
+    c = c * LOG2_E
+    return tl.exp2(tl.where(i[:, None] >= i[None, :], (c[:, None] - c[None, :]).to(tl.float32), float("-inf")))
 
 
 @triton.jit
 def pair_decay_transposed(c, C: tl.constexpr):
     i = tl.arange(0, C)
-    return tl.exp(tl.where(i[:, None] <= i[None, :], (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
+    c = c * LOG2_E
+    return tl.exp2(tl.where(i[:, None] <= i[None, :], (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Setting:
     pair_warps: int  # of the gradients
     pair_columns: int  # value columns that these take at a time
     solve_warps: int
+    solve_registers: int | None  # of a thread at most
     solve_keys: int  # key columns that one product of the solve takes
     read_columns: int  # value columns of one program of the walk that reads the outputs, and of the ends before it
     read_stages: int
@@ -93,11 +96,11 @@ def setting_for(q: Tensor, v: Tensor, *, tf32: bool = False) -> Setting:
 def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
-    value_block = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
-    value_columns = min(value_block, max(16, triton.next_power_of_2(value_dim)))
+    most = 64 if narrow or key_block <= 64 else 32 if key_block <= 128 else 16
+    wide = narrow and value_dim > 64
     return Setting(
         key_block=key_block,
-        value_block=value_columns,
+        value_block=64,
         key_part=min(64, key_block),
         dot=tl.bfloat16 if bfloat16_products else tl.float32,
         gate=tl.float32 if narrow else tl.float64,
@@ -106,12 +109,13 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         stages=2 if key_block <= 128 else 1,
         warps=4,
         pair_warps=4,
-        pair_columns=value_columns,
-        solve_warps=1 if narrow else 4,
-        solve_keys=16 if narrow else min(32, key_block),
-        read_columns=value_columns,
+        pair_columns=min(most, max(16, triton.next_power_of_2(value_dim))),
+        solve_warps=4,
+        solve_registers=168 if narrow else None,  # so that a processor runs three programs at once
+        solve_keys=key_block if narrow else min(32, key_block),
+        read_columns=128 if wide else 64,
         read_stages=3 if bfloat16_products else 2 if key_block <= 64 else 1,
-        read_warps=4,
+        read_warps=8 if wide else 4,
         read_programs=1,
     )
 

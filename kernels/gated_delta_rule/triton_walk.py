@@ -1,13 +1,22 @@
 """The walk over chunks of the gated delta rule: the serial part of its forward, on Triton.
 
-With W, U of `solve`, a chunk takes the state S before it to V' = U - W S and e^c_C S + K^T (e^(c_C - c) V'). That is
-linear in S, so a long sequence with few heads is cut into segments that are walked at once:
+With T of `solve`, a chunk takes the state S before it to V' = T R, R = beta (v - e^c (k S)), and the state behind it
+e^c_C S + k^T (e^(c_C - c) V'). That is linear in S, so a long sequence with few heads is cut into segments that are
+walked at once:
 1. ends: of every segment but the last its end N from a start of zero (the first: from the true one), and M, its end
-   from a start of the unit matrix without values, so that it takes S to M S + N.
+   from a start of the unit matrix without values, so that it takes S to M S + N. Chunks before those behind which no
+   state is remembered (`remembered`) have no say in either.
 2. join: the true start of every segment, one after another.
 3. walk: every segment from its true start. It reads the outputs, O = scale (e^c q) S + P V'; or, for a backward, it
-   stores the states before each chunk, and V' in place of U.
+   stores the states before each chunk, and V'.
 One segment is the third launch alone. Sums and the state are float32. Segments and packed sequences: `triton_layout`.
+
+To read outputs, T~ of `solve` stands for T: V' = diag(beta) Y, Y = T~ v - T~ (e^c (k S)), and beta goes into P and
+into e^(c_C - c).
+
+A program holds the transpose of some columns of S. Then the state, R, V' and Y are left operands of products, which
+registers hold, and what meets them on the right are tiles as they are loaded: none goes through shared memory between
+two products.
 """
 
 from __future__ import annotations
@@ -22,40 +31,68 @@ import triton.language as tl
 from torch import Tensor
 
 from tcal_compiler.kernels.launch import cdiv, launch
-from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_rows
+from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_columns, store_rows
 
 from .triton_layout import COUNTS, Cuts, Layout, segment_at
 from .triton_solve import Solved
 from .triton_tiles import CHUNK, Setting
 
+FORGOTTEN = tl.constexpr(-70.0)  # a state that has decayed by this exponent is no part of any sum
 SHORTEST = 8  # chunks of a segment
 MOST = 24  # segments
-WORTH = 4  # from this many segments that run at once on one processor, cutting takes less time than not (H200)
+WORTH = 2  # from this many segments that run at once on one processor, cutting takes less time than not (H200)
+
+
+@triton.jit
+def remembered(gates, at, STEP: tl.constexpr, count, C: tl.constexpr):
+    """How many chunks, of `count` that lie STEP apart from place `at` on, have a say in what is behind the first."""
+    back = tl.arange(0, 128)
+    bounds = tl.load(gates + (at + STEP * back) * 4 * C + 3 * C + 1, mask=back < count, other=0.0)
+    total = tl.cumsum(bounds, 0)
+    return tl.minimum(tl.min(tl.where(total < FORGOTTEN, back + 1, count), 0), count)
+
+
+@triton.jit
+def load_gates(gates, C: tl.constexpr):
+    """The four rows of a chunk's gates but the last, and its first number. As one tile, of which Triton keeps one copy
+    in shared memory; it would load single rows into every thread that needs their numbers."""
+    rows, columns = tl.arange(0, 4)[:, None], tl.arange(0, C)[None, :]
+    tile = tl.permute(tl.reshape(tl.load(gates + rows * C + columns), (2, 2, C)), (2, 0, 1))
+    even, odd = tl.split(tile)
+    into, rate = tl.split(even)
+    fade, _ = tl.split(odd)
+    return into, fade, rate, tl.load(gates + 3 * C)
 
 
 @triton.jit
 def _chunk(
-    state, kp, w, u, fade, keep, at, t0, v0, columns, T, K, DK, DV,
+    state, kp, vp, inverse, into, fade, rate, keep, t0, v0, columns, T, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr,
 ):  # fmt: skip
-    """V' of a chunk, and the state behind it. columns: those of U that there are; V' of the others starts from zero."""
-    new = load_rows(u + at * C * DV, 0, DV, C, v0, columns, C, BV).to(tl.float32)
-    new -= dot(load_rows(w + at * C * DK, 0, DK, C, 0, DK, C, BK), state, DOT, PRECISION)
-    faded = new * tl.load(fade + at * C + tl.arange(0, C))[:, None]
-    keys_t = load_columns(kp, t0, K * DK, T, 0, DK, C, BK)
-    return new, state * tl.load(keep + at) + dot(keys_t, faded, DOT, PRECISION)
+    """V' of a chunk (SCORES: Y), [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are, the
+    others being zero."""
+    keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
+    values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV)
+    solve = load_columns(inverse, 0, C, C, 0, C, C, C)
+    seen = dot(state, tl.trans(keys), DOT, PRECISION) * into[None, :]
+    if SCORES:
+        new = dot(values, solve, DOT, PRECISION) - dot(seen, solve, DOT, PRECISION)
+    else:
+        new = dot((values.to(tl.float32) - seen) * rate[None, :], solve, DOT, PRECISION)
+    return new, state * keep + dot(new * fade[None, :], keys, DOT, PRECISION)
 
 
 @triton.jit
 def end_start(start, row, segment, part, DK, DV, BK: tl.constexpr, BV: tl.constexpr):
-    """Where program `part` of a segment's ends starts: the state [BK, BV], whether its columns are of M, the first of
+    """Where program `part` of a segment's ends starts: the state [BV, BK], whether its rows are of M, the first of
     them, and how many of the values' there are."""
     values = tl.cdiv(DV, BV)
     unit = part >= values
     v0 = tl.where(unit, part - values, part) * BV
     columns = tl.where(unit, 0, DV)
-    known = load_rows(start + row * DK * DV, 0, DV, tl.where(segment == 0, DK, 0), v0, columns, BK, BV)
-    diagonal = tl.arange(0, BK)[:, None] == (v0 + tl.arange(0, BV))[None, :]
+    known = load_columns(start + row * DK * DV, 0, DV, tl.where(segment == 0, DK, 0), v0, columns, BK, BV)
+    diagonal = (v0 + tl.arange(0, BV))[:, None] == tl.arange(0, BK)[None, :]
     return known.to(tl.float32) + tl.where(diagonal & unit, 1.0, 0.0), unit, v0, columns
 
 
@@ -70,28 +107,31 @@ def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.con
     """N or M into ends [segments of all sequences, H, Dk, Dv + Dk]."""
     width = DV + DK
     to = ends + index * DK * width
-    store_rows(to, state, 0, width, DK, tl.where(unit, DV, 0) + v0, tl.where(unit, width, DV), BK, BV)
+    store_columns(to, state, 0, width, DK, tl.where(unit, DV, 0) + v0, tl.where(unit, width, DV), BK, BV)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _ends(
-    k, w, u, fade, keep, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    k, v, matrices, gates, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PACKED: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV) + tl.cdiv(DK, BV)
     pid = tl.program_id(0).to(tl.int64)
     index, part = pid // parts, (pid % parts).to(tl.int32)
     h, row, origin, tokens, at, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
     state, unit, v0, columns = end_start(start, row, segment, part, DK, DV, BK, BV)
-    kp = k + (origin * K + h // (H // K)) * DK
+    kp, vp = k + (origin * K + h // (H // K)) * DK, v + (origin * K + h // (H // K)) * DV
     read = end_is_read(part, segment, segments, DV, BV)
     first = (segment * LENGTH).to(tl.int32)
     last = tl.where(read, tl.minimum(first + LENGTH, count), first)
+    first = last - remembered(gates, at + last - 1, -1, last - first, C)
     for n in tl.range(first, last, num_stages=STAGES):
+        into, fade, rate, keep = load_gates(gates + (at + n) * 4 * C, C)
         _, state = _chunk(
-            state, kp, w, u, fade, keep, at + n, n * C, v0, columns, tokens, K, DK, DV, C, BK, BV, DOT, PRECISION
-        )
+            state, kp, vp, matrices + (at + n) * (1 + SCORES) * C * C, into, fade, rate, keep, n * C, v0, columns,
+            tokens, K, DK, DV, C, BK, BV, DOT, PRECISION, SCORES,
+        )  # fmt: skip
     if read:
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
 
@@ -123,7 +163,8 @@ def _join(start, ends, starts, firsts, SEGMENTS, H, DK, DV, BK: tl.constexpr, BV
 
 @triton.jit(do_not_specialize=COUNTS)
 def _walk(
-    k, w, u, fade, keep, starts, states, final, q, scores, into, out, cuts, scale, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    q, k, v, matrices, gates, starts, states, fresh, final, out, cuts, scale,
+    T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
@@ -131,25 +172,30 @@ def _walk(
     pid = tl.program_id(0).to(tl.int64)
     index, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
     h, row, origin, tokens, at_start, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
-    kp = k + (origin * K + h // (H // K)) * DK
+    kp, vp = k + (origin * K + h // (H // K)) * DK, v + (origin * K + h // (H // K)) * DV
     qp, op = q + (origin * H + h) * DK, out + (origin * H + h) * DV
-    state = load_rows(starts + index * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
+    state = load_columns(starts + index * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
     first = (segment * LENGTH).to(tl.int32)
     for n in tl.range(first, tl.minimum(first + LENGTH, count), num_stages=STAGES):
         at, t0 = at_start + n, n * C
+        inverse = matrices + at * (1 + READ) * C * C
+        into, fade, rate, keep = load_gates(gates + at * 4 * C, C)
         if READ:
-            queries = load_rows(qp, t0, H * DK, tokens, 0, DK, C, BK)
-            read = dot(queries, state, DOT, PRECISION) * (tl.load(into + at * C + tl.arange(0, C)) * scale)[:, None]
+            queries = load_columns(qp, t0, H * DK, tokens, 0, DK, C, BK)
+            read = dot(state, queries, DOT, PRECISION) * (into * scale)[None, :]
         else:
-            store_rows(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
-        new, state = _chunk(state, kp, w, u, fade, keep, at, t0, v0, DV, tokens, K, DK, DV, C, BK, BV, DOT, PRECISION)
+            store_columns(states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+        new, state = _chunk(
+            state, kp, vp, inverse, into, fade, rate, keep, t0, v0, DV, tokens, K, DK, DV,
+            C, BK, BV, DOT, PRECISION, READ,
+        )  # fmt: skip
         if READ:
-            read += dot(load_rows(scores + at * C * C, 0, C, C, 0, C, C, C), new, DOT, PRECISION)
-            store_rows(op, read, t0, H * DV, tokens, v0, DV, C, BV)
+            read += dot(new, load_columns(inverse + C * C, 0, C, C, 0, C, C, C), DOT, PRECISION)
+            store_columns(op, read, t0, H * DV, tokens, v0, DV, C, BV)
         else:
-            store_rows(u + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
+            store_columns(fresh + at * C * DV, new, 0, DV, C, v0, DV, C, BV)
     if segment == segments - 1:
-        store_rows(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
+        store_columns(final + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
 @dataclass(frozen=True)
@@ -169,37 +215,27 @@ def least_cut(s: Setting) -> int:
 
 def cut_to_read(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device) -> Cut:
     """As `cut_for`, of the walk that reads the outputs, whose fields are its own."""
-    if s.key_block > 128:
-        return Cut(1, s.read_columns, s.read_stages, s.read_warps)
-    segments, columns = _cut(chunks, rows, value_dim, s.read_columns, s.read_programs, device)
-    warps = s.read_warps if columns == s.read_columns else min(s.read_warps, s.warps)
-    return Cut(segments, columns, s.read_stages, warps)
+    segments = _segments(chunks, rows * cdiv(value_dim, s.read_columns), s.read_programs, s, device)
+    return Cut(segments, s.read_columns, s.read_stages, s.read_warps)
 
 
 def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device, *, wide: bool) -> Cut:
     """As many programs as the card runs at once, where there are enough chunks to cut; as measured on an H200.
 
-    wide: the walk back loads five tiles a chunk, not three, so that a processor's shared memory holds one program, not
-    two.
+    wide: the walk back loads more tiles a chunk, so that a processor's shared memory holds one program, not two.
     """
+    segments = _segments(chunks, rows * cdiv(value_dim, s.value_block), 1 if wide else 2, s, device)
     narrow = s.dot == tl.bfloat16
-    stages = s.stages if narrow or not wide or s.key_block <= 64 else 1
+    stages = 3 if narrow and (wide or s.key_block <= 64) else 1 if wide and s.key_block > 64 else s.stages
+    return Cut(segments, s.value_block, stages, s.warps)
+
+
+def _segments(chunks: int, programs: int, at_once: int, s: Setting, device: torch.device) -> int:
+    """programs: of a walk that is not cut."""
     if s.key_block > 128:
-        return Cut(1, s.value_block, stages, s.warps)
-    segments, columns = _cut(chunks, rows, value_dim, s.value_block, 1 if wide else 2, device)
-    stages = 3 if narrow and (wide or s.key_block <= 64 or columns <= 32) else stages
-    return Cut(segments, columns, stages, s.warps)
-
-
-def _cut(chunks: int, rows: int, value_dim: int, columns: int, at_once: int, device: torch.device) -> tuple[int, int]:
-    """Segments and columns. Without segments, fewer columns while the programs do not fill the card."""
-    count = processors(device)
-    segments = min(MOST, chunks // SHORTEST, at_once * count // (rows * cdiv(value_dim, columns)))
-    if segments >= at_once * WORTH:
-        return segments, columns
-    while columns > 32 and rows * cdiv(value_dim, columns) <= count:
-        columns //= 2
-    return 1, columns
+        return 1
+    segments = min(MOST, chunks // SHORTEST, at_once * processors(device) // programs)
+    return segments if segments >= at_once * WORTH else 1
 
 
 @cache
@@ -228,61 +264,56 @@ def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:
 class Walk:
     """A walk over the chunks of all sequences: its data and its launches."""
 
+    q: Tensor  # [B, T, H, Dk]
     k: Tensor  # [B, T, K, Dk]
+    v: Tensor  # [B, T, K, Dv]
     solved: Solved
     state: Tensor  # [B, H, Dk, Dv], before the first chunk
     layout: Layout
     s: Setting
-    cut: Cut
 
-    def run(self, states: Tensor, q: Tensor, out: Tensor, scale: float, *, read: bool) -> Tensor:
+    def run(self, cut: Cut, states: Tensor, fresh: Tensor, out: Tensor, scale: float, *, read: bool) -> Tensor:
         """The final state [B, H, Dk, Dv].
 
-        read: fills out [B, T, H, Dv]; else states [rows, N, Dk, Dv], before each chunk, and V' in place of U. What
-        is not filled is never touched, so that any tensor may stand for it.
+        read: fills out [B, T, H, Dv]; else states [rows, N, Dk, Dv], before each chunk, and fresh, V' [rows, N, C, Dv].
+        What is not filled is never touched, so that any tensor may stand for it.
         """
-        value_dim = self.solved.u.shape[3]
-        lay, cuts = self.layout, self.layout.cuts(self.cut.segments)
-        sizes = (lay.tokens, lay.chunks, cuts.length, cuts.each, lay.heads, *self.k.shape[2:], value_dim)
-        starts = self.state if cuts.total == lay.sequences else self._starts(cuts, sizes)
+        lay, cuts = self.layout, self.layout.cuts(cut.segments)
+        sizes = (lay.tokens, lay.chunks, cuts.length, cuts.each, lay.heads, *self.k.shape[2:], self.v.shape[3])
+        starts = self.state if cuts.total == lay.sequences else self._starts(cut, cuts, sizes, scores=read)
         final = torch.empty_like(self.state)
         x = self.solved
-        programs = cuts.total * lay.heads * cdiv(value_dim, self.cut.columns)
+        programs = cuts.total * lay.heads * cdiv(self.v.shape[3], cut.columns)
         launch(
-            _walk, programs, self.k, x.w, x.u, x.fade, x.keep, starts, states, final, q, x.scores, x.into, out,
-            cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(),
+            _walk, programs, self.q, self.k, self.v, x.matrices, x.gates,
+            starts, states, fresh, final, out, cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(cut),
         )  # fmt: skip
         return final
 
-    def _starts(self, cuts: Cuts, sizes: tuple[int, ...]) -> Tensor:
+    def _starts(self, cut: Cut, cuts: Cuts, sizes: tuple[int, ...], *, scores: bool) -> Tensor:
         """The true start of every segment, [segments, H, Dk, Dv]."""
-        x, (key_dim, value_dim), columns = self.solved, sizes[-2:], self.cut.columns
+        x, (key_dim, value_dim) = self.solved, sizes[-2:]
         ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
-        programs = cuts.total * self.layout.heads * (cdiv(value_dim, columns) + cdiv(key_dim, columns))
-        stages = self.cut.stages if self.s.key_block <= 64 else self.s.stages  # two programs run at once
-        blocks = self._blocks() | dict(STAGES=stages)
-        read = (self.k, x.w, x.u, x.fade, x.keep, self.state)
-        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, **blocks)
+        programs = cuts.total * self.layout.heads * (cdiv(value_dim, cut.columns) + cdiv(key_dim, cut.columns))
+        read = (self.k, self.v, x.matrices, x.gates, self.state)
+        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, SCORES=scores, **self._blocks(cut))
         return join(self.state, ends, cuts, self.s)
 
-    def _blocks(self) -> dict[str, Any]:
-        blocks = dict(C=CHUNK, BK=self.s.key_block, BV=self.cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
-        return blocks | dict(STAGES=self.cut.stages, PACKED=self.layout.packed, num_warps=self.cut.warps)
+    def _blocks(self, cut: Cut) -> dict[str, Any]:
+        blocks = dict(C=CHUNK, BK=self.s.key_block, BV=cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
+        return blocks | dict(STAGES=cut.stages, PACKED=self.layout.packed, num_warps=cut.warps)
 
+    def states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """States before each chunk [rows, N, Dk, Dv], V' [rows, N, C, Dv], and the final state."""
+        lay, s, value_dim = self.layout, self.s, self.v.shape[3]
+        states = self.k.new_empty(lay.rows, lay.chunks, self.k.shape[3], value_dim, dtype=s.kept)
+        fresh = self.k.new_empty(lay.rows, lay.chunks, CHUNK, value_dim, dtype=s.kept)
+        cut = cut_for(lay.longest, lay.whole_rows, value_dim, s, self.k.device, wide=False)
+        return states, fresh, self.run(cut, states, fresh, states, 1.0, read=False)
 
-def walk_states(k: Tensor, solved: Solved, state: Tensor, layout: Layout, s: Setting) -> tuple[Tensor, Tensor]:
-    """States before each chunk [rows, N, Dk, Dv], and the final one; V' is then in solved.u."""
-    rows, chunks, _, value_dim = solved.u.shape
-    states = torch.empty(rows, chunks, state.shape[2], value_dim, dtype=s.kept, device=k.device)
-    cut = cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=False)
-    return states, Walk(k, solved, state, layout, s, cut).run(states, k, states, 1.0, read=False)
-
-
-def walk_outputs(
-    q: Tensor, k: Tensor, solved: Solved, state: Tensor, layout: Layout, s: Setting, *, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, H, Dv] in dtype, and the final state."""
-    value_dim = solved.u.shape[3]
-    out = torch.empty(*q.shape[:3], value_dim, dtype=dtype, device=q.device)
-    cut = cut_to_read(layout.longest, layout.whole_rows, value_dim, s, k.device)
-    return out, Walk(k, solved, state, layout, s, cut).run(out, q, out, scale, read=True)
+    def outputs(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, H, Dv] in dtype, and the final state."""
+        lay, value_dim = self.layout, self.v.shape[3]
+        out = self.q.new_empty(*self.q.shape[:3], value_dim, dtype=dtype)
+        cut = cut_to_read(lay.longest, lay.whole_rows, value_dim, self.s, self.k.device)
+        return out, self.run(cut, out, out, out, scale, read=True)

@@ -26,6 +26,7 @@ class Layer:
     head_dim: int
     value_dim: int
     window: int | None
+    local: int = 0
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that softmax attention keeps of so many tokens."""
@@ -34,8 +35,9 @@ class Layer:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of a Gated DeltaNet state, whatever the length."""
-        return state_bytes(heads=self.heads, key_dim=self.head_dim, value_dim=self.value_dim)
+        """Bytes of a converted site's state, whatever the length."""
+        dims = {"kv_heads": self.kv_heads, "key_dim": self.head_dim, "value_dim": self.value_dim}
+        return state_bytes(heads=self.heads, local=self.local, **dims)
 
 
 def finite(x: Any) -> bool:
@@ -70,6 +72,7 @@ class Facts:
                 s["head_dim"],
                 s["value_dim"],
                 s["window"] if bounded else None,
+                s.get("local_window", 0),
             )
             for s in self.evidence("plan")["sites"]
         ]

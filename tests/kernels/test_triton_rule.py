@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from inspect import getsource, signature
 
 import pytest
@@ -77,6 +78,30 @@ def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
     exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
     for name, x in actual.items():
         assert_within_budget(name, actual=x, exact=exact[name], naive=naive[name], factor=3)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("growth", [0.0, 0.6])
+def test_segments_forget_what_no_state_remembers(growth, monkeypatch):
+    """Three chunks decay by e^-110, so that a segment's end has no part of its start; unless long keys, all of one
+    direction, make up for it.
+    """
+    from tcal_compiler.kernels.gated_delta_rule import triton_walk
+
+    q, k, v, g, beta, state = make_args((1, 7 * 64, 1, 1, 8, 8), torch.float32)
+    g = torch.full_like(g, -0.58)
+    if growth:
+        k, beta = k[:, :1].expand_as(k) * (1 + math.exp(growth)) ** 0.5, torch.ones_like(beta)
+    args = [q, k, v, g, beta, state]
+    monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: triton_walk.Cut(segments=2, columns=16, stages=1))
+    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for)
+    with interpreter_or_skip():
+        actual = results(args, device="cpu")
+    exact = with_gradients(reference, exactly(args))
+    for name, x in actual.items():
+        error = (x.double() - exact[name]).norm() / exact[name].norm()
+        assert error < 1e-3, f"{name}: {error:.1e}"
 
 
 @interpreted

@@ -18,7 +18,8 @@ from tcal_compiler.passes.capture import capture_program, example_ids, export_mo
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import from_program, widen_to_float64
-from tcal_compiler.passes.make_stateful import StatefulGraph, export_stateful, make_stateful, run_chunks, runs_behind
+from tcal_compiler.passes.make_stateful import export_stateful, make_stateful, run_chunks, runs_behind
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.passes.types import Capture
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.student import make_student

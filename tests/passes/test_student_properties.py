@@ -19,7 +19,8 @@ from tcal_compiler.passes.capture import capture_program, example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import widen_to_float64
-from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful, run_chunks
+from tcal_compiler.passes.make_stateful import make_stateful, run_chunks
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.passes.types import Capture
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.mixer import GdnMixer

@@ -16,7 +16,8 @@ from onnx.reference import ReferenceEvaluator
 
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.graph import copy_module
-from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful, run_chunks
+from tcal_compiler.passes.make_stateful import make_stateful, run_chunks
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.run_models import student_program
 from tcal_compiler.runtime.config import ExportConfig
 from tcal_compiler.runtime.onnx_export import OnnxArtifact, export_onnx

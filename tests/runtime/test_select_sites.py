@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,8 @@ from tcal_compiler.passes.types import Plan
 from tcal_compiler.runtime import select_sites as module
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import initialise
-from tcal_compiler.runtime.config import AlignConfig
+from tcal_compiler.runtime.config import AlignConfig, DistillConfig
+from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.score_sites import Trials, initial_student, score_sites
 from tcal_compiler.runtime.select_sites import SetScores, aligned_student, forward_path, sets_from_rows
@@ -96,6 +98,30 @@ def test_what_sets_need_is_made_before_the_first_is_measured(initial, tmp_path):
     sets.prepare([(0,), (1,)])
     sets.kl((1,))
     assert asked == [1]
+
+
+def test_sets_are_measured_after_what_trains_them_one_at_a_time(initial, tmp_path):
+    """Each from the same values, and gone before the next; a set that was measured is not trained again."""
+    config, ids = DistillConfig(batch=4, lr_gdn=5e-3).trial(6), torch.cat([TRAIN, SCORED])
+    counts, students = torch.ones(len(ids), 23, dtype=torch.bool), []
+
+    def train(student):
+        assert not any(s() for s in students)
+        students.append(weakref.ref(student.gm))
+        distill(student, ids, counts, train=len(TRAIN), config=config, seed=0)
+
+    found = scores(initial, tmp_path / "sets", train=train)
+    plain, values = scores(initial, tmp_path / "plain"), {n: t.clone() for n, t in initial.state_dict().items()}
+    for keep in ((1,), (0, 2), ()):
+        student = module.planned_student(initial, SCAN, Plan(keep, tuple(i for i in range(3) if i not in keep), ""))
+        distill(student, ids, counts, train=len(TRAIN), config=config, seed=0)
+        teacher = lambda ids: CAPTURE.gm(*CAPTURE.inputs(ids))  # noqa: E731
+        kl = evaluate(SCORED, teacher=teacher, students={"s": student.logits})["s"].kl
+        assert found.kl(keep) == pytest.approx(kl, rel=1e-4) and found.kl(keep) < 0.999 * plain.kl(keep)
+    assert len(students) == 3 and not any(s() for s in students)
+    assert all(torch.equal(t, values[n]) for n, t in initial.state_dict().items())
+    again = scores(initial, tmp_path / "sets", train=lambda _: pytest.fail("trained"))
+    assert again.kl((0, 2)) == found.kl((0, 2)) and again.kl((0, 1, 2)) == 0.0
 
 
 def test_damaged_caches_and_scores_that_are_not_finite(initial, tmp_path):

@@ -18,7 +18,8 @@ from tcal_compiler.errors import ConfigError, DataError, ExportError
 from tcal_compiler.passes.capture import capture_program, export_module
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
-from tcal_compiler.passes.make_stateful import StatefulGraph, make_stateful
+from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.runtime import session as session_module
 from tcal_compiler.runtime.config import ExportConfig
 from tcal_compiler.runtime.initialize import naive_

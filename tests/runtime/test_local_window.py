@@ -1,0 +1,174 @@
+"""Softmax attention over the last tokens beside the state of a converted site, from its start to ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, lone_site, scanned
+
+from tcal_compiler.config import Config
+from tcal_compiler.passes.budget import memory, state_bytes
+from tcal_compiler.passes.capture import capture_program, example_ids
+from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.local_windows import with_local_windows
+from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.passes.types import SiteScan
+from tcal_compiler.runtime.align import align
+from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
+from tcal_compiler.runtime.config import AlignConfig, ExportConfig
+from tcal_compiler.runtime.initialize import local_scale_, naive_, zero_gate_
+from tcal_compiler.runtime.mixer import GdnMixer
+from tcal_compiler.runtime.onnx_export import export_onnx
+from tcal_compiler.runtime.onnx_parity import check_parity
+from tcal_compiler.runtime.statistics import local_sums, output_sums
+from tcal_compiler.runtime.student import Student, make_student, without_linear
+from tcal_compiler.runtime.taps import SiteGroup, collect_taps
+
+TOKENS = 40
+
+
+def student_with(window: int, policy: str = "none") -> Student:
+    capture, scan = scanned("is_causal", sharp=3.0)
+    return make_student(capture, with_local_windows(scan, window), choose(scan, policy))
+
+
+def taps_of(student: Student) -> list[SiteGroup]:
+    return collect_taps(student, student.capture.gm, example_ids(4, TOKENS, VOCAB), batch=2)
+
+
+def mixers(student: Student) -> list[GdnMixer]:
+    return [m for m in student.gm.modules() if isinstance(m, GdnMixer)]
+
+
+def test_the_window_is_no_longer_than_the_teachers_and_only_beside_plain_scores():
+    sites = (
+        lone_site(),
+        lone_site(window=4),
+        lone_site(softcap=5.0),
+        lone_site(slopes=(0.5,)),
+        lone_site(sinks=(0.0,)),
+    )
+    found = with_local_windows(SiteScan(sites, ()), 6).sites
+    assert [s.local for s in found] == [6, 4, 0, 0, 0]
+    assert [s.summary().get("local_window") for s in found] == [6, 4, None, None, None]
+    assert with_local_windows(SiteScan(found, ()), 0).sites == sites
+
+
+def test_its_scale_is_the_least_squares_of_the_context():
+    gen = torch.Generator().manual_seed(0)
+    site = replace(lone_site(), local=5)
+    q, k, v = (torch.randn(2, h, 30, DIM, generator=gen) for h in (HEADS, KV_HEADS, KV_HEADS))
+    mixer, x = GdnMixer(site), torch.randn(2, 30, 32, generator=gen)
+    o, w = 1e-3 * mixer.core(q, k, v, x), mixer.local_output(q, k, v)  # so small that the norm's eps counts
+    context = 0.3 * w + torch.randn(w.shape, generator=gen) * w.std()
+    sums = replace(output_sums(q, k, v, o, site=site), cn=_channels(context, o), nn=_channels(_unit(o), o))
+    left = local_scale_(mixer, sums, local_sums(context, o, w))
+    for h in range(HEADS):  # a factor per channel of n, and one for w: columns of one system over all channels
+        rows, n = [], _unit(o)[..., h, :].flatten(0, 1).double()
+        for d in range(DIM):
+            columns = torch.zeros(len(n), DIM + 1, dtype=torch.float64)
+            columns[:, d], columns[:, DIM] = n[:, d], w[..., h, d].flatten()
+            rows.append(columns)
+        target = context[..., h, :].flatten(0, 1).T.flatten().double()
+        exact = torch.linalg.lstsq(torch.cat(rows), target[:, None]).solution[:, 0]
+        torch.testing.assert_close(mixer.local_scale[h].double(), exact[-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(left.cn[h] / left.nn[h], exact[:-1], rtol=1e-3, atol=1e-4)
+
+
+def _unit(o: torch.Tensor) -> torch.Tensor:
+    return o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def _channels(a: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    return (a * _unit(o)).sum((0, 1), dtype=torch.float64)
+
+
+def test_a_window_as_long_as_the_text_is_the_teacher():
+    student = student_with(TOKENS)
+    groups = taps_of(student)
+    initialise(student, groups, init="closed-form", seed=0, batch=2)
+    for m in mixers(student):
+        torch.testing.assert_close(m.local_scale, torch.ones(HEADS), rtol=1e-4, atol=1e-4)
+    assert all(SiteCalibrator(student, g, i, 2).error() < 1e-6 for g in groups for i in range(len(g.sites)))
+
+
+def test_a_window_starts_nearer_and_can_be_left_out():
+    errors = {}
+    for window, without in ((0, ()), (24, ()), (24, ("local-window",))):
+        student = student_with(window)
+        groups = taps_of(student)
+        initialise(student, groups, init="closed-form", without=without, seed=0, batch=2)
+        jobs = [SiteCalibrator(student, g, i, 2) for g in groups for i in range(len(g.sites))]
+        errors[window, without] = [job.error() for job in jobs]
+        if without:
+            assert all(m.local_scale.abs().max() == 0 for m in mixers(student))
+    assert all(with_ < 0.5 * base for base, with_ in zip(errors[0, ()], errors[24, ()], strict=True)), errors
+    assert errors[24, ("local-window",)] == errors[0, ()]
+
+
+def test_other_starts_are_without_it_and_training_finds_it():
+    student = student_with(6)
+    for m in mixers(student):
+        m.local_scale.data.fill_(1.0)
+        naive_(m, torch.Generator().manual_seed(0))
+        assert m.local_scale.abs().max() == 0
+        m.local_scale.data.fill_(1.0)
+        zero_gate_(m, torch.Generator().manual_seed(0))
+        assert m.local_scale.abs().max() == 0
+    groups = taps_of(student)
+    initialise(student, groups, init="taylor", seed=0, batch=2)
+    _, curve = align(student, groups, train=3, config=AlignConfig(steps=20, batch=2), seed=0)
+    assert all(curve[-1]["train"][i] < 0.6 * start for i, start in curve[0]["train"].items()), curve
+    assert all(m.local_scale.abs().min() > 0.01 for m in mixers(student))
+
+
+def test_without_the_linear_layers_it_is_gone_too():
+    student = student_with(6, "keep=0")
+    initialise(student, taps_of(student), init="closed-form", seed=0, batch=2)
+    silent = without_linear(student)
+    ids = example_ids(2, 12, VOCAB)
+    zero = make_student(*scanned("is_causal", sharp=3.0), student.plan)
+    for m in mixers(zero):
+        zero_gate_(m, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(silent.logits(ids), zero.logits(ids), rtol=0, atol=0)
+
+
+def test_budgets_count_its_keys_and_values():
+    plain = scanned("is_causal")[1]
+    scan = with_local_windows(plain, 6)
+    own = state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM)
+    beside = 5 * KV_HEADS * 2 * DIM * 4  # what a token sees beside itself
+    assert state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM, local=6) == own + beside
+    assert memory(scan, [], 100) == memory(plain, [], 100) + 2 * beside
+    assert memory(scan, [0], 100) == memory(plain, [0], 100) + beside
+
+
+def test_a_run_folder_records_it_only_where_there_is_one():
+    assert Config(local_window=6).initial_values() == {"init": "closed-form", "seed": 0, "local_window": 6}
+    assert "local_window" not in Config().initial_values()
+
+
+@pytest.mark.parametrize("policy", ["none", "keep=0"])
+def test_the_exported_student_remembers_the_window_alone(tmp_path: Path, policy: str):
+    student = student_with(6, policy)
+    initialise(student, taps_of(student), init="closed-form", seed=0, batch=2)
+    program = student.export()
+    capture = capture_program(program, teacher=program.module(), implementation="student", shapes=((2, 9), (1, 1)))
+    windows = [s.window for s in find_attention(capture).sites]
+    assert windows == ([6, 6] if policy == "none" else [None, 6])
+    stateful = make_stateful(capture, max_length=64)
+    assert [layer.index for layer in stateful.layers] == ([0, 0, 1, 1] if policy == "none" else [0, 1, 1])
+    assert stateful.depth == 2 and len(set(stateful.state_names)) == len(stateful.state_names)
+    held = [layer.shape(part, batch=1, past=50) for layer in stateful.layers for part in layer.parts]
+    assert held.count((1, KV_HEADS, 5, DIM)) == 2 * windows.count(6) and all(c.passed for c in stateful.checks)
+    whole = make_stateful(capture, verify=False, max_length=64, bounded=False)
+    assert [layer.held for layer in whole.layers] == [layer.held for layer in stateful.layers]
+    info = {"bos_token_id": 1, "eos_token_id": 2, "context_length": 64}
+    artifact = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info=info)
+    checks = check_parity(artifact, stateful, whole=student.logits, prompts=[[3, 4, 5, 6, 7, 8, 9, 10]], new_tokens=16)
+    assert all(c.passed for c in checks), [c for c in checks if not c.passed]
