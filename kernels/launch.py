@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-Result = TypeVar("Result")
 MOST_THREADS = 16
 
-_compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)  # where nothing is to run
+_launched: ContextVar[list[Any] | None] = ContextVar("launched", default=None)  # where nothing is to run
 
 
 def cdiv(a: int, b: int) -> int:
@@ -23,38 +22,46 @@ def cdiv(a: int, b: int) -> int:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """kernel[(programs,)](*args, **options); inside `_compiling` no more than its compilation."""
-    compiled = _compiled.get()
-    found = kernel.run(*args, grid=(programs,), warmup=compiled is not None, **options)
-    if compiled is not None:
-        compiled.append(found)
+    """kernel[(programs,)](*args, **options); for `compiled_at_once` no more than its compilation."""
+    launched = _launched.get()
+    found = kernel.run(*args, grid=(programs,), warmup=launched is not None, **options)
+    if launched is not None:
+        launched.append(found)
 
 
 @contextmanager
-def _compiling() -> Iterator[None]:
-    """Inside, kernels are compiled on several threads; none runs. At the end all are ready to be loaded, but for those
-    that do not compile, which says the run that follows.
+def compiled_at_once(run: Callable[[], object], device: torch.device) -> Iterator[None]:
+    """On CUDA what run() launches is compiled on several threads while what stands inside goes on; none of it runs. At
+    the end all is ready to be loaded, but for what does not compile, which says the run that follows.
 
-    Threads compile, for the card and for the host, and never touch the device: whoever runs a kernel loads it.
+    Threads compile, for the card and for the host, and never touch the device: whoever runs a kernel loads it. What
+    run() launches may not depend on what it launches.
     """
+    if device.type != "cuda":
+        yield
+        return
     import triton  # late: what imports this file must not need it
 
-    compiled: list[Any] = []
-    token = _compiled.set(compiled)
+    launcher = triton.runtime.driver.active.launcher_cls  # Triton 3.6 compiles one in C, and keeps it on disk
+
+    def prepare(compilation: Future[Any]) -> None:
+        if compilation.exception() is None:
+            kernel = compilation.result()
+            launcher(kernel.src, kernel.metadata)
+
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for compilation in _compilations(run):
+            pool.submit(prepare, compilation)  # which is ahead of it in the pool's queue
+        yield
+
+
+def _compilations(run: Callable[[], object]) -> list[Future[Any]]:
+    """Those that run() starts; it launches nothing."""
+    launched: list[Any] = []
+    token = _launched.set(launched)
     try:
-        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
-                yield
-            kernels = (f.kernel if isinstance(f, triton.FutureKernel) else f for f in compiled)
-            launcher = triton.runtime.driver.active.launcher_cls  # Triton 3.6 compiles one in C, and keeps it on disk
-            list(pool.map(lambda k: launcher(k.src, k.metadata), {id(k): k for k in kernels if k is not None}.values()))
+        run()
     finally:
-        _compiled.reset(token)
-
-
-def compiled_at_once(run: Callable[[], Result], device: torch.device) -> Result:
-    """run(), whose kernels have then been compiled all at once; what it launches may not decide what it launches."""
-    if device.type == "cuda":
-        with _compiling():
-            run()
-    return run()
+        _launched.reset(token)
+    return list({id(k): k.future for k in launched if getattr(k, "future", None)}.values())

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import compiled_at_once
 from tcal_compiler.kernels.registration import on_device
-from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_tf32, takes_triton
+from tcal_compiler.kernels.self_check import Proof, errors_of, exactly, takes_tf32, takes_triton
 
 from .chunked import gated_delta_rule_chunked
 from .chunked_backward import gated_delta_rule_chunked_backward
@@ -65,13 +64,13 @@ def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim
     """rms error over rms of Triton's results against float64, of every kernel that a call with these dims may take."""
     from tcal_compiler.kernels.gated_delta_step import op as step
 
-    found = step.self_check(device, dtype, key_dim, value_dim, normalize=False, normed=False)
-    return found | _errors(device, dtype, key_dim, value_dim, packed=False)
+    short = step.proof(device, dtype, key_dim, value_dim, normalize=False, normed=False)
+    return errors_of(device, _proof(device, dtype, key_dim, value_dim, packed=False), short)
 
 
 def packed_self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
     """As `self_check`, the tokens in packed sequences."""
-    return _errors(device, dtype, key_dim, value_dim, packed=True)
+    return errors_of(device, _proof(device, dtype, key_dim, value_dim, packed=True))
 
 
 def cases(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> list[Case]:
@@ -89,33 +88,30 @@ def cases(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int
     return found
 
 
-def _errors(
-    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool
-) -> dict[str, float]:
+def _proof(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> Proof:
     from .triton_backward import gated_delta_rule_triton_backward
     from .triton_forward import gated_delta_rule_triton
 
     scale = key_dim**-0.5
-    found: dict[str, float] = {}
     tried = cases(device, dtype, key_dim, value_dim, packed=packed)
     made = [_made(device, dtype, key_dim, value_dim, case) for case in tried]
 
-    def run() -> list[tuple[Tensor, ...]]:
-        results: list[tuple[Tensor, ...]] = []
+    def run() -> list[Tensor]:
+        results: list[Tensor] = []
         for case, (inputs, seeds) in zip(tried, made, strict=True):
-            out = gated_delta_rule_triton(*inputs, scale=scale, bounds=case.bounds)
-            grads = gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=case.bounds)
-            results.append((*out, *grads))
+            results += gated_delta_rule_triton(*inputs, scale=scale, bounds=case.bounds)
+            results += gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=case.bounds)
         return results
 
-    for case, tensors, actual in zip(tried, made, compiled_at_once(run, device), strict=True):
-        inputs, seeds = map(exactly, tensors)  # float64, which goes to PyTorch
-        exact = (
-            *forward(*inputs, scale=scale, bounds=case.bounds),
-            *backward(*seeds, *inputs, scale=scale, bounds=case.bounds),
-        )
-        found |= relative_errors([f"{name} of {case}" for name in NAMES], actual, exact)
-    return found
+    def exact() -> list[Tensor]:
+        results: list[Tensor] = []
+        for case, tensors in zip(tried, made, strict=True):
+            inputs, seeds = map(exactly, tensors)  # float64, which goes to PyTorch
+            results += forward(*inputs, scale=scale, bounds=case.bounds)
+            results += backward(*seeds, *inputs, scale=scale, bounds=case.bounds)
+        return results
+
+    return Proof([f"{name} of {case}" for case in tried for name in NAMES], run, exact)
 
 
 def _made(
