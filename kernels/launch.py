@@ -7,13 +7,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 MOST_THREADS = 16
+KEPT = 128  # sizes of an operator whose launches are kept
+ALIGNED = 16  # bytes; Triton compiles for addresses that are multiples of this
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _launched: ContextVar[list[Any] | None] = ContextVar("launched", default=None)  # where nothing is to run
+_kept: list[Any] = []
 
 
 def cdiv(a: int, b: int) -> int:
@@ -21,12 +30,50 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """kernel[(programs,)](*args, **options); for `compiled_at_once` no more than its compilation."""
-    launched = _launched.get()
-    found = kernel.run(*args, grid=(programs,), warmup=launched is not None, **options)
-    if launched is not None:
-        launched.append(found)
+def per_size(make: Callable[P, T]) -> Callable[P, T]:
+    """What make returns for the last KEPT arguments: launches, which are made once for all calls of one size."""
+    kept = lru_cache(maxsize=KEPT)(make)
+    _kept.append(kept)
+    return kept  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Launches are made anew: for whoever changes what they were made of."""
+    for kept in _kept:
+        kept.cache_clear()
+
+
+class Launch:
+    """kernel[(programs,)](*tensors, *numbers, **options), of which all but the tensors are given once.
+
+    At every call Triton finds by all arguments what it has compiled for them, which takes longer than a short kernel.
+    Here only the tensors can differ between calls: their dtypes, their device, and whether their addresses are aligned.
+    The kernel's parameters are tensors, then numbers, then constants.
+    """
+
+    def __init__(self, kernel: Any, programs: int, *numbers: float, **options: Any) -> None:
+        self._kernel, self._grid = kernel, (programs, 1, 1)
+        self._numbers, self._options = numbers, options
+        constants = [name for name in kernel.arg_names if name in options]
+        assert constants == list(kernel.arg_names[-len(constants) :]), kernel
+        self._rest = (*numbers, *(options[name] for name in constants))
+        self._compiled: dict[tuple[object, ...], Callable[..., None]] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """For `compiled_at_once` no more than the compilation. The tensors lie on the current device."""
+        launched = _launched.get()
+        addresses = [x.data_ptr() for x in tensors]
+        aligned = reduce(or_, addresses) % ALIGNED == 0
+        key = (tensors[0].get_device(), *[x.dtype for x in tensors])
+        if aligned and launched is None and key in self._compiled:
+            self._compiled[key](*addresses, *self._rest)
+            return
+        grid, warmup = self._grid, launched is not None
+        found = self._kernel.run(*tensors, *self._numbers, grid=grid, warmup=warmup, **self._options)
+        if launched is not None:
+            launched.append(found)
+        elif aligned and found is not None:  # None is the interpreter's
+            self._compiled[key] = found[grid]
 
 
 @contextmanager

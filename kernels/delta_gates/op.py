@@ -55,7 +55,7 @@ def _forward(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tens
         if _takes_triton(a, b):
             from .triton_kernel import delta_gates_triton
 
-            with on_device(a.device):
+            with on_device("delta_gates", a, b, a_log, dt_bias):
                 return delta_gates_triton(a, b, a_log, dt_bias)
         g, beta = forward_pytorch(a, b, a_log, dt_bias)
     return g.contiguous(), beta.contiguous()
@@ -77,7 +77,7 @@ def _backward(
         if _takes_triton(a, b):
             from .triton_kernel import delta_gates_backward_triton
 
-            with on_device(a.device):
+            with on_device("delta_gates", d_g, d_beta, a, b, a_log, dt_bias):
                 return delta_gates_backward_triton(d_g, d_beta, a, b, a_log, dt_bias)
         d_a, d_b, d_log, d_bias = delta_gates_backward(d_g, d_beta, a, b, a_log, dt_bias)
     return d_a.contiguous(), d_b.contiguous(), d_log.contiguous(), d_bias.contiguous()

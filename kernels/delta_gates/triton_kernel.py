@@ -5,14 +5,12 @@ a, b [S, N, H] contiguous, a_log, dt_bias [S, H] in float32; sums are float32, a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
+from tcal_compiler.kernels.launch import Launch, cdiv, per_size
 from tcal_compiler.kernels.tiles import load_rows, store_rows
 
 COUNTS = ("N", "H")
@@ -72,19 +70,23 @@ def _backward(
     tl.store(by_bias + to, tl.sum(d_z, 0), mask=h < H)
 
 
-def _blocks(a: Tensor) -> tuple[int, dict[str, Any]]:
-    """Blocks of rows of a layer, and what the kernels are compiled for."""
-    block = max(16, triton.next_power_of_2(a.shape[2]))
-    rows = max(4, 1024 // block)
-    return cdiv(a.shape[1], rows), dict(BM=rows, BH=block, num_warps=4)
+@per_size
+def _launch(shape: torch.Size, *, back: bool) -> tuple[Launch, int]:
+    """And the blocks of rows of a layer."""
+    stack, rows, heads = shape
+    block = max(16, triton.next_power_of_2(heads))
+    at_once = max(4, 1024 // block)
+    blocks = cdiv(rows, at_once)
+    kernel = _backward if back else _forward
+    return Launch(kernel, stack * blocks, rows, heads, BM=at_once, BH=block, num_warps=4), blocks
 
 
 def delta_gates_triton(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Contract of `delta_gates_reference` for a, b [S, N, H] and a_log, dt_bias [S, H], not float64."""
     a, b, *parameters = _as_taken(a, b, a_log, dt_bias)
     g, beta = (torch.empty(a.shape, dtype=torch.float32, device=a.device) for _ in range(2))
-    blocks, options = _blocks(a)
-    launch(_forward, a.shape[0] * blocks, a, b, *parameters, g, beta, *a.shape[1:], **options)
+    launch, _ = _launch(a.shape, back=False)
+    launch(a, b, *parameters, g, beta)
     return g, beta
 
 
@@ -94,11 +96,10 @@ def delta_gates_backward_triton(
     """Contract of `delta_gates_backward`, not float64. Repeatable: the parameters' sums have one order."""
     given = _as_taken(a, b, a_log, dt_bias)
     d_a, d_b = (torch.empty_like(x) for x in given[:2])
-    blocks, options = _blocks(a)
+    launch, blocks = _launch(a.shape, back=True)
     parts = (a.shape[0], blocks, a.shape[2])
     by_log, by_bias = (torch.empty(parts, dtype=torch.float32, device=a.device) for _ in range(2))
-    seeds, sizes = (d_g.contiguous(), d_beta.contiguous()), a.shape[1:]
-    launch(_backward, a.shape[0] * blocks, *seeds, *given, d_a, d_b, by_log, by_bias, *sizes, **options)
+    launch(d_g.contiguous(), d_beta.contiguous(), *given, d_a, d_b, by_log, by_bias)
     return d_a, d_b, by_log.sum(1).to(a_log.dtype), by_bias.sum(1).to(dt_bias.dtype)
 
 

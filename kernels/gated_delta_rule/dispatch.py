@@ -22,7 +22,7 @@ def forward(*inputs: Tensor, scale: float, bounds: tuple[int, ...] | None = None
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_forward import gated_delta_rule_triton
 
-        with on_device(inputs[0].device):
+        with on_device("gated_delta_rule", *inputs):
             return gated_delta_rule_triton(*inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return forward_each(gated_delta_rule_chunked, bounds, *inputs, scale=scale)
@@ -36,7 +36,7 @@ def backward(
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_backward import gated_delta_rule_triton_backward
 
-        with on_device(d_out.device):
+        with on_device("gated_delta_rule", d_out, d_state, *inputs):
             return gated_delta_rule_triton_backward(d_out, d_state, *inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return backward_each(gated_delta_rule_chunked_backward, bounds, d_out, d_state, *inputs, scale=scale)
@@ -75,12 +75,12 @@ def packed_self_check(device: torch.device, dtype: torch.dtype, key_dim: int, va
 
 def cases(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> list[Case]:
     """Two query heads on one key head; and a sequence that is cut into segments, where one can be."""
-    from .triton_tiles import CHUNK, as_kernels_take, setting_for
+    from .triton_tiles import CHUNK, as_kernels_take, setting_for, sizes_of
     from .triton_walk import cut_for_states, cut_to_read, least_cut
 
     dims = (key_dim, key_dim, value_dim)
     q, _, v = as_kernels_take(tuple(torch.empty(1, 1, 1, dim, dtype=dtype, device=device) for dim in dims))
-    s = setting_for(q, v)
+    s = setting_for(sizes_of(q, v))
     found = [Case(131, 2, (0, 5, 5, 130, 131) if packed else None)]
     long = least_cut(s) + 1
     if any(cut(long, 1, value_dim, s, device).segments > 1 for cut in (cut_to_read, cut_for_states)):

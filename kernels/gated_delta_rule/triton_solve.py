@@ -9,18 +9,18 @@ of which the walk that reads the outputs takes T~: then v, whose numbers need no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import launch
+from tcal_compiler.kernels.launch import Launch
 from tcal_compiler.kernels.tiles import dot, load_gate, load_rows, store_gate, store_rows
 
 from .triton_layout import COUNTS, Layout, chunk_at
-from .triton_tiles import CHUNK, Setting, decay_sums, exp32, pair_decay
+from .triton_tiles import CHUNK, Setting, Sizes, decay_sums, exp32, pair_decay
 
 
 @triton.jit
@@ -107,8 +107,7 @@ def _solve(
     store_rows(to, x * decay, 0, C, C, 0, C, C, C)
 
 
-@dataclass(frozen=True)
-class Solved:
+class Solved(NamedTuple):
     """What every chunk of C tokens gives by itself; rows and N as in `triton_layout`, c the running sum of g.
 
     The bound: what is left of the state before a chunk in the one behind it has a norm of at most e^bound of it. It is
@@ -117,21 +116,28 @@ class Solved:
 
     matrices: Tensor  # to read outputs T~ and P diag(beta), for a backward T and P: [rows, N, 2, C, C]
     gates: Tensor  # e^c, e^(c_C - c) (to read, times beta), beta, and a row of e^c_C and bounds: [rows, N, 4, C]
-    scaled: Tensor | None  # for a backward, scale e^c q [rows, N, C, Dk]
+    scaled: Tensor  # for a backward, scale e^c q [rows, N, C, Dk]; else `gates`, which nothing takes for it
 
 
-def solve_chunks(
-    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, layout: Layout, s: Setting, *, scale: float, read: bool
-) -> Solved:
-    """Tensors as `as_kernels_take` returns them. read: for the walk that reads outputs, else for a backward."""
-    matrices = k.new_empty(layout.rows, layout.chunks, 2, CHUNK, CHUNK, dtype=s.kept)
-    gates = k.new_empty(layout.rows, layout.chunks, 4, CHUNK, dtype=torch.float32)
-    scaled = None if read else k.new_empty(layout.rows, layout.chunks, CHUNK, k.shape[3], dtype=s.kept)
-    sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:])
-    filled = (matrices, gates, gates if scaled is None else scaled)
-    launch(
-        _solve, layout.rows * layout.chunks, q, k, g, beta, *filled, layout.given(q), scale, *sizes,
-        C=CHUNK, BK=s.solve_keys, DOT=s.dot, GATE=s.gate, PRECISION=s.precision, PACKED=layout.packed, READ=read,
-        num_warps=s.solve_warps, maxnreg=s.solve_registers, num_stages=1,
-    )  # fmt: skip
-    return Solved(matrices, gates, scaled)
+class Solve:
+    """The launch for one size. read: for the walk that reads outputs, else for a backward."""
+
+    def __init__(self, x: Sizes, layout: Layout, s: Setting, scale: float, *, read: bool) -> None:
+        chunks = (layout.rows, layout.chunks)
+        self._layout, self._kept, self._read = layout, s.kept, read
+        self._matrices, self._gates = (*chunks, 2, CHUNK, CHUNK), (*chunks, 4, CHUNK)
+        self._scaled = (*chunks, CHUNK, x.key_dim)
+        sizes = (layout.tokens, layout.chunks, x.heads, x.kv_heads, x.key_dim)
+        self._launch = Launch(
+            _solve, layout.rows * layout.chunks, scale, *sizes,
+            C=CHUNK, BK=s.solve_keys, DOT=s.dot, GATE=s.gate, PRECISION=s.precision, PACKED=layout.packed, READ=read,
+            num_warps=s.solve_warps, maxnreg=s.solve_registers, num_stages=1,
+        )  # fmt: skip
+
+    def __call__(self, q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> Solved:
+        """Of tensors as `as_kernels_take` returns them."""
+        matrices = k.new_empty(self._matrices, dtype=self._kept)
+        gates = k.new_empty(self._gates, dtype=torch.float32)
+        scaled = gates if self._read else k.new_empty(self._scaled, dtype=self._kept)
+        self._launch(q, k, g, beta, matrices, gates, scaled, self._layout.given(q))
+        return Solved(matrices, gates, scaled)

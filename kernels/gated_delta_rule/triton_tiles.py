@@ -6,15 +6,14 @@ Tensors are contiguous. A program's chunk starts at token `t0`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.tuning import Fields, tuned
+from tcal_compiler.kernels.tuning import tuned
 
 CHUNK = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -63,29 +62,40 @@ class Setting:
     read_warps: int
     read_programs: int  # of these walks that a processor runs at once, as its shared memory holds them
 
-    def blocks(self, columns: int) -> dict[str, Any]:
-        """The constexpr arguments that the kernels of the gradients share."""
-        types = dict(DOT=self.dot, GATE=self.gate, PRECISION=self.precision)
-        return dict(
-            C=CHUNK, BK=columns, BV=self.pair_columns, num_warps=self.pair_warps, num_stages=self.stages, **types
-        )
+
+class Sizes(NamedTuple):
+    """What launches are made for: of one call's q and v, as `as_kernels_take` returns them."""
+
+    batch: int
+    tokens: int
+    heads: int
+    key_dim: int
+    kv_heads: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
-def setting_for(q: Tensor, v: Tensor, *, tf32: bool = False) -> Setting:
+def sizes_of(q: Tensor, v: Tensor) -> Sizes:
+    (batch, tokens, heads, key_dim), (kv_heads, value_dim) = q.shape, v.shape[2:]
+    return Sizes(batch, tokens, heads, key_dim, kv_heads, value_dim, q.dtype, q.device)
+
+
+def setting_for(x: Sizes, *, tf32: bool = False) -> Setting:
     """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
     float32: three tf32 products for one, and g summed in float64; with tf32 one product of factors that are
-    rounded to nearest. q and v as `as_kernels_take` returns them.
+    rounded to nearest.
 
     Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
     What `tuning` has for this card is taken instead.
     """
-    usual = _usual_setting(q.shape[-1], v.shape[-1], narrow=q.dtype == torch.bfloat16, cuda=q.is_cuda, tf32=tf32)
-    measured: dict[str, Any] = measured_for(q, v)
-    return replace(usual, **measured) if measured else usual
+    narrow, cuda = x.dtype == torch.bfloat16, x.device.type == "cuda"
+    usual = _usual_setting(x.key_dim, x.value_dim, narrow=narrow, cuda=cuda, tf32=tf32)
+    measured: dict[str, Any] = tuned("gated_delta_rule", x.dtype, x.device, x.key_dim, x.value_dim)
+    return replace(usual, **measured)
 
 
-@lru_cache(maxsize=64)  # each call asks for it
 def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
@@ -111,11 +121,6 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         read_warps=8 if wide else 4,
         read_programs=1,
     )
-
-
-def measured_for(q: Tensor, v: Tensor) -> Fields:
-    """Those fields of the setting that the table gives."""
-    return tuned("gated_delta_rule", q, q.shape[-1], v.shape[-1])
 
 
 def as_kernels_take(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

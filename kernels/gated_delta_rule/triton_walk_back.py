@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_columns
 
 from . import triton_walk
 from .triton_layout import COUNTS, Layout, segment_at
 from .triton_solve import Solved
-from .triton_tiles import CHUNK, Setting
-from .triton_walk import end_is_read, end_start, join, load_gates, remembered, store_end
+from .triton_tiles import CHUNK, Setting, Sizes
+from .triton_walk import end_is_read, end_start, load_gates, remembered, store_end
 
 
 @triton.jit
@@ -95,26 +94,20 @@ def _walk_back(
         store_columns(d_start + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
-def walk_back(
-    k: Tensor, d_out: Tensor, d_final: Tensor, solved: Solved, layout: Layout, s: Setting
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dR [rows, N, C, Dv], dS behind each chunk [rows, N, Dk, Dv], and before the first [B, H, Dk, Dv]."""
-    heads, key_dim, value_dim = d_final.shape[1:]
-    cut = triton_walk.cut_to_read(layout.longest, layout.whole_rows, value_dim, s, k.device)
-    cuts = layout.cuts(cut.segments)
-    sizes = (layout.tokens, layout.chunks, cuts.length, cuts.each, heads, *k.shape[2:], value_dim)
-    blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
-    blocks |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
-    read = (k, d_out, solved.matrices, solved.gates, solved.scaled)
-    parts, starts = cdiv(value_dim, cut.columns), d_final
-    if cuts.total > layout.sequences:
-        ends = d_final.new_empty(cuts.total, heads, key_dim, value_dim + key_dim)
-        programs = cuts.total * heads * (parts + cdiv(key_dim, cut.columns))
-        launch(_ends_back, programs, *read, d_final, ends, cuts.given(k), *sizes, **blocks)
-        starts = join(d_final, ends, cuts, s)
-    d_rows = k.new_empty(layout.rows, layout.chunks, CHUNK, value_dim, dtype=s.kept)
-    d_states = k.new_empty(layout.rows, layout.chunks, key_dim, value_dim, dtype=s.kept)
-    d_start = torch.empty_like(d_final)
-    programs = cuts.total * heads * parts
-    launch(_walk_back, programs, *read, starts, d_states, d_rows, d_start, cuts.given(k), *sizes, **blocks)
-    return d_rows, d_states, d_start
+class WalkBack:
+    """The walk of the backward, for one size."""
+
+    def __init__(self, x: Sizes, layout: Layout, s: Setting) -> None:
+        cut = triton_walk.cut_to_read(layout.longest, layout.whole_rows, x.value_dim, s, layout.device)
+        self._launches, self._kept = triton_walk.CutWalk(x, layout, s, cut, _ends_back, _walk_back), s.kept
+        self._rows = (layout.rows, layout.chunks, CHUNK, x.value_dim)
+        self._states = (layout.rows, layout.chunks, x.key_dim, x.value_dim)
+
+    def __call__(self, k: Tensor, d_out: Tensor, d_final: Tensor, solved: Solved) -> tuple[Tensor, Tensor, Tensor]:
+        """dR [rows, N, C, Dv], dS behind each chunk [rows, N, Dk, Dv], and before the first [B, H, Dk, Dv]."""
+        read = (k, d_out, solved.matrices, solved.gates, solved.scaled)
+        starts = self._launches.starts(d_final, *read)
+        d_rows, d_states = (k.new_empty(size, dtype=self._kept) for size in (self._rows, self._states))
+        d_start = torch.empty_like(d_final)
+        self._launches.walk(*read, starts, d_states, d_rows, d_start)
+        return d_rows, d_states, d_start

@@ -73,8 +73,8 @@ def proof(
         return torch.randn(*size, generator=gen).to(device)
 
     given: dict[str, Any] = dict(scale=key_dim**-0.5, normalize=normalize)
-    like = (torch.empty(dim, dtype=dtype, device=device) for dim in (key_dim, value_dim))
-    options = tiles(key_dim, value_dim, whole=normed, measured=measured_for(*like, normed=normed))
+    measured = measured_for(dtype, device, key_dim, value_dim, normed=normed)
+    options = tiles(key_dim, value_dim, whole=normed, measured=measured)
     made: list[tuple[Any, ...]] = []
     for tokens in (3, 1):
         q, k, v = randn(3, tokens, 4, key_dim), randn(3, tokens, 2, key_dim), randn(3, tokens, 2, value_dim)
@@ -125,7 +125,7 @@ def _run(
         if _takes_triton(q, v, state, normalize, gate is not None):
             from .triton_kernel import gated_delta_step_triton
 
-            with on_device(q.device):
+            with on_device("gated_delta_step", q, k, v, g, beta, state, gate, weight):
                 return gated_delta_step_triton(q, k, v, g, beta, state, gate, weight, **given)
         out, new = gated_delta_step_pytorch(q, k, v, g, beta, state, gate, weight, **given)
     return out.contiguous(), new if in_place else new.contiguous()

@@ -46,7 +46,7 @@ def _forward(x: Tensor, eps: float) -> Tensor:
         if _takes_triton(x):
             from .triton_kernel import l2_normalize_triton
 
-            with on_device(x.device):
+            with on_device("l2_normalize", x):
                 return l2_normalize_triton(x, eps)
         return l2_normalize_reference(x, eps).contiguous()
 
@@ -64,7 +64,7 @@ def _backward(d_y: Tensor, x: Tensor, eps: float) -> Tensor:
         if _takes_triton(x):
             from .triton_kernel import l2_normalize_backward_triton
 
-            with on_device(x.device):
+            with on_device("l2_normalize", d_y, x):
                 return l2_normalize_backward_triton(d_y, x, eps)
         return torch.empty_like(x).copy_(l2_normalize_backward(d_y, x, eps))
 

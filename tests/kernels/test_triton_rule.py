@@ -120,6 +120,30 @@ def test_columns_of_a_table_in_the_interpreter(monkeypatch):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_launches_are_made_once_for_calls_of_one_size(monkeypatch):
+    """Forward and backward; also where dtypes alone differ, of inputs that are widened to the same one."""
+    from tcal_compiler.kernels import launch
+
+    made: list[object] = []
+    init = launch.Launch.__init__
+
+    def counted(self: launch.Launch, kernel: object, *args: int, **options: object) -> None:
+        made.append(kernel)
+        init(self, kernel, *args, **options)
+
+    monkeypatch.setattr(launch.Launch, "__init__", counted)
+    args = make_args((1, 20, 1, 1, 8, 8), torch.float16)
+    with interpreter_or_skip():
+        half = results(args, device="cpu")
+        first = len(made)
+        wide = results([x.float() for x in args], device="cpu")
+        assert first and len(made) == first and (half["o"].dtype, wide["o"].dtype) == (torch.float16, torch.float32)
+        results([x[:, :19] for x in args[:5]] + args[5:], device="cpu")
+    assert len(made) == 2 * first
+
+
+@interpreted
 @pytest.mark.parametrize("file", ["triton_backward", "triton_solve", "triton_walk", "triton_walk_back"])
 def test_kernels_are_compiled_for_no_count(file):
     """Of the integers that a launch takes, only the head dims have a say in what is compiled."""
@@ -149,10 +173,10 @@ def test_another_length_compiles_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_long_sequence_is_cut_on_the_gpu(dtype):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
-    from tcal_compiler.kernels.gated_delta_rule.triton_tiles import setting_for
+    from tcal_compiler.kernels.gated_delta_rule.triton_tiles import setting_for, sizes_of
 
     args = make_args((1, 5000, 2, 1, 64, 64), dtype, decay=0.02)
-    setting = setting_for(args[0].cuda(), args[2].cuda())
+    setting = setting_for(sizes_of(args[0].cuda(), args[2].cuda()))
     cut = triton_walk.cut_to_read(79, 2, 64, setting, torch.device("cuda"))
     assert cut.segments == 9
     exact, plain = with_gradients(op, exactly(args)), with_gradients(op, args)
