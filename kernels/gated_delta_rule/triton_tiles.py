@@ -6,6 +6,7 @@ Tensors are contiguous. A program's chunk starts at token `t0`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -93,9 +94,10 @@ def setting_for(x: Sizes, *, tf32: bool = False) -> Setting:
     narrow, cuda = x.dtype == torch.bfloat16, x.device.type == "cuda"
     usual = _usual_setting(x.key_dim, x.value_dim, narrow=narrow, cuda=cuda, tf32=tf32)
     measured: dict[str, Any] = tuned("gated_delta_rule", x.dtype, x.device, x.key_dim, x.value_dim)
-    return replace(usual, **measured)
+    return replace(usual, **measured) if measured else usual
 
 
+@lru_cache(maxsize=64)  # every new size asks for it
 def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16

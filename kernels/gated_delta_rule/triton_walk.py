@@ -275,19 +275,21 @@ class CutWalk:
         options |= dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
         options |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
         segments, parts = cuts.total * x.heads, cdiv(x.value_dim, cut.columns)
-        self._cuts, self._is_cut = cuts, cuts.total > layout.sequences
-        self._end_sizes = (cuts.total, x.heads, x.key_dim, x.value_dim + x.key_dim)
-        self._ends = Launch(ends, segments * (parts + cdiv(x.key_dim, cut.columns)), *sizes, **options)
-        self._join = Join(x, layout, cuts, s)
+        self._cuts, self._end_sizes = cuts, (cuts.total, x.heads, x.key_dim, x.value_dim + x.key_dim)
         self._walk = Launch(walk, segments * parts, *numbers, *sizes, **options)
+        self._before: tuple[Launch, Join] | None = None  # where a sequence is cut
+        if cuts.total > layout.sequences:
+            programs = segments * (parts + cdiv(x.key_dim, cut.columns))
+            self._before = Launch(ends, programs, *sizes, **options), Join(x, layout, cuts, s)
 
     def starts(self, state: Tensor, *read: Tensor) -> Tensor:
         """The true start of every segment, [segments, H, Dk, Dv]; `state` where no sequence is cut."""
-        if not self._is_cut:
+        if self._before is None:
             return state
+        launch, join = self._before
         ends = state.new_empty(self._end_sizes)
-        self._ends(*read, state, ends, self._cuts.given(read[0]))
-        return self._join(state, ends)
+        launch(*read, state, ends, self._cuts.given(read[0]))
+        return join(state, ends)
 
     def walk(self, *tensors: Tensor) -> None:
         self._walk(*tensors, self._cuts.given(tensors[0]))
