@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from tcal_compiler.api import CALIBRATION_TEXT
 from tcal_compiler.errors import DataError
 from tcal_compiler.progress import Progress
 from tcal_compiler.runtime import data
-from tcal_compiler.runtime.logits import Losses, SplitModel, compare, split_model
+from tcal_compiler.runtime.logits import CHUNK, Losses, SplitModel, compare, split_model
 from tcal_compiler.runtime.repeats import repeat_stretches
-from tcal_compiler.runtime.score_sites import CHUNK, bypassed
+from tcal_compiler.runtime.score_sites import bypassed
 from tcal_compiler.source import Source, open_source
 
 KINDS = ("fresh", "repeated")
@@ -46,7 +45,7 @@ def losses(model: SplitModel, teacher: SplitModel, batches: list[tuple[Any, ...]
     sums: dict[str, list[Losses]] = {kind: [] for kind in KINDS}
     for args, reference, counts in batches:
         hidden = model.hidden(args)
-        known = [replace(m, body=lambda *_, h=h: (h,)) for m, h in ((model, hidden), (teacher, reference))]
+        known = model.with_hidden(hidden), teacher.with_hidden(reference)
         for kind in KINDS:
             sums[kind].append(compare(*known, args, counts[kind], chunk=CHUNK))
     return {kind: sum(parts, Losses.none(hidden.device)).means() for kind, parts in sums.items()}

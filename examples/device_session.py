@@ -64,7 +64,7 @@ class DeviceSession:
     def bytes_behind(self, batch: int, length: int, *, recurrent: int = 1) -> int:
         """Bytes of what is remembered of so many tokens a row, recurrent states counted so many times."""
         return batch * sum(
-            (1 if name in self._caches else recurrent)
+            (recurrent if name.endswith(".recurrent_state") else 1)
             * math.prod(d if isinstance(d, int) else length for d in shape)
             * np.dtype(dtype).itemsize
             for name, (shape, dtype) in self._inputs.items()

@@ -26,7 +26,7 @@ def decode(name: str, body: dict[str, Any]) -> str:
     for model, kinds in body.get("operators", {}).items():
         spent = ", ".join(f"{k} {r['ms']:.2f} ({r['nodes']})" for k, r in kinds.items() if r["ms"] >= 0.05)
         lines.append(f"\nA step of {model} under the profiler, ms of each operator and its nodes: {spent}.")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *([f"\n{body['note']}"] if "note" in body else []), ""])
 
 
 def variants(name: str, body: dict[str, Any]) -> str:

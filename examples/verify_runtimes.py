@@ -112,12 +112,12 @@ def verify(path: Path, runtimes: list[str], prompts: int, prompt_length: int, co
         request, answer = Path(work, "request.npz"), Path(work, "answer.npz")
         chunks = {f"chunks_{i}": np.array(c) for i, c in enumerate(logits.by_chunks)}
         np.savez(request, ids=logits.ids.numpy(), prompts=ids.numpy(), count=np.array(count), **chunks)  # type: ignore[arg-type]
-        kept = [layer.kind for layer in stateful.layers]
+        converted = [layer.kind for layer in stateful.layers].count("gdn")
         profile = run.record("export").evidence["profile"]
         rows: list[dict[str, Any]] = []
         found = {
-            "layers_kept": kept.count("softmax"),
-            "layers_converted": kept.count("gdn"),
+            "layers_kept": stateful.depth - converted,
+            "layers_converted": converted,
             "profile": profile,
             "float32_from_float64": logits.noise,
             "allowed": logits.allowed(TIMES),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Softmax over s of c tanh(scale q_t k_s / c) - slope (t - s), for 0 <= t - s < window.
+    """Softmax over s of c tanh(scale q_t k_s / c) - slope (t - s), for 0 <= t - s < window, and for s < first.
 
     Fields stand in the order of SCHEMA: an operator takes them flat, and everything else takes this object. A field may
     hold a graph's node in place of its value.
@@ -24,6 +24,7 @@ class Scores:
         softcap: c; 0 leaves the scores as they are.
         slopes: [H], or None: what a score loses with each token of distance (alibi, arXiv:2108.12409).
         sinks: [H], or None: logits whose exp also counts in the denominator, so that a row sums to less than 1.
+        first: tokens at the start that every later one sees, whatever the window (arXiv:2309.17453).
     """
 
     scale: float
@@ -31,8 +32,9 @@ class Scores:
     softcap: float = 0.0
     slopes: Tensor | None = None
     sinks: Tensor | None = None
+    first: int = 0
 
-    SCHEMA = "float scale, int window=0, float softcap=0.0, Tensor? slopes=None, Tensor? sinks=None"
+    SCHEMA = "float scale, int window=0, float softcap=0.0, Tensor? slopes=None, Tensor? sinks=None, int first=0"
 
     @property
     def flat(self) -> tuple[Any, ...]:
@@ -41,7 +43,7 @@ class Scores:
 
     @property
     def plain(self) -> bool:
-        """Whether scale and window are all there is."""
+        """Whether scale and what is visible are all there is."""
         return not self.softcap and self.slopes is None and self.sinks is None
 
     def check(self, op: str, heads: int) -> None:
@@ -52,9 +54,14 @@ class Scores:
                 raise ValueError(f"{op}: want {name} [H] for q [B,H,T,Dk]; got {tuple(x.shape)}, H = {heads}")
 
     def hidden(self, distance: Tensor) -> Tensor:
-        """True for keys `distance` tokens behind their query that it does not see."""
+        """[.., T, S]: whether a query does not see a key, `distance` tokens behind it; keys from the first one on."""
         hidden = distance < 0
-        return hidden | (distance >= self.window) if self.window else hidden
+        if not self.window:
+            return hidden
+        far = distance >= self.window
+        if self.first:
+            far = far & (torch.arange(distance.shape[-1], device=distance.device) >= self.first)
+        return hidden | far
 
     def mask(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to the scores of keys `distance` [.., T, S] tokens behind their query: [.., 1 or H, T, S].

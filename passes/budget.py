@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tcal_compiler.errors import ConfigError
 from tcal_compiler.kernels.cached_attention import held_positions
 
+from .local_windows import local_held
 from .types import SiteScan
 
 BUDGETS = (
@@ -28,22 +29,21 @@ KeptSets = Iterable[tuple[Sequence[int], float]]
 Costs = Mapping[int, tuple[float, float]]  # site -> what it takes as softmax and as Gated DeltaNet
 
 
-def cache_bytes(tokens: int, *, kv_heads: int, key_dim: int, value_dim: int, window: int | None) -> int:
+def cache_bytes(tokens: int, *, kv_heads: int, key_dim: int, value_dim: int, window: int | None, first: int = 0) -> int:
     """Bytes that softmax attention keeps of so many tokens of a sequence: keys and values, in float32.
 
-    window: visible tokens, None for all; what the window has left behind is not kept.
+    window: visible tokens, None for all; what the window has left behind is not kept, but for the `first` ones.
     """
-    kept = tokens if window is None else min(tokens, held_positions(window))
+    kept = tokens if window is None else min(tokens, held_positions(window) + first)
     return kept * kv_heads * (key_dim + value_dim) * FLOAT_BYTES
 
 
-def state_bytes(*, heads: int, kv_heads: int, key_dim: int, value_dim: int, local: int = 0) -> int:
+def state_bytes(*, heads: int, kv_heads: int, key_dim: int, value_dim: int, held: int = 0) -> int:
     """Bytes of a converted site's state, whatever the length: [heads, key_dim, value_dim] in float32.
 
-    local: tokens of the attention beside it, 0 without, whose keys and values it then holds too.
+    held: tokens whose keys and values it holds too, for attention beside the state.
     """
-    beside = held_positions(local) * kv_heads * (key_dim + value_dim) if local else 0
-    return (heads * key_dim * value_dim + beside) * FLOAT_BYTES
+    return (heads * key_dim * value_dim + 2 * held * kv_heads * max(key_dim, value_dim)) * FLOAT_BYTES
 
 
 def _bytes(scan: SiteScan, tokens: int) -> dict[int, tuple[float, float]]:
@@ -51,8 +51,8 @@ def _bytes(scan: SiteScan, tokens: int) -> dict[int, tuple[float, float]]:
     costs: dict[int, tuple[float, float]] = {}
     for s in scan.sites:
         dims = {"kv_heads": s.num_kv_heads, "key_dim": s.key_dim, "value_dim": s.value_dim}
-        cache = cache_bytes(tokens, window=s.window, **dims)
-        costs[s.index] = cache, state_bytes(heads=s.num_heads, local=s.local, **dims)
+        cache = cache_bytes(tokens, window=s.window, first=s.first, **dims)
+        costs[s.index] = cache, state_bytes(heads=s.num_heads, held=local_held(s.local, s.local_first), **dims)
     return costs
 
 

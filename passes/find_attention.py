@@ -253,6 +253,7 @@ def _site(t: _Tokens, anchor: Node, index: int, *, written: bool) -> AttentionSi
         hidden=int(value(x).shape[-1]),
         scale=float(scale) if scale is not None else 1 / math.sqrt(int(shapes[0][3])),
         window=facts.window,
+        first=facts.first,
         rope=any(i in t.position for m in backward_slice(q, x, t.data) for i in inputs(m)),
         proof=facts.detail,
         written=anchor.name.removesuffix(sdpa_name("")) if written else "",

@@ -3,7 +3,8 @@
 Every softmax core gets a key and a value cache, every gated delta rule its recurrent state. Inside the graph, padding
 is moved behind the real tokens of its chunk, and moved back in the logits: so the slot of a token in the caches is its
 position, whatever padding came before, and a cache can be one buffer that is written in place. Sites with a sliding
-window have a state of a fixed size instead: the keys and values that their window still reaches.
+window have a state of a fixed size instead: the keys and values that their window still reaches. So has the attention
+over the last tokens beside a recurrent state, with one tensor for both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 import tcal_compiler.kernels.gated_delta_rule  # noqa: F401  registers an op that the graph is made of
 from tcal_compiler.errors import UnsupportedModelError
 from tcal_compiler.kernels.cached_attention import held_positions, windowed_attention
+from tcal_compiler.kernels.local_attention import window_step
 from tcal_compiler.kernels.scores import Scores
 
 from .find_attention import find_attention
@@ -41,6 +43,7 @@ from .pack import pack_tokens, unpack_logits
 from .positions import promote_positions, token_free
 from .softmax_attention import ANCHORS, sinks_of
 from .stateful_graph import LayerState, StatefulGraph
+from .stateful_nodes import Tables, Windows
 from .to_sdpa import to_sdpa
 from .types import AttentionSite, Capture, Check, SiteScan
 
@@ -62,7 +65,7 @@ def make_stateful(
     """The stateful form of a student's (or a teacher's) graph. Parameters are shared with the capture.
 
     verify: compare it in float64, cut into chunks, with the whole-sequence graph (needs a float64 copy of the weights).
-    check_length: tokens of that comparison; windows of up to 600 tokens make it longer.
+    check_length: tokens of that comparison; windows of up to 600 tokens make it longer, up to max_length.
     max_length: the longest sequence: rows of the rotary tables, where a kept core's positions are rotary.
     bounded: whether sites whose window is no longer than max_length forget what it has left behind; attention beside
         a state always does.
@@ -79,7 +82,8 @@ def make_stateful(
         return stateful
     wide = replace(plain, gm=widen_to_float64(plain.gm))
     whole = wide.gm if plain.gm is capture.gm else widen_to_float64(capture.gm)
-    checks = check_chunks(_add_state(wide, sites, max_length, bounded), whole, capture, check_length)
+    longest = check_tokens(max((s.window or 0 for s in scan.sites), default=0), check_length)
+    checks = check_chunks(_add_state(wide, sites, max_length, bounded), whole, capture, min(longest, max_length))
     if bad := [c for c in checks if not c.passed]:
         what = f"{bad[0].name}: {bad[0].measured:.3g} (allowed {bad[0].allowed:.3g}), in float64"
         raise UnsupportedModelError("student", what, "only attention cores may read across time")
@@ -128,16 +132,24 @@ def check_tokens(longest_window: int, least: int = 24) -> int:
     return max(min(longest_window + 3, 600) if longest_window else 0, least)
 
 
+def cuts(length: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Chunks of these sizes, as far as they go in so many tokens, and one of what is left."""
+    chunks: list[int] = []
+    for size in sizes:
+        if sum(chunks) + size < length:
+            chunks.append(size)
+    return (*chunks, length - sum(chunks))
+
+
 def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture, length: int = 24) -> tuple[Check, ...]:
-    """Chunked against whole-sequence logits, both graphs in float64, relative to the largest logit."""
-    longest = max((layer.window or 0 for layer in stateful.layers), default=0)
+    """Chunked against whole-sequence logits of so many tokens, both in float64, relative to the largest logit."""
     gen = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, capture.vocab_size, (2, check_tokens(longest, length)), generator=gen)
+    ids = torch.randint(0, capture.vocab_size, (2, length), generator=gen)
     with torch.no_grad():
         exact = whole(*capture.inputs(ids))
     largest = _largest(exact).clamp_min(1e-30)
     checks = []
-    for chunks in ((ids.shape[1] - 2, 1, 1), (1, 3, 17, ids.shape[1] - 21)):
+    for chunks in ((length - 2, 1, 1), cuts(length, (1, 3, 17))):
         errors, rest = [], exact
         for logits, _ in _each_chunk(stateful, ids, chunks, None, torch.float64):
             errors.append(_largest(logits.sub_(rest[:, : logits.shape[1]])))
@@ -159,7 +171,26 @@ def _cores(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in (*ANCHORS, RULE) and n in data]
 
 
-def _layer(index: int, core: Node, sites: dict[str, AttentionSite], longest_window: int) -> LayerState:
+def _layers(
+    cores: list[Node], sites: dict[str, AttentionSite], max_length: int, bounded: bool
+) -> tuple[LayerState, ...]:
+    """By core. Windows beside a state are held in as many slots as the longest of them: onnxruntime-genai gives all
+    states of a kind one shape."""
+    numbers = _layer_numbers(cores)
+    layers = [
+        _layer(n, c, sites, max_length, n in numbers[:i], bounded)
+        for i, (n, c) in enumerate(zip(numbers, cores, strict=True))
+    ]
+    local = [layer for layer in layers if layer.kind == "local"]
+    front = max((layer.first for layer in local), default=0)
+    held = max((held_positions(layer.window or 0) for layer in local), default=0) + front
+    return tuple(replace(layer, held=held) if layer.kind == "local" else layer for layer in layers)
+
+
+def _layer(
+    index: int, core: Node, sites: dict[str, AttentionSite], max_length: int, beside: bool, bounded: bool
+) -> LayerState:
+    """beside: whether the core stands beside a rule of the same layer."""
     if core.target is RULE:
         if argument(core, "initial_state").target is not aten.new_zeros.default:
             raise UnsupportedModelError(core.name, "its state does not start from zeros: the graph is stateful already")
@@ -168,8 +199,12 @@ def _layer(index: int, core: Node, sites: dict[str, AttentionSite], longest_wind
         _, heads, key_dim, value_dim = value(argument(core, "initial_state")).shape
         return LayerState(index, "gdn", heads, int(value(argument(core, "k")).shape[2]), key_dim, value_dim)
     s = sites[core.name]
-    held = held_positions(s.window) if s.window and s.window <= longest_window else None
-    return LayerState(index, "softmax", s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim, s.window, held)
+    sizes = s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim
+    if beside and s.window and s.scores == "plain" and s.first <= 1:
+        window = min(s.window, max_length)
+        return LayerState(index, "local", *sizes, window, first=s.first)
+    held = held_positions(s.window) + s.first if bounded and s.window and s.window <= max_length else None
+    return LayerState(index, "softmax", *sizes, s.window, held, s.first)
 
 
 def _layer_numbers(cores: list[Node]) -> list[int]:
@@ -189,11 +224,7 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
     cores = _cores(source)
     if not cores:
         raise UnsupportedModelError("student", "has no attention core and no gated delta rule: no state to carry")
-    numbers = _layer_numbers(cores)
-    layers = tuple(
-        _layer(n, c, sites, max_length if bounded or n in numbers[:i] else 0)
-        for i, (n, c) in enumerate(zip(numbers, cores, strict=True))
-    )
+    layers = _layers(cores, sites, max_length, bounded)
     graph, root = Graph(), nn.Module()
     old: dict[Node, Node] = {}
     logits: Any = graph.graph_copy(source.graph, old)
@@ -204,29 +235,33 @@ def _add_state(capture: Capture, sites: dict[str, AttentionSite], max_length: in
     packing = pack_tokens(graph, ins[0], mask, list(past.values())[-1].next, symbols=(batch_symbol, length_symbol))
     if len(ins) > 1:
         ins[1].replace_all_uses_with(packing.axes.positions)
-    tables = _Tables(graph, root)
+    tables, windows = Tables(graph, root), Windows(graph, packing, layers)
     present: list[Node] = []
     for layer, core in zip(layers, cores, strict=True):
+        states = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
         with graph.inserting_before(old[core]):
             if layer.kind == "gdn":
-                present.append(_carry_rule(graph, old[core], past[f"{layer.index}.recurrent_state"], packing.valid))
-            else:
-                site = sites[core.name]
-                hidden = next(n for n in source.graph.nodes if n.name == site.x)
-                apart = value(core).dtype != value(hidden).dtype  # a core in another precision than the rest
-                rotary = find_rotary(capture, site, rows=max_length) if layer.grows and not apart else None
-                qkv: tuple[Node, ...] = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
-                like = qkv[0] if apart else None
-                if apart:
-                    qkv = tuple(graph.call_function(aten.to.dtype, (n, _dtype(source))) for n in qkv)
-                kv = tuple(past[f"{layer.index}.{part}"] for part in layer.parts)
-                slopes, sinks = map(tables.vector, _head_values(capture, core, site))
-                scores: Any = Scores(site.scale, site.window or 0, site.softcap, slopes, sinks)  # type: ignore[arg-type]
-                sizes: tuple[Any, ...] = packing.past_lengths, packing.new_lengths, packing.past_tokens
-                if layer.grows:
-                    sizes = packing.past_lengths, packing.total, *tables.of(rotary)
-                target = ATTENTION if layer.grows else windowed_attention
-                present += _carry_attention(graph, old[core], target, (*qkv, *kv, *sizes, *scores.flat), like)
+                present.append(_carry_rule(graph, old[core], states[0], packing.valid))
+                continue
+            site = sites[core.name]
+            hidden = next(n for n in source.graph.nodes if n.name == site.x)
+            apart = value(core).dtype != value(hidden).dtype  # a core in another precision than the rest
+            rotary = find_rotary(capture, site, rows=max_length) if layer.grows and not apart else None
+            qkv: tuple[Node, ...] = _core_inputs(graph, site, rotary, {n.name: copy for n, copy in old.items()})
+            like = qkv[0] if apart else None
+            if apart:
+                qkv = tuple(graph.call_function(aten.to.dtype, (n, _dtype(source))) for n in qkv)
+            if layer.kind == "local":
+                args: tuple[Any, ...] = *qkv, *states, windows.of(layer, states[0]), site.scale
+                present += _carry_attention(graph, old[core], window_step, args, like)
+                continue
+            slopes, sinks = map(tables.vector, _head_values(capture, core, site))
+            scores: Any = Scores(site.scale, site.window or 0, site.softcap, slopes, sinks, site.first)  # type: ignore[arg-type]
+            sizes: tuple[Any, ...] = packing.past_lengths, packing.new_lengths, packing.past_tokens
+            if layer.grows:
+                sizes = packing.past_lengths, packing.total, *tables.of(rotary)
+            target = ATTENTION if layer.grows else windowed_attention
+            present += _carry_attention(graph, old[core], target, (*qkv, *states, *sizes, *scores.flat), like)
     graph.output((unpack_logits(graph, logits, packing), *present))
     for unused in ins[1:]:
         graph.erase_node(unused)
@@ -259,40 +294,6 @@ def _head_values(capture: Capture, core: Node, site: AttentionSite) -> tuple[Ten
     return slopes, sinks_of(capture, core)
 
 
-class _Tables:
-    """Rotary tables, and values of heads, as buffers of the new graph; equal tables once."""
-
-    def __init__(self, graph: Graph, root: nn.Module) -> None:
-        self.graph, self.root = graph, root
-        self.known: list[Rotary] = []
-        self.names: list[str] = []
-
-    def vector(self, values: Tensor | None) -> Node | None:
-        """Values [H] as a node; call it where that is to be inserted."""
-        if values is None:
-            return None
-        self.names.append(f"head_values.{len(self.names)}")
-        set_tensor(self.root, self.names[-1], values.detach().clone())
-        return self.graph.create_node("get_attr", self.names[-1])
-
-    def of(self, rotary: Rotary | None) -> tuple[Node | None, Node | None, bool]:
-        """Nodes of cos and sin, and whether channels are interleaved; call it where they are to be inserted."""
-        if rotary is None:
-            return None, None, False
-        same = (torch.equal(r.cos, rotary.cos) and torch.equal(r.sin, rotary.sin) for r in self.known)
-        index = next((i for i, equal in enumerate(same) if equal), len(self.known))
-        names = [f"rotary.{index}.{part}" for part in ("cos", "sin")]
-        if index == len(self.known):
-            self.known.append(rotary)
-            for name, table in zip(names, (rotary.cos, rotary.sin), strict=True):
-                set_tensor(self.root, name, table)
-        cos, sin = (self.graph.create_node("get_attr", name) for name in names)
-        return cos, sin, rotary.interleaved
-
-    def holds(self, target: str) -> bool:
-        return target in self.names or (target.startswith("rotary.") and target.split(".")[1].isdigit())
-
-
 def _core_inputs(
     graph: Graph, site: AttentionSite, rotary: Rotary | None, nodes: dict[str, Node]
 ) -> tuple[Node, Node, Node]:
@@ -311,7 +312,8 @@ def _carry_attention(graph: Graph, core: Node, target: Any, args: tuple[Any, ...
     like: what has the precision that the result is to have, where that is not the caches'.
     """
     new = graph.call_function(target, args)
-    context, *caches = (graph.call_function(operator.getitem, (new, i)) for i in range(3))
+    results = 2 if target is window_step else 3
+    context, *caches = (graph.call_function(operator.getitem, (new, i)) for i in range(results))
     if like is not None:
         context = graph.call_function(aten.type_as.default, (context, like))
     context.meta = dict(core.meta)

@@ -22,14 +22,15 @@ SHORT, LONG = 48, 603  # lengths at which every mask is evaluated
 class MaskFacts:
     """kind: causal, none, bias (values other than 0 and -inf) or other. window: visible tokens, None for all.
 
-    slopes: per head or one for all, what a score loses with each token of distance, where values are added that are
-    -slope distance but for what a whole row has in common.
+    first: tokens at the start that are visible whatever the window. slopes: per head or one for all, what a score loses
+    with each token of distance, where values are added that are -slope distance but for what a whole row has in common.
     """
 
     kind: str
     window: int | None
     detail: str
     slopes: tuple[float, ...] = ()
+    first: int = 0
 
 
 class Evaluator:
@@ -111,9 +112,13 @@ def _classify_visible(visible: Tensor) -> MaskFacts:
         return MaskFacts("causal", None, f"equals the lower triangle at {length} tokens")
     if bool(seen.all()):
         return MaskFacts("none", None, f"hides nothing at {length} tokens")
-    window = int(seen[-1].sum())
-    if torch.equal(seen, (distance >= 0) & (distance < window)):
-        return MaskFacts("causal", window, f"equals a causal window of {window} at {length} tokens")
+    first = int(seen[-1].long().cumprod(0).sum())  # visible ones before the first hidden one
+    window = int(seen[-1].sum()) - first
+    if torch.equal(seen, (distance >= 0) & ((distance < window) | (steps < first))):
+        beside = f" and the first {first}" if first else ""
+        return MaskFacts(
+            "causal", window, f"equals a causal window of {window}{beside} at {length} tokens", first=first
+        )
     future = (seen & (distance < 0)).nonzero()
     if len(future):
         row, col = future[0].tolist()
@@ -148,8 +153,10 @@ def probe_mask(capture: Capture, mask: Node) -> MaskFacts:
     """Evaluates the mask at short lengths, at its tables' sizes and at one beyond every constant of its sub-graph."""
     consts, sizes = _constants(capture, mask)
     far = max((c for c in consts if c <= MAX_PROBE), default=0)
+    first = max((c for c in consts if c < far and far + c <= MAX_PROBE), default=0)
+    beyond = {far + 3, far + first + 3} if far >= SHORT - 2 else set()  # a window, and one behind the first tokens
     facts, why = None, ""
-    for length in sorted({SHORT, LONG, *sizes} | ({far + 3} if far >= SHORT - 2 else set())):
+    for length in sorted({SHORT, LONG, *sizes} | beyond):
         try:
             facts = classify_mask(Evaluator(capture, length)(mask))
         except RuntimeError as e:  # a table of fixed size ends before

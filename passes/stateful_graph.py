@@ -11,24 +11,30 @@ from torch.fx import GraphModule
 
 from .types import Check
 
+PARTS = {"softmax": ("key", "value"), "gdn": ("recurrent_state",), "local": ("conv_state",)}
+
 
 @dataclass(frozen=True)
 class LayerState:
     """What one attention core carries from token to token.
 
-    softmax: key [B, K, P, Dk] and value [B, K, P, Dv]. gdn: recurrent_state [B, H, Dk, Dv].
-    window: visible tokens including oneself, None for all. held: where not None, key and value have that many slots,
-    for the last tokens alone. A converted site with attention over its last tokens is two of them, of one index.
+    softmax: key [B, K, P, Dk] and value [B, K, P, Dv]. gdn: recurrent_state [B, H, Dk, Dv]. local, attention over the
+    last tokens beside a state: conv_state [B, 2 held, K max(Dk, Dv)], keys and values (kernels/local_attention/step.py)
+    under the name by which onnxruntime-genai knows a state of a fixed size; a site with both is two of these, of one
+    index.
+    window: visible tokens including oneself, None for all. held: where not None, so many tokens are remembered, the
+    `first` ones and the last.
     """
 
     index: int
-    kind: Literal["softmax", "gdn"]
+    kind: Literal["softmax", "gdn", "local"]
     num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
     held: int | None = None
+    first: int = 0
 
     @property
     def grows(self) -> bool:
@@ -37,11 +43,13 @@ class LayerState:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("key", "value") if self.kind == "softmax" else ("recurrent_state",)
+        return PARTS[self.kind]
 
-    def shape(self, part: str, *, batch: int, past: int = 0) -> tuple[int, int, int, int]:
+    def shape(self, part: str, *, batch: int, past: int = 0) -> tuple[int, ...]:
         if part == "recurrent_state":
             return batch, self.num_heads, self.key_dim, self.value_dim
+        if part == "conv_state":
+            return batch, 2 * (self.held or 0), self.num_kv_heads * max(self.key_dim, self.value_dim)
         slots = past if self.held is None else self.held
         return batch, self.num_kv_heads, slots, self.key_dim if part == "key" else self.value_dim
 

@@ -56,12 +56,14 @@ class AttentionSite:
         q, k, v: [B, H, T, Dk], [B, K, T, Dk], [B, K, T, Dv], before K/V heads are repeated.
         x: the hidden state [B, T, C] that q, k and v are all computed from.
         y: the output projection's node [B, T, C].
-        scale: factor of q k^T. window: number of visible tokens including oneself, None for all.
+        scale: factor of q k^T. window: number of visible tokens including oneself, None for all. first: tokens at the
+            start that are visible whatever the window.
         softcap: c where scores are c tanh(scale q k^T / c), else 0. slopes: per head, what a score loses with each
             token of distance (alibi), or (). sinks: per head, the logit of an attention sink, or ().
         rope: q and k depend on the position. proof: how causality was established.
         written: where the teacher writes attention out, the node of its last product; else "".
         local: tokens that softmax attention beside the state sees once the site is converted (local_windows.py), or 0.
+            local_first: it also sees the first token.
     """
 
     index: int
@@ -85,7 +87,9 @@ class AttentionSite:
     softcap: float = 0.0
     slopes: tuple[float, ...] = ()
     sinks: tuple[float, ...] = ()
+    first: int = 0
     local: int = 0
+    local_first: bool = False
 
     @property
     def scores(self) -> str:
@@ -96,6 +100,7 @@ class AttentionSite:
 
     def summary(self) -> dict[str, Any]:
         """The facts that a user sees, as plain JSON values."""
+        where_set = {"first": self.first, "local_window": self.local, "local_first": self.local_first}
         return {
             "layer": self.index,
             "module": self.layer,
@@ -108,7 +113,7 @@ class AttentionSite:
             "scores": self.scores,
             "rope": self.rope,
             "causal": self.proof,
-        } | ({"local_window": self.local} if self.local else {})
+        } | {name: value for name, value in where_set.items() if value}
 
 
 @dataclass(frozen=True)

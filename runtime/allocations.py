@@ -11,12 +11,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from tcal_compiler.kernels.attention_stats.streaming import (
     attention_output_sums_streaming,
@@ -49,6 +50,14 @@ class Bytes:
         self.live -= size
 
 
+@dataclass
+class _Held:
+    """A storage that is alive, with the size that is counted for it."""
+
+    ref: weakref.ref[Any]
+    size: int = 0
+
+
 class Allocations(TorchDispatchMode):
     """all: the storages that operations inside have made; small: those of at most HEAP_BLOCK."""
 
@@ -56,7 +65,7 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.all, self.small = Bytes(), Bytes()
         self._answers = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, _Held] = {}
         self._inside = _inside()
         self._workspace: dict[Any, tuple[int, int]] = {}
 
@@ -102,24 +111,29 @@ class Allocations(TorchDispatchMode):
         return self._workspace[key]
 
     def add(self, tensor: Tensor) -> None:
-        """Counts the tensor's storage, unless it is known, until it is freed."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        known = self._known.get(key)
-        if not size or (known is not None and known() is storage):
-            return
+        """Counts the tensor's storage until it is freed. One that wraps others has no memory of its own."""
+        if not is_traceable_wrapper_subclass(tensor):
+            self.count(tensor.untyped_storage())
 
-        kinds = (self.all, self.small) if size <= HEAP_BLOCK else (self.all,)
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Counts a storage with its present size until it is freed or counted again."""
+        key, held = storage._cdata, self._known.get(storage._cdata)
+        if held is None or held.ref() is not storage:
 
-        def freed(ref: Any) -> None:
-            for kind in kinds:
-                kind.free(size)
-            if self._known.get(key) is ref:
-                del self._known[key]
+            def freed(ref: Any) -> None:
+                self._resize(mine, 0)
+                if self._known.get(key) is mine:
+                    del self._known[key]
 
-        self._known[key] = weakref.ref(storage, freed)
-        for kind in kinds:
-            kind.add(size)
+            held = mine = self._known[key] = _Held(weakref.ref(storage, freed))
+        self._resize(held, storage.nbytes())
+
+    def _resize(self, held: _Held, size: int) -> None:
+        for kind in (self.all, self.small):
+            before, now = (n if kind is self.all or n <= HEAP_BLOCK else 0 for n in (held.size, size))
+            kind.free(before)
+            kind.add(now)
+        held.size = size
 
 
 def _inside() -> dict[Any, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]]:
@@ -193,10 +207,24 @@ def cpu_attention(
 
 
 @contextlib.contextmanager
+def _counted_resizes(allocations: Allocations) -> Iterator[None]:
+    """A storage that is resized, as FSDP2 does with weights that are put together, passes no dispatch mode."""
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(storage, size)
+        allocations.count(storage)
+        return storage
+
+    with mock.patch.object(torch.UntypedStorage, "resize_", resized):
+        yield
+
+
+@contextlib.contextmanager
 def without_values() -> Iterator[Allocations]:
     """Operations inside run on fake tensors and are counted."""
     allocations = Allocations()
-    with FakeTensorMode(allow_non_fake_inputs=True), allocations, _CpuAttention():
+    with _counted_resizes(allocations), FakeTensorMode(allow_non_fake_inputs=True), allocations, _CpuAttention():
         yield allocations
 
 

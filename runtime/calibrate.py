@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -124,33 +125,27 @@ class SiteCalibrator:
 
     @torch.no_grad()
     def measure(self) -> SiteStats:
-        total: SiteStats | None = None
-        for _, (q, k, v), _ in self.rows():
-            stats, _ = attention_statistics(q, k, v, site=self.site)
-            total = stats if total is None else total.merge(stats)
-        assert total is not None
-        return total
+        parts = (attention_statistics(q, k, v, site=self.site)[0] for _, (q, k, v), _ in self.rows())
+        return reduce(SiteStats.merge, parts)
 
     @torch.no_grad()
     def outputs(self) -> OutputSums:
         """Sums of the context on the rule's output, with the mixer's present decay and write gate."""
-        total: OutputSums | None = None
-        for x, (q, k, v), _ in self.rows():
-            sums = output_sums(q, k, v, self.mixer.core(q, k, v, x), site=self.site)
-            total = sums if total is None else total.merge(sums)
-        assert total is not None
-        return total
+        return reduce(
+            OutputSums.merge,
+            (output_sums(q, k, v, self.mixer.core(q, k, v, x), site=self.site) for x, (q, k, v), _ in self.rows()),
+        )
 
     @torch.no_grad()
     def local_outputs(self) -> LocalSums:
         """Sums of the attention over the last tokens, with the mixer's present decay and write gate."""
-        total: LocalSums | None = None
-        for x, (q, k, v), _ in self.rows():
-            _, context = attention_statistics(q, k, v, site=self.site)
-            sums = local_sums(context, self.mixer.core(q, k, v, x), self.mixer.local_output(q, k, v))
-            total = sums if total is None else total.merge(sums)
-        assert total is not None
-        return total
+
+        def each() -> Iterator[LocalSums]:
+            for x, (q, k, v), _ in self.rows():
+                _, context = attention_statistics(q, k, v, site=self.site)
+                yield local_sums(context, self.mixer.core(q, k, v, x), self.mixer.local_output(q, k, v))
+
+        return reduce(LocalSums.merge, each())
 
     def fit(self, stats: SiteStats, init: InitName, without: Sequence[InitPart] = ()) -> None:
         """What taylor or closed-form set, but for some parts; later parts are fitted to what the earlier ones give."""

@@ -28,6 +28,7 @@ from .tokenizer import quiet_transformers
 _GGUF_HINT = "pip install gguf"
 _CAUSAL_CLASS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 Progress = Callable[[float, float, str], None]  # what is read, what there is, unit of both
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 MOST_LAYERS = 1024  # of a model; the deepest that are published have some 130
 
 
@@ -239,6 +240,17 @@ def _config_of(path: Path) -> tuple[Any, Any]:
         raise
     except Exception as e:
         raise _bad_gguf(path, e) from e
+
+
+def sizes_of(config: Any) -> dict[str, int]:
+    """What the shapes of a model's weights follow from, as far as its configuration has it."""
+    text = config.get_text_config()
+    return {n: v for n in _SIZES if type(v := getattr(text, n, None)) is int}
+
+
+def sizes_in(path: Path) -> dict[str, int]:
+    """`sizes_of` a folder or a GGUF file, of which no weight is read. Raises TeacherError."""
+    return sizes_of(_config_of(path)[0])
 
 
 def _per_layer(config: Any) -> list[str]:

@@ -266,7 +266,7 @@ class Distiller:
         bad = torch.stack([m.isfinite().logical_not().any() for m in self.masters.values()]).float()
         self.group.sum_([bad])
         for n, there in zip(self.masters, bad.tolist(), strict=True):
-            if there:
+            if there >= 1:
                 raise StageError("distill", f"{n} is not finite", HINT)
         out: dict[str, Tensor] = {}
         for n, m in self.masters.items():

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tcal_compiler.errors import RunFolderError, StageError
@@ -20,7 +21,18 @@ _NAMED = 300  # bytes of a lock's holder
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace path by data: after a kill or an error at any moment it holds all of the old bytes or all of the new.
+    """Replace path by data, as `replace_atomic` does."""
+
+    def write(new: Path) -> None:
+        with new.open("xb") as f:
+            f.write(data)
+
+    replace_atomic(path, write)
+
+
+def replace_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Replace path by what `write` puts into a new file beside it: after a kill or an error at any moment path holds
+    all of the old bytes or all of the new.
 
     A link that lies where the temporary file has to be is removed, never written through.
 
@@ -30,10 +42,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("xb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

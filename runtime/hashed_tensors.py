@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,18 +10,29 @@ from torch import Tensor
 
 from tcal_compiler.errors import RunFolderError
 
-from .durable import write_atomic
+from .durable import replace_atomic
 from .teacher import fingerprint
 
 _NOTE, _HASH = "tcal", "sha256"
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes contiguous tensors on the CPU, of which none shares memory, without a copy of them. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), str(path), metadata=metadata)
+    except SafetensorError as e:  # of what the system said it keeps the words
+        raise OSError(errno.EIO, str(e)) from e
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps it to its owner, unlike the other files
+
+
 def save_hashed(path: Path, tensors: Mapping[str, Tensor], note: str) -> None:
     """Writes tensors and note, with the sha256 of both. Raises OSError; the old file is then as it was."""
-    from safetensors.torch import save
-
     plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    write_atomic(path, save(plain, metadata={_NOTE: note, _HASH: fingerprint(plain, note)}))
+    metadata = {_NOTE: note, _HASH: fingerprint(plain, note)}
+    replace_atomic(path, lambda new: save_tensors(new, plain, metadata))
 
 
 def load_hashed(path: Path, *, hint: str) -> tuple[dict[str, Tensor], str]:

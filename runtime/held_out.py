@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch.fx import GraphModule
 
 from tcal_compiler.passes.types import Capture
 
-from .logits import Losses, SplitModel, compare, split_model
-from .score_sites import CHUNK
+from .logits import Losses, compare_all, split_model
 from .taps import Progress
 
 
@@ -27,10 +26,6 @@ class HeldOut:
     kl: float
 
 
-def _with_hidden(model: SplitModel, hidden: Tensor) -> SplitModel:
-    return replace(model, body=lambda *_: (hidden,))
-
-
 @torch.no_grad()
 def score_held_out(
     student: GraphModule, capture: Capture, ids: Tensor, *, batch: int = 1, progress: Progress | None = None
@@ -41,9 +36,8 @@ def score_held_out(
     found = [Losses.none(device)] * 2
     for start in range(0, len(ids), batch):
         args = capture.inputs(ids[start : start + batch].to(device))
-        counts = torch.ones_like(args[0][:, 1:], dtype=torch.bool)
-        known = _with_hidden(teacher, teacher.hidden(args))
-        parts = (compare(m, known, args, counts, chunk=CHUNK) for m in (known, model))
+        known = teacher.with_hidden(teacher.hidden(args))
+        parts = (compare_all(m, known, args) for m in (known, model))
         found = [a + b for a, b in zip(found, parts, strict=True)]
         if progress:
             progress(min(start + batch, len(ids)), len(ids))

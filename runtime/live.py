@@ -1,43 +1,38 @@
-"""Students of a module in memory: with the weights of a run folder, or converted on the spot. No file is written."""
+"""A module in memory: captured, compared with a run folder's teacher, converted on the spot. No file is written."""
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tcal_compiler.errors import DataError, RunFolderError, UnsupportedModelError
+from tcal_compiler.errors import DataError, UnsupportedModelError
 from tcal_compiler.passes.capture import require_causal
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import move_to
 from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.passes.rewrite_gdn import MIXERS
-from tcal_compiler.passes.types import Capture, Plan, SiteScan
+from tcal_compiler.passes.types import Capture
 
 from .align import align
 from .calibrate import initialise
 from .capture_teacher import capture_teacher
 from .config import AlignConfig, InitName
-from .run_folder import RunFolder
 from .student import Student, make_student, require_sites
 from .taps import collect_taps
 from .teacher import live_teacher
-from .weights import load_weights
 
 WHERE = "the compiled model"
 SHORTEST = 8  # tokens of a calibration sequence
 BATCH = 8  # sequences in one forward of the teacher
 BATCHES = "the calibration batches"
 BATCHES_HINT = f"a list of int64 token ids [B, T] of one length T from {SHORTEST} on, at least 2 sequences together"
-_SPELLING = ("module", "causal")  # facts of a site that a module and an exported program of it may spell differently
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -77,32 +72,6 @@ def _as_written(module: nn.Module) -> Iterator[None]:
 def _on_cpu(tensor: Tensor) -> Tensor:
     data = tensor.detach().cpu()
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
-
-
-def student_of_run(module: nn.Module, path: str | os.PathLike[str]) -> Student:
-    """The aligned student of a run folder on the module's captured graph, in float32 on the CPU.
-
-    Raises:
-        UnsupportedModelError: the module cannot be exported.
-        RunFolderError: no run folder, not aligned yet, damaged, or of another teacher; the difference is named.
-    """
-    with RunFolder.open_existing(Path(path)) as run:
-        for stage in ("calibrate", "align"):
-            for name, problem in run.changed(stage).items():
-                raise RunFolderError(str(run.path / name), problem, "the same tcal-compile command makes it again")
-        capture = capture_live(module)
-        if capture.fingerprint != run.manifest.teacher.fingerprint:
-            raise RunFolderError(
-                str(run.path),
-                f"was made from another model than the compiled one: {_difference(capture, run)}",
-                f"the model it was made from: {run.manifest.teacher.source}",
-            )
-        plan: dict[str, Any] = run.manifest.plan
-        scan = with_local_windows(find_attention(capture), int(plan.get("local_window", 0)))
-        _check_sites(scan, run)
-        student = make_student(capture, scan, Plan(tuple(plan["keep"]), tuple(plan["convert"]), plan["policy"]))
-        load_weights(student, run.path / "weights.safetensors")
-    return student
 
 
 def student_of_batches(
@@ -162,7 +131,7 @@ def _token_ids(batches: Sequence[Tensor], context: int | None) -> Tensor:
     return ids
 
 
-def _difference(capture: Capture, run: RunFolder) -> str:
+def difference(capture: Capture, run: Path) -> str:
     """In which weights a model differs from the run's teacher: by name, dtype and shape, then by value.
 
     The run folder keeps the teacher's values of all weights that conversion left alone.
@@ -171,9 +140,9 @@ def _difference(capture: Capture, run: RunFolder) -> str:
 
     named = [*capture.gm.named_parameters(remove_duplicate=False), *capture.gm.named_buffers(remove_duplicate=False)]
     mine = dict(named)
-    with safe_open(str(run.path / "initial.safetensors"), framework="pt") as f:
+    with safe_open(str(run / "initial.safetensors"), framework="pt") as f:
         changed = set(f.keys())
-    with safe_open(str(run.path / "weights.safetensors"), framework="pt") as f:
+    with safe_open(str(run / "weights.safetensors"), framework="pt") as f:
         theirs = {n for n in f.keys() if not n.startswith(f"{MIXERS}.")}  # noqa: SIM118
         known = {id(mine[n]) for n in theirs & set(mine)}
         if missing := sorted(theirs - set(mine)):
@@ -197,20 +166,3 @@ def _describe(tensor: Tensor) -> str:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_sites(scan: SiteScan, run: RunFolder) -> None:
-    """The weights are the same; so are the attention cores, unless another implementation of attention is chosen."""
-    recorded: Any = run.record("plan").evidence["sites"]
-    found = {s.index: s.summary() for s in scan.sites}
-    for old in recorded:
-        new = found.get(old["layer"])
-        if new is None:
-            reasons = "; ".join(f"{r.layer or r.node}: {r.reason}" for r in scan.rejected[:2])
-            what = f"attention {old['layer']} ({old['module']}) can be converted in the run folder's teacher, not here"
-            hint = 'the model that it was made from; for transformers, attn_implementation="sdpa"'
-            raise RunFolderError(str(run.path), f"{what}: {reasons or 'not found'}", hint)
-        for key in sorted((set(old) & set(new)) - set(_SPELLING)):
-            if old[key] != new[key]:
-                what = f"attention {old['layer']}: {key} is {old[key]} in the run folder's teacher, here {new[key]}"
-                raise RunFolderError(str(run.path), what, "the model that it was made from")

@@ -52,6 +52,10 @@ class SplitModel:
         """hidden and taps at the tokens whose predictions count: [N, C], [N, C'] ..., for counts [B, T - 1] bool."""
         return [x[:, :-1][counts] for x in self.body(*args)]
 
+    def with_hidden(self, hidden: Tensor) -> SplitModel:
+        """The same with hidden states that are known already in place of its body; no taps."""
+        return replace(self, body=lambda *_: (hidden,))
+
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, C] -> [N, V] in float32 at least."""
         out = rows if self.head is None else self.head(rows[None])[0]
@@ -115,6 +119,7 @@ def compiled(model: SplitModel, whose: str) -> SplitModel:
     return replace(model, body=body)
 
 
+CHUNK = 1024  # predictions whose logits exist at once where models are scored
 SUMS = ("divergence", "kl", "nll", "hidden")
 
 
@@ -208,3 +213,8 @@ def compare(
             if ends := [(x, g) for x, g in ends if x.requires_grad]:
                 torch.autograd.backward([x for x, _ in ends], [g for _, g in ends])
     return losses
+
+
+def compare_all(model: SplitModel, teacher: SplitModel, args: tuple[Tensor, ...]) -> Losses:
+    """`compare` of every prediction."""
+    return compare(model, teacher, args, torch.ones_like(args[0][:, 1:], dtype=torch.bool), chunk=CHUNK)

@@ -26,7 +26,7 @@ class GdnMixer(nn.Module):
     scaled_dot_product_attention. One state per query head. Gates accumulate in float32 at least.
 
     With site.local > 0, y also has local_scale [H] times the teacher's softmax attention over the last site.local
-    tokens.
+    tokens and, with site.local_first, the first token.
     """
 
     def __init__(self, site: AttentionSite) -> None:
@@ -38,7 +38,7 @@ class GdnMixer(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(site.num_heads))
         self.dt_bias = nn.Parameter(torch.zeros(site.num_heads))
         self.norm = nn.Parameter(torch.ones(site.num_heads, site.value_dim))
-        self.local, self.scale = site.local, site.scale
+        self.local, self.local_first, self.scale = site.local, site.local_first, site.scale
         if self.local:
             self.local_scale = nn.Parameter(torch.zeros(site.num_heads))
 
@@ -50,8 +50,9 @@ class GdnMixer(nn.Module):
         return out
 
     def local_output(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Softmax attention over the last tokens [B, T, H, Dv], before its scale."""
-        return local_attention(q, k, v, scale=self.scale, window=self.local).transpose(1, 2)
+        """Softmax attention over the last and first tokens [B, T, H, Dv], before its scale."""
+        out = local_attention(q, k, v, scale=self.scale, window=self.local, first=self.local_first)
+        return out.transpose(1, 2)
 
     @torch.no_grad()
     def half_life(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from tcal_compiler.errors import ExportError
 from tcal_compiler.kernels.cached_attention import onnx_rule as attention_rule
 from tcal_compiler.kernels.gated_delta_rule.onnx_rule import LOWERINGS, NEWER, translation_table
 from tcal_compiler.kernels.gates import onnx_rule as gates_rule
+from tcal_compiler.kernels.local_attention import onnx_rule as local_rule
 from tcal_compiler.passes.graph import aten, iter_targets, placeholders, taint, value
 from tcal_compiler.passes.lower_complex import without_complex
 from tcal_compiler.passes.make_stateful import export_stateful, runs_behind
@@ -31,6 +32,7 @@ from tcal_compiler.passes.types import Check
 from . import onnx_experts
 from .config import ExportConfig
 from .onnx_half import halve
+from .onnx_layout import merge_layouts
 from .onnx_norms import fuse_norms
 from .onnx_rotary import fuse_rotary
 from .tokenizer import TokenizerLike
@@ -183,6 +185,7 @@ def build_model(stateful: StatefulGraph, config: ExportConfig) -> Any:
     fuse_norms(model)
     if lowering.fused:
         fuse_rotary(model)
+    merge_layouts(model)
     if lowering.half:
         halve(model, float32_layers=config.float32_layers or 0)
     RemoveUnusedNodesPass()(model)  # ONNX Runtime warns of constants that fused parts left behind
@@ -209,7 +212,8 @@ def _raise_opset(model: Any, opset: int) -> None:
 
 
 def _translation_table(profile: str) -> dict[Any, Any]:
-    return translation_table(profile) | attention_rule.translation_table() | gates_rule.translation_table()
+    others = (rule.translation_table() for rule in (attention_rule, gates_rule, local_rule))
+    return translation_table(profile) | {op: rule for table in others for op, rule in table.items()}
 
 
 def _is_fused(layer: LayerState) -> bool:
@@ -243,13 +247,18 @@ def _name_cache_axes(model: Any, stateful: StatefulGraph) -> None:
 
 
 def _add_conv_passthrough(model: Any, stateful: StatefulGraph) -> None:
-    """A conv_state [B, 1, 1] that goes in and out unused: onnxruntime-genai wants one beside every recurrent_state."""
+    """A conv_state that goes in and out unused where a recurrent_state has none beside it: onnxruntime-genai wants one
+    beside each, all of one shape and type; [B, 1, 1] where there is no window."""
     import onnx_ir as ir
 
+    local = {layer.index for layer in stateful.layers if layer.kind == "local"}
+    windows = [v for v in model.graph.inputs if v.name.endswith(".conv_state")]
+    shape, kind = ir.Shape(("batch", 1, 1)), ir.TensorType(ir.DataType.FLOAT)
+    if windows:
+        shape, kind = windows[0].shape, windows[0].type
     for layer in stateful.layers:
-        if layer.kind != "gdn":
+        if layer.kind != "gdn" or layer.index in local:
             continue
-        shape, kind = ir.Shape(("batch", 1, 1)), ir.TensorType(ir.DataType.FLOAT)
         past = ir.Value(name=f"past_key_values.{layer.index}.conv_state", shape=shape, type=kind)
         node = ir.node("Identity", [past], name=f"conv_state_{layer.index}")
         present = node.outputs[0]
@@ -329,7 +338,7 @@ def genai_config(
     stateful: StatefulGraph, *, info: dict[str, Any], context_length: int, shares_buffers: bool
 ) -> dict[str, Any]:
     """The configuration that onnxruntime-genai reads; sizes are the graph's own."""
-    first = min(stateful.layers, key=lambda layer: layer.kind == "gdn")
+    first = min(stateful.layers, key=lambda layer: layer.kind != "softmax")
     eos = info.get("eos_token_id")
     tokens = taint(stateful.gm.graph.nodes, placeholders(stateful.gm)[:1])
     widths = [value(n).shape[-1] for n in iter_targets(stateful.gm, aten.embedding.default) if n.args[1] in tokens]

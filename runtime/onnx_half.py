@@ -20,6 +20,7 @@ from tcal_compiler.errors import ExportError
 FLOAT_OPS = {"Pow", "ReduceMean", "ReduceSum", "ReduceMax", "Sqrt", "Reciprocal", "Div", "Exp", "Log", "Softplus"}
 FLOAT_OPS |= {"Softmax", "LinearAttention", "CumSum", "Sin", "Cos"}
 LARGEST = 65504.0
+HALF_STATES = (".key", ".value", ".conv_state")  # caches and windows
 _NO_FLOATS = {"Shape", "Size", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "IsNaN"}
 
 
@@ -69,7 +70,7 @@ class _Halving:
         for v in graph.inputs:
             if v.dtype == self.float and v.name.startswith("past_key_values."):
                 self.followed.add(v)
-                if v.name.endswith((".key", ".value")):
+                if v.name.endswith(HALF_STATES):
                     self.leading -= {u.node for u in v.uses()}
                     v.type = ir.TensorType(self.float16)
 
@@ -161,7 +162,7 @@ class _Halving:
     def finish(self) -> None:
         """Caches leave as float16, the rest as float32; constants that nothing reads any more are dropped."""
         for i, v in enumerate(self.graph.outputs):
-            due = self.float16 if v.name.endswith((".key", ".value")) else self.float
+            due = self.float16 if v.name.endswith(HALF_STATES) else self.float
             if v in self.followed and v.dtype != due:
                 name, v.name = v.name, f"{v.name}_{v.dtype.name.lower()}"
                 made = self._cast(v, due)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tcal_compiler.passes.graph import widen_to_float64
-from tcal_compiler.passes.make_stateful import run_chunks
+from tcal_compiler.passes.make_stateful import cuts, run_chunks
 from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.passes.types import Check
 
@@ -45,14 +45,18 @@ def check_parity(
 
     Args:
         whole: ids [B, T] -> logits [B, T, V] of the student without state, held to the same bound.
-        prompts: token ids to continue greedily for new_tokens.
-        length: tokens of the random sequences that logits are compared on.
+        prompts: token ids to continue greedily for new_tokens, as far as half the context and the whole of it go.
+        length: tokens of the random sequences that logits are compared on, no more than the context.
     """
     session = OnnxSession(artifact.path, threads=threads)
+    context = artifact.context_length
+    length, prompts = min(length, context), [p[: context // 2] for p in prompts]
     if LOWERINGS[artifact.profile].half:
         return _divergence_checks(session, torch_logits(stateful, length))
     checks = _logit_checks(session, torch_logits(stateful, length), whole)
-    return (*checks, *(_greedy_check(session, stateful, p, new_tokens, i) for i, p in enumerate(prompts)))
+    room = [min(new_tokens, context - len(p) + 1) for p in prompts]
+    greedy = (_greedy_check(session, stateful, p, n, i) for i, (p, n) in enumerate(zip(prompts, room, strict=True)))
+    return (*checks, *greedy)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def torch_logits(stateful: StatefulGraph, length: int = 40) -> TorchLogits:
     """Two random sequences in one pass, token by token and in ragged chunks; makes a float64 copy of the weights."""
     gen = torch.Generator().manual_seed(0)
     ids = torch.randint(0, stateful.vocab_size, (2, length), generator=gen)
-    chunkings = (length,), (1,) * length, (3, 1, 17, length - 21)
+    chunkings = (length,), (1,) * length, cuts(length, (3, 1, 17))
     runs = {c: run_chunks(stateful, ids, c, dtype=torch.float32)[0] for c in chunkings}
     wide = replace(stateful, gm=widen_to_float64(stateful.gm))
     return TorchLogits(ids, run_chunks(wide, ids, chunkings[0], dtype=torch.float64)[0], runs)

@@ -176,6 +176,8 @@ def _rewrite(graph: Any, r: _Rotation, cos: Any, sin: Any, rows: Any) -> None:
     old = r.total.outputs[0]
     for i, node in enumerate(new):
         node.outputs[0].name, node.outputs[0].type = f"{old.name}_rotated_{i}", old.type
+    if split is not None:
+        first.outputs[0].shape, new[1].outputs[0].shape = split.inputs[0].shape, split.outputs[0].shape
     new[-1].outputs[0].shape = old.shape
     graph.insert_before(r.total, new)
     ir.convenience.replace_all_uses_with(old, new[-1].outputs[0])

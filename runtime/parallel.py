@@ -5,6 +5,7 @@ Sums over processes are those of one process but for the order of additions.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -204,6 +205,26 @@ def joined(device: torch.device) -> Iterator[Group]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as e:
         raise ConfigError("torchrun", f"the processes cannot meet: {str(e).splitlines()[0]}") from e
+    try:
+        yield current()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def as_first_of(size: int, *, sharded: bool) -> Iterator[Group]:
+    """As `joined` with so many processes of which only the first is here: for tensors without values.
+
+    What the others would send never comes, and nothing waits for it. sharded: what cuts weights is loaded too.
+    """
+    if size == 1:
+        yield SOLO
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the backend known
+
+    if sharded:
+        importlib.import_module("torch.distributed.fsdp")
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
         yield current()
     finally:

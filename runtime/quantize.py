@@ -24,7 +24,7 @@ from tcal_compiler.errors import ExportError
 from .int8_caches import ATTENTION, quantize_caches
 from .onnx_export import DATA_FILE, FINGERPRINT, MODEL_FILE, SINGLE_FILE_LIMIT
 from .session import OnnxSession
-from .smoothing import random_tokens, smooth
+from .smoothing import random_tokens, readers_of, smooth
 
 WeightType = Literal["fp16", "int8", "int8-caches", "int4"]
 WEIGHT_TYPES: tuple[str, ...] = get_args(WeightType)
@@ -106,14 +106,6 @@ def _matrices(model: Any) -> dict[str, Any]:
     }
 
 
-def _readers(model: Any) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            found.setdefault(name, []).append(node)
-    return found
-
-
 def _half(tensor: Any, name: str) -> Any:
     import onnx
 
@@ -178,7 +170,7 @@ def _halve_embeddings(model: Any) -> int:
 def _halve_matrices(model: Any) -> int:
     import onnx
 
-    readers, matrices = _readers(model), _matrices(model)
+    readers, matrices = readers_of(model), _matrices(model)
     chosen = [n for n in matrices if all(r.op_type == "MatMul" for r in readers.get(n, []))]
     for name in chosen:
         model.graph.initializer.append(_half(matrices[name], f"{name}.float16"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,12 +20,10 @@ from tcal_compiler.passes.types import AttentionSite, Capture, Plan, SiteScan
 from .calibrate import initialise
 from .config import InitName, InitPart
 from .durable import write_atomic
-from .logits import Losses, SplitModel, compare, split_model
+from .logits import Losses, SplitModel, compare_all, split_model
 from .student import Student, make_student
 from .taps import Progress, collect_taps
 from .weights import changed_names, load_weights, save_weights
-
-CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -169,11 +167,6 @@ def score_sites(
 
 def sum_losses(model: SplitModel, teacher: SplitModel, parts: list[tuple[Tensor, ...]], hidden: list[Tensor]) -> Losses:
     """Losses of all predictions; the teacher's hidden states are those given."""
-
-    def each() -> Iterator[Losses]:
-        for args, h in zip(parts, hidden, strict=True):
-            counts = torch.ones_like(args[0][:, 1:], dtype=torch.bool)
-            yield compare(model, replace(teacher, body=lambda *_, h=h: (h,)), args, counts, chunk=CHUNK)
-
-    first, *rest = each()
+    each = zip(parts, hidden, strict=True)
+    first, *rest = (compare_all(model, teacher.with_hidden(h), args) for args, h in each)
     return sum(rest, first)

@@ -90,8 +90,7 @@ class OnnxSession:
     @property
     def step_bytes(self) -> int:
         """Bytes of state that the next token needs at least: keys and values once, recurrent states in and out."""
-        once = (s.is_cache or s.is_window for s in self._slots)
-        return sum(s.used(self.length).nbytes * (1 if o else 2) for s, o in zip(self._slots, once, strict=True))
+        return sum(s.used(self.length).nbytes * (2 if s.is_recurrent else 1) for s in self._slots)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -121,12 +120,16 @@ class OnnxSession:
     def restore(self, state: SessionState) -> None:
         """Back to a snapshot, of this or of another session of the same model; a snapshot can be restored many times.
 
-        Raises ExportError when it is of another model, or longer than the context.
+        Raises ExportError when it is of another model, of the same in another form, or longer than the context.
         """
+        if state.model != self.fingerprint:
+            what = f"the snapshot is of another model: weights {_form(state.model)}, here {_form(self.fingerprint)}"
+            hint = "a snapshot of this very export; where another version or --dtype made it, its tokens again"
+            raise ExportError(str(self.path), what, hint)
         batch, length = state.mask.shape if state.mask.ndim == 2 else (0, -1)
-        fits = state.model == self.fingerprint and len(state.values) == len(self._slots) and length == state.length
+        fits = len(state.values) == len(self._slots) and length == state.length
         if not fits or not all(s.fits(v, batch, length) for s, v in zip(self._slots, state.values, strict=True)):
-            what = f"the snapshot is of another model: weights {state.model[:16]}, here {self.fingerprint[:16]}"
+            what = "the snapshot is of these weights, but its tensors are not those of the model's state"
             raise ExportError(str(self.path), what, "a snapshot of this very export")
         if self.context_length is not None and length > self.context_length:
             raise ExportError(str(self.path), f"the snapshot holds {length} tokens, the context {self.context_length}")
@@ -301,6 +304,12 @@ class OnnxSession:
         """For when states move to other memory."""
         self._bound = {}
         self._turn = 0
+
+
+def _form(fingerprint: str) -> str:
+    """What a model's fingerprint says, for a message: its weights, and what a smaller variant made of them."""
+    weights, _, form = fingerprint.partition("-")
+    return (weights[:16] or "unknown") + (f" as {form}" if form else "")
 
 
 def prefill_size(per_token: int) -> int:

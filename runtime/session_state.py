@@ -83,9 +83,9 @@ class Slot:
     """One state tensor of the graph, in memory that ONNX Runtime reads and writes directly.
 
     Three kinds. A recurrent state is a pair of buffers that swap after each run, since no runtime promises that a
-    graph may write an output over its own input; so are keys and values [B, K, R, D] of a window, which fill from the
-    first slot on. A cache with capacity is one buffer [B, K, capacity, D] that the fused attention does write in place.
-    A cache without is a new tensor after each run, one chunk longer.
+    graph may write an output over its own input; so is a window beside it, and so are keys and values [B, K, R, D] of a
+    kept layer's window, which fill from the first slot on. A cache with capacity is one buffer [B, K, capacity, D] that
+    the fused attention does write in place. A cache without is a new tensor after each run, one chunk longer.
     """
 
     past: str
@@ -99,6 +99,10 @@ class Slot:
     @property
     def is_cache(self) -> bool:
         return None in self.shape
+
+    @property
+    def is_recurrent(self) -> bool:
+        return self.past.endswith(".recurrent_state")
 
     @property
     def is_window(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tcal_compiler.errors import ConfigError
 from tcal_compiler.passes.graph import get_tensor, placeholders
@@ -61,7 +62,6 @@ class Shards:
 
         Raises ConfigError when a parameter cannot be cut, StageError where recompute_between does.
         """
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard  # takes more than a second
 
         assert isinstance(split.body, GraphModule)
@@ -79,7 +79,7 @@ class Shards:
         self.shapes = {n: p.shape for n, p in self._owners.items()}
         check_weights(self._owners)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is written into: `segments`
-        mesh = init_device_mesh(next(iter(self._owners.values())).device.type, (group.size,))
+        mesh = _mesh(next(iter(self._owners.values())).device.type, group)
         modules = [fully_shard(body.get_submodule(n), mesh=mesh) for n in units]
         self._whole = fully_shard(whole, mesh=mesh, reshard_after_forward=False)
         for module in (*modules, self._whole):
@@ -119,6 +119,14 @@ class Shards:
         """Gives the parameters that this was made of the values of the parts. All processes have to call it."""
         for name, p in self._owners.items():
             p.data = self.whole(name, self.parts[name])
+
+
+def _mesh(device_type: str, group: Group) -> Any:
+    """Of all processes. It computes with numbers, also where tensors have no values."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with _disable_current_modes():
+        return init_device_mesh(device_type, (group.size,))
 
 
 def check_weights(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -39,7 +39,7 @@ def smooth(model: Any, source: Path, names: set[str]) -> int:
 
     Raises ExportError when the model cannot be run, or has no genai_config.json beside it.
     """
-    readers = _readers(model)
+    readers = readers_of(model)
     products: dict[str, list[Any]] = {}
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in names:
@@ -76,40 +76,52 @@ class _Folding:
         return name in self.tensors and self.readers[name] == [reader]
 
     def multiply(self, name: str, factors: NDArray[np.float32]) -> None:
+        """By factors that it may be broadcast to."""
         import onnx
 
         array = _array(self.tensors[name]) * factors
         self.tensors[name].CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float32), name))
 
     def divide(self, value: str, factors: NDArray[np.float32]) -> bool:
-        """Divides a value by factors [K] of its last channels, whatever axes these are, in a constant that made it.
+        """Divides a value by factors [K] of its last channels, whatever axes these are, in constants that made it.
 
-        Returns False, with nothing changed, where no constant can take them.
+        Returns False, with nothing changed, where no constants can take them.
         """
+        inverse, found = (1 / factors).astype(np.float32), self._takers(value, len(factors))
+        for name, shape in found:
+            self.multiply(name, inverse.reshape(shape))
+        return bool(found)
+
+    def _takers(self, value: str, count: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Constants that together take factors of a value's last channels, with the shape that these have there."""
         maker = self.makers.get(value)
         if maker is None or value in self.outputs:
-            return False
-        kind, inverse = maker.op_type, (1 / factors).astype(np.float32)
+            return []
+        kind = maker.op_type
         if kind == "MatMul" and self.is_own(maker.input[1], maker):
-            self.multiply(maker.input[1], inverse)
-            return True
-        if kind == "Mul":
-            for name in maker.input:
-                if self.is_own(name, maker) and self._has_channels(name, len(factors)):
-                    self.multiply(name, inverse.reshape(self.tensors[name].dims))
-                    return True
-        above = maker.input if kind == "Mul" else maker.input[:1] if kind in ("Reshape", "Identity") else ()
-        return any(self.readers[v] == [maker] and self.divide(v, factors) for v in above)
+            return [(maker.input[1], (count,))]
+        read = {"Mul": maker.input, "Add": maker.input, "Reshape": maker.input[:1], "Identity": maker.input[:1]}
+        above = [self._takers(v, count) if self.readers[v] == [maker] else [] for v in read.get(kind, ())]
+        if kind == "Add":  # a sum is divided where both of it are
+            return [taker for found in above for taker in found] if all(above) else []
+        own = [(n, shape) for n in maker.input if kind == "Mul" and (shape := self._channels(n, maker, count))]
+        return next((found for found in (own[:1], *above) if found), [])
 
-    def _has_channels(self, name: str, count: int) -> bool:
-        """Whether a constant has a number for each channel: the right many, and none that is broadcast among them."""
-        dims = list(self.tensors[name].dims)
+    def _channels(self, name: str, maker: Any, count: int) -> tuple[int, ...]:
+        """The shape of factors for each channel of a constant, or () where it is none or not the maker's own.
+
+        A constant has a number for each channel, or one for all of a head, in its last axis.
+        """
+        dims = list(self.tensors[name].dims) if self.is_own(name, maker) else []
         while dims[:1] == [1]:
             dims.pop(0)
-        return 1 not in dims and math.prod(dims) == count
+        if len(dims) > 1 and dims[-1] == 1 and count % math.prod(dims) == 0:
+            dims[-1] = count // math.prod(dims)
+        return tuple(dims) if 1 not in dims and math.prod(dims) == count else ()
 
 
-def _readers(model: Any) -> dict[str, list[Any]]:
+def readers_of(model: Any) -> dict[str, list[Any]]:
+    """Value -> the nodes of an ONNX model that it goes into, once for each place."""
     found: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in node.input:

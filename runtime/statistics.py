@@ -48,7 +48,7 @@ class SiteStats:
 
 def _scores(q: Tensor, site: AttentionSite) -> Scores:
     slopes, sinks = (torch.tensor(x, dtype=q.dtype, device=q.device) if x else None for x in (site.slopes, site.sinks))
-    return Scores(site.scale, site.window or 0, site.softcap, slopes, sinks)
+    return Scores(site.scale, site.window or 0, site.softcap, slopes, sinks, site.first)
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from tcal_compiler.errors import ConfigError
 from tcal_compiler.kernels.cached_attention import held_positions
 from tcal_compiler.kernels.cached_attention.onnx_rule import is_fused
+from tcal_compiler.kernels.local_attention import window_rows_reference
 from tcal_compiler.passes.budget import Costs, cache_bytes
 from tcal_compiler.passes.choose import budget_of, scored_by
+from tcal_compiler.passes.local_windows import local_held
 from tcal_compiler.passes.types import AttentionSite, SiteScan
 
 Array = NDArray[Any]
@@ -31,9 +33,9 @@ def step_seconds(scan: SiteScan, tokens: int, *, threads: int | None = None) -> 
 
     Measured with the operators of the profile ort in ONNX Runtime on the CPU, once for each distinct size. Softmax is
     GroupQueryAttention on a cache in place; converted is LinearAttention and the product of x with W_a, W_b and W_g,
-    and GroupQueryAttention on the last tokens where a site has that beside its state; what both forms have is in
-    neither. A round steps once through as many caches as there are sites of the size, or MOST_BYTES of them, as the
-    model does; of ROUNDS rounds, in which all forms take turns, the median counts.
+    and the operators of a window beside the state where a site has one; what both forms have is in neither. A round
+    steps once through as many caches as there are sites of the size, or MOST_BYTES of them, as the model does; of
+    ROUNDS rounds, in which all forms take turns, the median counts.
 
     Raises ConfigError for a site whose sizes GroupQueryAttention does not take, or whose cache memory cannot hold.
     """
@@ -55,7 +57,7 @@ def _check(site: AttentionSite, tokens: int) -> None:
     if not is_fused(site.key_dim, site.value_dim):
         what = f"no decode time is measured of {site.key_dim} key and {site.value_dim} value channels"
         raise ConfigError(where, what, "SIZE@TOKENS, N sites or P%")
-    size = cache_bytes(tokens, kv_heads=site.num_kv_heads, window=site.window, **dims)
+    size = cache_bytes(tokens, kv_heads=site.num_kv_heads, window=site.window, first=site.first, **dims)
     if 3 * size > (free := psutil.virtual_memory().available):
         what = f"the cache of {tokens} tokens is {size} bytes, and {free} are free to time it with"
         raise ConfigError(where, what, "fewer tokens")
@@ -71,13 +73,13 @@ def policy_seconds(scan: SiteScan, policy: str) -> Costs | None:
 
 def _size(site: AttentionSite, tokens: int) -> tuple[int, ...]:
     """All that a step's time depends on; last, the tokens whose keys and values the softmax form holds."""
-    held = tokens if site.window is None else min(tokens, held_positions(site.window))
-    return site.num_heads, site.num_kv_heads, site.key_dim, site.hidden, site.local, held
+    held = tokens if site.window is None else min(tokens, held_positions(site.window) + site.first)
+    return site.num_heads, site.num_kv_heads, site.key_dim, site.hidden, site.local, site.local_first, held
 
 
 def _measure(site: AttentionSite, held: int, sites: int, threads: int | None) -> tuple[float, float]:
     forms = [_Step(*make(site, held), sites, threads) for make in (_softmax, _converted)]
-    forms += [_Step(*_softmax(site, held_positions(site.local)), sites, threads)] if site.local else []
+    forms += [_Step(*_window(site), sites, threads)] if site.local else []
     for form in forms:
         form.seconds()  # a warm-up
     rounds = [[form.seconds() for form in forms] for _ in range(ROUNDS)]
@@ -122,6 +124,47 @@ def _converted(site: AttentionSite, tokens: int) -> Form:
     return [rule, helper.make_node("MatMul", ["x", "W"], ["gates"])], inputs | given, {}
 
 
+def _window(site: AttentionSite) -> Form:
+    """A step of kernels/local_attention behind a whole window; its rows, which all sites share, are given."""
+    import torch
+    from onnx import helper
+
+    slots, width = local_held(site.local, site.local_first), site.num_kv_heads * site.key_dim
+    rows = window_rows_reference(
+        torch.zeros(1, 1),
+        torch.tensor([slots + 1]),
+        torch.ones(1, dtype=torch.int64),
+        torch.zeros(1),
+        window=site.local,
+        first=site.local_first > 0,
+        slots=slots,
+        front=site.local_first > 0,
+        heads=site.num_heads,
+        kv_heads=site.num_kv_heads,
+    )
+    inputs: dict[str, Array] = {f"{n}_rows": x.numpy() for n, x in rows._asdict().items()}
+    inputs |= {"past": np.full((1, 2 * slots, width), 0.01, np.float32), "by_row": np.array([-1, site.key_dim])}
+    inputs |= {n: np.full((1, 1, width), 0.01, np.float32) for n in ("key", "value")}
+    inputs |= {"query": np.full((1, 1, site.num_heads * site.key_dim), 0.01, np.float32)}
+    written: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("Concat", "past key value", "slots", {"axis": 1}),
+        ("Reshape", "slots by_row", "table", {}),
+        ("Gather", "table keys_rows", "keys", {}),
+        ("Gather", "table values_rows", "values", {}),
+        ("Reshape", "query by_row", "heads", {}),
+        ("Gather", "heads queries_rows", "queries", {}),
+        ("FusedMatMul", "queries keys", "scores", {"domain": DOMAIN, "transB": 1, "alpha": site.scale}),
+        ("Add", "scores mask_rows", "masked", {}),
+        ("Softmax", "masked", "weights", {}),
+        ("MatMul", "weights values", "results", {}),
+        ("Reshape", "results by_row", "result_rows", {}),
+        ("Gather", "result_rows context_rows", "output", {}),
+        ("GatherND", "slots held_rows", "held", {"batch_dims": 1}),
+    ]
+    nodes = [helper.make_node(op, given.split(), [made], **kinds) for op, given, made, kinds in written]
+    return nodes, inputs, {}
+
+
 class _Step:
     """A model of these nodes, and as many sets of its inputs as it has sites, each bound to its own memory."""
 
@@ -135,7 +178,9 @@ class _Step:
             helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
             for n, x in inputs.items()
         ]
-        made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for node in nodes for n in node.output]
+        read = {n for node in nodes for n in node.input}
+        self._results = [n for node in nodes for n in node.output if n not in read]
+        made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in self._results]
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
         model = helper.make_model(
             helper.make_graph(nodes, "step", given, made), opset_imports=opsets, ir_version=10
@@ -147,21 +192,21 @@ class _Step:
         each = sum(x.nbytes for x in inputs.values())
         copies = max(1, min(sites, MOST_COPIES, MOST_BYTES // each))
         self._memory: list[Array] = []  # which ONNX Runtime uses and does not hold
-        self._bindings = [self._bound(nodes, inputs, in_place) for _ in range(copies)]
+        self._bindings = [self._bound(inputs, in_place) for _ in range(copies)]
 
     def _own(self, inputs: dict[str, Array]) -> dict[str, Array]:
         copies = {n: x.copy() for n, x in inputs.items()}
         self._memory += copies.values()
         return copies
 
-    def _bound(self, nodes: list[Any], inputs: dict[str, Array], in_place: dict[str, str]) -> Any:
+    def _bound(self, inputs: dict[str, Array], in_place: dict[str, str]) -> Any:
         from onnxruntime import OrtValue
 
         binding = self._session.io_binding()
         values = {n: OrtValue.ortvalue_from_numpy(x) for n, x in self._own(inputs).items()}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        for name in (n for node in nodes for n in node.output):
+        for name in self._results:
             if name in in_place:
                 binding.bind_ortvalue_output(name, values[in_place[name]])
             else:

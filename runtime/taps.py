@@ -94,7 +94,8 @@ def group_programs(
         program = cut_program(student.gm, inputs_from=[s.x], outputs=[s.y])
         outside = _outside_for(student, program.outside, length, device)(1)
         for sites, programs, values in groups:
-            alike = programs[0].same_as(program) and _same_outside(values, outside) and sites[0].window == s.window
+            alike = programs[0].same_as(program) and _same_outside(values, outside)
+            alike = alike and (sites[0].window, sites[0].first) == (s.window, s.first)
             if alike and (not s.local or sites[0].scale == s.scale):  # the first one's mixer runs for all of them
                 sites.append(s)
                 programs.append(program)

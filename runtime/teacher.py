@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from tcal_compiler import errors
 from tcal_compiler.errors import DataError, TeacherError
 
-from .checkpoints import Progress, load_folder, load_gguf, say, shell_of
+from .checkpoints import Progress, load_folder, load_gguf, say, shell_of, sizes_in, sizes_of
 from .program_file import EXPORT_HINT, load_program, sniff
 from .tokenizer import (
     BYTES,
@@ -35,6 +35,7 @@ from .tokenizer import (
 __all__ = [
     "Teacher",
     "check_tokenizer",
+    "declared_sizes",
     "find_tokenizer",
     "fingerprint",
     "live_teacher",
@@ -55,8 +56,8 @@ class Teacher:
     Attributes:
         source: what to give to load_teacher to get it again: an absolute path, "embedded" or module:factory.
         tokenizer_dir: folder with tokenizer files; None when there is none, or when it is bytes or inside the GGUF.
-        info: vocab_size, bos_token_id, eos_token_id, context_length (tokens), family, each None where unknown; and
-            tokenizer: "dir", "gguf", "bytes" or None.
+        info: vocab_size, bos_token_id, eos_token_id, context_length (tokens), family, sizes (`declared_sizes`), each
+            None where unknown; and tokenizer: "dir", "gguf", "bytes" or None.
     """
 
     source: str
@@ -126,6 +127,18 @@ def configured_path(spec: str) -> Path:
     return path
 
 
+def declared_sizes(spec: str) -> dict[str, int]:
+    """What a teacher's configuration says of the shapes of its weights; empty for a form that has none.
+
+    Raises TeacherError for a configuration that is damaged, or of another kind of model.
+    """
+    try:
+        path = configured_path(spec)
+    except TeacherError:
+        return {}
+    return sizes_in(path)
+
+
 def shell_teacher(spec: str, *, layers: int | None = None) -> Teacher:
     """The teacher of a transformers folder or a .gguf file as a shell without weights, from its configuration alone.
 
@@ -183,7 +196,7 @@ def fingerprint(state: Mapping[str, torch.Tensor], code: str) -> str:
 
 
 def _info(**known: Any) -> dict[str, Any]:
-    names = ("vocab_size", "bos_token_id", "eos_token_id", "context_length", "family")
+    names = ("vocab_size", "bos_token_id", "eos_token_id", "context_length", "family", "sizes")
     return dict.fromkeys(names) | {k: v for k, v in known.items() if k in names}
 
 
@@ -238,6 +251,7 @@ def _config_info(model: Any) -> dict[str, Any]:
         eos_token_id=_first(getattr(text, "eos_token_id", None)),
         context_length=next((v for n in names if isinstance(v := getattr(text, n, None), int)), None),
         family=getattr(config, "model_type", None),
+        sizes=sizes_of(config),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tcal_compiler.errors import RunFolderError
 from tcal_compiler.passes.types import AttentionSite
 
+from .hashed_tensors import save_tensors
 from .student import Student
 
 
@@ -29,11 +30,8 @@ def unique_state(student: Student) -> dict[str, Tensor]:
 
 def save_weights(student: Student, path: Path, *, only: set[str] | None = None) -> None:
     """Writes all weights, or those named."""
-    from safetensors.torch import save_file
-
     state = unique_state(student)
-    save_file({n: t.clone() for n, t in state.items() if only is None or n in only}, str(path))
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps it to its owner, unlike the other files
+    save_tensors(path, {n: t.clone() for n, t in state.items() if only is None or n in only})
 
 
 def load_weights(student: Student, path: Path) -> None:

@@ -19,7 +19,7 @@ from .passes.choose import check_policy
 from .passes.make_stateful import require_states
 from .passes.types import Plan
 from .progress import Progress
-from .recorded import reading
+from .recorded import check_sizes, reading
 from .report import PLOTS_HINT, can_plot, render_report
 from .runtime.distill_checks import check_processes
 from .runtime.manifest import TeacherRecord, package_version
@@ -30,7 +30,7 @@ from .runtime.run_files import check_output
 from .runtime.run_folder import RunFolder
 from .runtime.sources import CalibrationText
 from .runtime.tokenizer import find_tokenizer
-from .scoring import check_distilled_sets, scored_plan
+from .scoring import Scoring, check_distilled_sets
 from .source import Source, check_device, check_length, choose_plan, open_source
 
 STAGES = ("plan", "calibrate", "align", "distill", "export")
@@ -99,6 +99,7 @@ def prepare(
     check_output(out)
     if config.policy is not None and plan is None and not (out / "plan.toml").exists():
         check_policy(config.policy)
+    check_sizes(out, teacher, "another output folder with -o")
     source = open_source(teacher, tokenizer=tokenizer, allow_pickle=allow_pickle, progress=progress)
     source = source.with_local_window(config.local_window)
     assert source.tokenizer is not None
@@ -110,7 +111,7 @@ def prepare(
     )
     chosen = choose_plan(source.scan, config, out, plan)
     if chosen is None:
-        check_distilled_sets(config)
+        check_distilled_sets(config, source.scan)
     require_causal(source.capture)
     if until == "export":
         require_states(source.scan, "tcal align or tcal distill --no-export, which stop before the ONNX model")
@@ -165,8 +166,8 @@ def convert(
         run.on_again = lambda stage, why: (
             None if stage == "report" else progress.say(f"stage {stage} runs again: {why}")
         )
-        score = lambda: scored_plan(run, source, job.text, job.ids, config, job.device, progress, reuse=resume)  # noqa: E731
-        chosen = job.chosen or _guarded("score", score)
+        given = run, source, job.text, job.ids, config, job.device, progress
+        chosen = job.chosen or _guarded("score", lambda: Scoring(*given).plan(reuse=resume))
         progress.say(
             f"{len(chosen.convert)} of {len(source.scan.sites)} sites become Gated DeltaNet, kept: {list(chosen.keep)}"
         )

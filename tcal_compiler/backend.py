@@ -30,9 +30,10 @@ from .dynamo_call import WHERE, Call, read_call
 from .errors import ConfigError, TcalError, UnsupportedModelError
 from .passes.graph import move_to
 from .passes.types import Capture
+from .run_models import student_of_run
 from .runtime.config import AlignConfig, InitName, LocalWindow, StrictModel
 from .runtime.live import WHERE as MODEL
-from .runtime.live import device_of, student_of_batches, student_of_run
+from .runtime.live import device_of, student_of_batches
 
 NAME = "tcal"
 ANOTHER_FUNCTION = 1e-2  # of the largest logit: far above rounding and TF32, far below any other use of the logits
@@ -42,7 +43,7 @@ class BackendOptions(StrictModel):
     """options of torch.compile(..., backend="tcal"): either student, or policy and calibrate.
 
     Attributes:
-        student: run folder of a conversion that is aligned.
+        student: run folder of a conversion that is aligned; where it is distilled too, the distilled student runs.
         policy: which attention layers stay softmax, as for tcal-compile.
         calibrate: int64 token ids [B, T], all of one length T; the last eighth of the sequences only scores. Before a
             model is compiled with other ones, call torch._dynamo.reset(): torch cannot compare the two.

@@ -14,6 +14,7 @@ from .cli_options import (
     ConfigFile,
     Json,
     Length,
+    LocalWindow,
     Pickle,
     Policy,
     Sequences,
@@ -38,6 +39,11 @@ def inspect(
     calib_sequences: Sequences = None,
     calib_length: Length = None,
     batch: Batch = None,
+    local_window: LocalWindow = None,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="processes that torchrun starts for distillation; distill.shard cuts its weights too"),
+    ] = 1,
     allow_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +56,7 @@ def inspect(
         "calib.sequences": calib_sequences,
         "calib.length": calib_length,
         "align.batch": batch,
+        "local_window": local_window,
     }
     if memory:
         from .config import load_config
@@ -57,10 +64,10 @@ def inspect(
 
         settled = load_config(config, settings)
         with Progress() as progress:
-            needs = memory_needs(teacher, config=settled, progress=progress)
+            needs = memory_needs(teacher, config=settled, processes=processes, progress=progress)
         print(json.dumps(asdict(needs), indent=1) if as_json else needs.text())
         return
-    if config is not None or any(v is not None for v in settings.values()):
+    if config is not None or processes != 1 or any(v is not None for v in settings.values()):
         raise ConfigError("inspect", "settings of a conversion change nothing about its attention cores", "--memory")
     from .source import open_source
 

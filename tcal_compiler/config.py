@@ -34,12 +34,14 @@ class Config(StrictModel):
     init_without: list[InitPart] = Field(
         [],
         description="parts of closed-form or taylor that stay as naive has them, of decay, write-gate, value-scale, "
-        "output-gate and, of closed-form alone, ridge: the output projection is then the teacher's",
+        "output-gate and, of closed-form alone, local-window, whose scale is then 0, and ridge: the output projection "
+        "is then the teacher's",
     )
     local_window: LocalWindow = Field(
         0,
-        description="tokens that softmax attention beside the state of each converted site sees, 0 for none; what it "
-        "remembers has a fixed size all the same. Sites with soft caps, alibi or sinks have none",
+        description="tokens that softmax attention beside the state of each converted site sees, 0 for none, and no "
+        "more than the site's own window; what it remembers has a fixed size all the same. Sites with soft caps, alibi "
+        "or sinks have none",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()

@@ -213,9 +213,10 @@ class Conversion:
             program = self.student.export()
             save_program(program, stage.dir / "student.pt2")
             run = program.module()
-            flat = capture_program(program, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
-            parts.begin(STATE)
             context = context_length(self.config.export, self.source.teacher.info)
+            shapes = (2, min(24, context)), (1, 1)
+            flat = capture_program(program, teacher=run, implementation="student", shapes=shapes)
+            parts.begin(STATE)
             bounded = self.config.export.bounded_windows
             stateful = make_stateful(flat, max_length=context, bounded=bounded)
             info, prompt = self.source.teacher.info, self.ids[-1, :16].tolist()

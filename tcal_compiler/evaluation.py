@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .api import write_report
-from .distillation import ALIGNED, DISTILLED, student_weights
+from .distillation import ALIGNED, DISTILLED
 from .errors import ConfigError, StageError
 from .passes.graph import move_to
 from .passes.types import Capture
 from .progress import Parts, Progress
 from .recorded import calibrated_texts, calibration_length, plan_of, settings_before
-from .run_models import last_weights, naive_student, student_program, student_with, teacher_of
+from .run_models import last_weights, naive_student, newest_weights, student_program, student_with, teacher_of
 from .runtime import data
 from .runtime.evaluate import EvalResult, Logits, evaluate
 from .runtime.retrieval import NUM_EXAMPLES, check_sizes, retrieval_tasks
@@ -182,7 +182,7 @@ def _models(
 ) -> dict[str, Logits]:
     """ids -> logits of every model, on the device; the teacher first and the student last."""
     plan = plan_of(run, source.scan)
-    weights = run.path / ALIGNED if last == "align" else student_weights(run)
+    weights = newest_weights(run)
     found: dict[str, tuple[GraphModule, Capture]] = {"teacher": (source.capture.gm, source.capture)}
     if baselines and plan.convert:
         run.require("calibrate")

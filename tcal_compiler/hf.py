@@ -91,7 +91,7 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         self.graph = student.capture.gm
         self._files = student
         self._stateful = make_stateful(student.capture, verify=False, max_length=config.max_position_embeddings)
-        config.num_hidden_layers = len(self._stateful.layers)
+        config.num_hidden_layers = self._stateful.depth
         self.post_init()
         self.eval()
 

@@ -18,6 +18,7 @@ from .runtime.config import LocalWindow
 from .runtime.manifest import MANIFEST_NAME, Manifest
 from .runtime.run_files import read_manifest
 from .runtime.run_folder import RunFolder
+from .runtime.teacher import declared_sizes
 
 
 class _Record(BaseModel):
@@ -33,6 +34,7 @@ class TeacherInfo(_Record):
     eos_token_id: int | None = None
     bos_token_id: int | None = None
     context_length: int | None = None
+    sizes: dict[str, int] | None = None
 
 
 class _PlanEvidence(_Record):
@@ -58,6 +60,19 @@ class _PlanRecord(_Record):
     convert: list[int]
     policy: str
     local_window: LocalWindow = 0
+
+
+class _SiteRecord(_Record):
+    """A site's summary: what is more than its place is compared, not used."""
+
+    model_config = ConfigDict(extra="allow")
+
+    layer: int
+    module: str
+
+
+class _Sites(_Record):
+    sites: list[_SiteRecord]
 
 
 class _CheckRecord(_Record):
@@ -113,6 +128,11 @@ def local_window_of(run: RunFolder) -> int:
     return found.local_window if found else 0
 
 
+def recorded_sites(run: RunFolder) -> list[dict[str, Any]]:
+    """The summaries of the teacher's sites, each with its layer and module."""
+    return [s.model_dump() for s in _read(run, _Sites, run.record("plan").evidence).sites]
+
+
 def settings_before(path: Path) -> tuple[dict[str, Any], str | None]:
     """Configuration and tokenizer that a run folder was made with, for what is not given again; empty without one.
 
@@ -160,6 +180,27 @@ def recorded_checks(run: RunFolder, stage: str) -> list[Check]:
         if not found.checks:
             raise ValueError(f"stage {stage} checked nothing")
     return [c.check() for c in found.checks]
+
+
+def check_sizes(path: Path, spec: str, hint: str) -> None:
+    """Before a teacher is loaded: its configuration has the sizes that a run folder's teacher had.
+
+    Of a form without configuration, and of a folder without a plan or of before sizes were recorded, nothing is known.
+
+    Raises RunFolderError when it has others, TeacherError when it is damaged.
+    """
+    if not (path / MANIFEST_NAME).is_file():
+        return
+    manifest = read_manifest(path)
+    if "plan" not in manifest.stages:
+        return
+    with reading(path):
+        recorded = _PlanEvidence.model_validate(manifest.stages["plan"].evidence).info.sizes or {}
+    found = declared_sizes(spec) if recorded else {}
+    for name in sorted(recorded.keys() & found.keys()):
+        if recorded[name] != found[name]:
+            what = f"belongs to another teacher: {manifest.teacher.source} ({name} {recorded[name]}), "
+            raise RunFolderError(str(path), f"{what}not {spec} ({name} {found[name]})", hint)
 
 
 def recorded_teacher(path: Path, manifest: Manifest) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .api import STAGES, convert
 from .config import load_config
 from .distillation import student_weights
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, RunFolderError
 from .inputs import check_names
 from .kernels.local_attention import as_exported
 from .passes.capture import example_ids
@@ -34,10 +35,10 @@ from .report.facts import Facts
 from .run_models import student_program, teacher_of
 from .runtime.durable import write_atomic
 from .runtime.manifest import MANIFEST_NAME
-from .runtime.onnx_export import OnnxArtifact
+from .runtime.onnx_export import CONFIG_FILE, OnnxArtifact
 from .runtime.onnx_parity import check_parity
 from .runtime.run_folder import RunFolder
-from .runtime.session import OnnxSession
+from .runtime.session import OnnxSession, read_genai_config
 from .runtime.statistics import attention_statistics
 from .runtime.student import make_student
 from .runtime.text_stream import TextStream
@@ -132,10 +133,11 @@ def verify_run(
         parts.begin(STUDENT)
         flat = student_program(run)
         checks += _weight_checks(run, source, flat)
-        stateful = make_stateful(flat)
+        context = _context(run)
+        stateful = make_stateful(flat, max_length=context)
         checks += stateful.checks
         parts.begin(RUNTIME)
-        artifact = OnnxArtifact(run.path / model_file(), profile_of(run), 0, stateful.layers, 0)
+        artifact = OnnxArtifact(run.path / model_file(), profile_of(run), 0, stateful.layers, context)
         prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
         checks += check_parity(
             artifact, stateful, whole=lambda ids: flat.gm(*flat.inputs(ids)), prompts=prompts, new_tokens=64
@@ -183,11 +185,26 @@ def distill_run(
     )
 
 
+def _context(run: RunFolder) -> int:
+    """Tokens of the context of the run's ONNX student. Raises RunFolderError when its configuration is missing."""
+    file = (run.path / model_file()).with_name(CONFIG_FILE)
+    known, _ = read_genai_config(file)
+    if not known:
+        raise RunFolderError(str(file), "is missing", "tcal export writes it")
+    return int(known["context_length"])
+
+
+def _example(source: Source, rows: int, tokens: int) -> Tensor:
+    """Random ids [rows, tokens], or as many tokens as the teacher's context holds."""
+    return example_ids(
+        rows, min(tokens, source.teacher.info.get("context_length") or tokens), source.capture.vocab_size
+    )
+
+
 def _unconverted_checks(source: Source) -> list[Check]:
     sites = tuple(s.index for s in source.scan.sites)
     same = make_student(source.capture, source.scan, Plan(sites, (), "all"))
-    ids = example_ids(2, 33, source.capture.vocab_size)
-    args = source.capture.inputs(ids)
+    args = source.capture.inputs(_example(source, 2, 33))
     with torch.no_grad():
         error = (same.gm(*args) - source.capture.gm(*args)).abs().max().item()
     return [Check("nothing converted: logits equal the teacher's", error, 0.0, "bit for bit")]
@@ -199,7 +216,7 @@ def _statistics_checks(source: Source) -> list[Check]:
     plan = Plan(tuple(s.index for s in others), (site.index,), "none")  # written-out cores have q, k and v there only
     taps = tap_graph(make_student(source.capture, source.scan, plan).gm, [site.q, site.k, site.v])
     with torch.no_grad():
-        qkv = taps(*source.capture.inputs(example_ids(4, 40, source.capture.vocab_size)))
+        qkv = taps(*source.capture.inputs(_example(source, 4, 40)))
     whole, first, second = (
         attention_statistics(*(t[rows] for t in qkv), site=site)[0] for rows in (slice(4), slice(2), slice(2, 4))
     )
@@ -214,7 +231,7 @@ def _weight_checks(run: RunFolder, source: Source, deployed: Capture) -> list[Ch
     weights = student_weights(run)
     load_weights(student, weights)
     local = max((s.local for s in student.converted), default=0)
-    ids = example_ids(2, check_tokens(local, 33), source.capture.vocab_size)
+    ids = _example(source, 2, check_tokens(local, 33))
     with torch.no_grad(), as_exported():
         error = (student.logits(ids) - deployed.gm(*deployed.inputs(ids))).abs().max().item()
     checks = [Check(f"student.pt2 equals the graph with {weights.name}", error, 0.0, "bit for bit")]

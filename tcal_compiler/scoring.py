@@ -19,12 +19,12 @@ from .errors import ConfigError
 from .passes.budget import Costs
 from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, choose_jointly, scored_by
 from .passes.graph import move_to
-from .passes.types import Plan
+from .passes.types import Plan, SiteScan
 from .progress import Progress
 from .recorded import reading
 from .resume import resuming
 from .runtime.distill import distill
-from .runtime.distill_checks import check_short
+from .runtime.distill_checks import check_short, check_train
 from .runtime.manifest import hash_json
 from .runtime.run_folder import RunFolder, Stage
 from .runtime.score_sites import SiteScore, Trials, initial_student, score_sites
@@ -39,20 +39,23 @@ if TYPE_CHECKING:
     from .source import Source
 
 
-def check_distilled_sets(config: Config) -> None:
+def check_distilled_sets(config: Config, scan: SiteScan) -> None:
     """Raises ConfigError when the sets of kl cannot be distilled for score.distill_steps, or would be on the test."""
-    score, calib = config.score, config.calib
-    if scored_by(config.policy or DEFAULT_POLICY) != JOINT or not score.distill_steps:
+    score, calib, policy = config.score, config.calib, config.policy or DEFAULT_POLICY
+    if scored_by(policy) != JOINT or not score.distill_steps:
         return
     if score.sequences > calib.holdout:
         what = f"is {score.distill_steps}, on {score.sequences - calib.holdout} of the {score.sequences} sequences too "
         what += f"that sets are measured on (score.sequences): {calib.holdout} are held out"
         raise ConfigError("score.distill_steps", what, f"calib.holdout = {score.sequences}, or 0 steps")
-    check_short(config.distill.trial(score.distill_steps), calib.length)
+    trial = config.distill.trial(score.distill_steps)
+    check_short(trial, calib.length)
+    if budget_of(scan, policy).count == 0:
+        check_train(trial, Plan((), tuple(s.index for s in scan.sites), policy))
 
 
 class Scoring:
-    """What the policies measure: a teacher and its text. ids: calibration sequences, the held-out ones last."""
+    """What the policies measure: a teacher and its text, on the last config.score.sequences of its calibration ids."""
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Scoring:
         device: torch.device,
         progress: Progress,
     ) -> None:
+        """ids: calibration sequences, with which text begins, the held-out ones last."""
         self.run, self.source, self.text, self.ids, self.config = run, source, text, ids, config
         self.device, self.progress = device, progress
         self.policy = DEFAULT_POLICY if config.policy is None else config.policy
@@ -100,7 +104,15 @@ class Scoring:
                 stage.evidence = {"seconds": [[i, *pair] for i, pair in found.items()]}
             with reading(self.run.path):
                 rows: Any = stage.evidence["seconds"]
-                return {int(i): (float(softmax), float(converted)) for i, softmax, converted in rows}
+                found = {int(i): (float(softmax), float(converted)) for i, softmax, converted in rows}
+                return {s.index: found[s.index] for s in scan.sites}
+
+    def plan(self, *, reuse: bool = True) -> Plan:
+        """Of the policy. reuse: what was measured for another budget is not measured again."""
+        measure = scored_by(self.policy)
+        if measure == JOINT:
+            return self.joint_plan(reuse=reuse)
+        return self.forward_plan(reuse=reuse) if measure == FORWARD else self.ranked_plan()
 
     def initial(self, scratch: Path) -> Student:
         """Every site converted and initialised, kept in scratch while the stage runs."""
@@ -189,8 +201,8 @@ class Scoring:
                 move_to(self.source.capture.gm, self.device)
                 stage.evidence = {"sites": [asdict(s) for s in self.scores(policy, stage.scratch)]}
                 _write(stage.dir, policy, stage.evidence["sites"])
-            found: Any = stage.evidence["sites"]
-        return choose(self.source.scan, self.policy, {s["index"]: s["value"] for s in found}, seconds=self.seconds)
+        with reading(self.run.path):
+            return choose(self.source.scan, self.policy, _values(stage.evidence["sites"]), seconds=self.seconds)
 
     def joint_plan(self, *, reuse: bool) -> Plan:
         """Single sites, then candidate sets; with reuse, what another budget had measured is not measured again."""
@@ -240,10 +252,11 @@ class Scoring:
         with self.run.stage(f"score-{FORWARD}", config=self.settings, inputs=self.inputs) as stage:
             if stage.done:
                 with reading(self.run.path):
-                    return choose(scan, self.policy, path=_path(stage.evidence["path"]), seconds=self.seconds)
+                    path = _path(stage.evidence["path"], {s.index for s in scan.sites})
+                    return choose(scan, self.policy, path=path, seconds=self.seconds)
             move_to(self.source.capture.gm, self.device)
             scores = self.sets(stage, sets_from_rows(old["sets"]) if old else {})
-            path: list[tuple[tuple[int, ...], float]] = []
+            path = []
             walk = _noted(forward_path(scores, self.progress.bar), path.append)
             plan = choose(scan, self.policy, path=walk, seconds=self.seconds)
             stage.evidence = {
@@ -271,12 +284,19 @@ class Scoring:
         return record.evidence
 
 
+def _values(sites: Any) -> dict[int, float]:
+    return {int(s["index"]): float(s["value"]) for s in sites}
+
+
 def _ranks(evidence: Any) -> dict[str, dict[int, float]]:
-    return {rule: {int(s["index"]): float(s["value"]) for s in evidence[rule]} for rule in RULES}
+    return {rule: _values(evidence[rule]) for rule in RULES}
 
 
-def _path(rows: Any) -> list[tuple[tuple[int, ...], float]]:
-    return [(tuple(row["keep"]), row["kl"]) for row in rows]
+def _path(rows: Any, sites: set[int]) -> list[tuple[tuple[int, ...], float]]:
+    found = list(sets_from_rows(rows).items())
+    if unknown := {i for keep, _ in found for i in keep} - sites:
+        raise ValueError(f"sites {sorted(unknown)} are not the teacher's")
+    return found
 
 
 def _noted(path: Any, note: Callable[[Any], None]) -> Any:
@@ -289,22 +309,3 @@ def _write(folder: Path, policy: str, rows: Any) -> None:
     file = folder / "scores" / f"{policy}.json"
     file.parent.mkdir()
     file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-def scored_plan(
-    run: RunFolder,
-    source: Source,
-    text: CalibrationText,
-    ids: Tensor,
-    config: Config,
-    device: torch.device,
-    progress: Progress,
-    *,
-    reuse: bool = True,
-) -> Plan:
-    """The plan of a policy that measures sites, on the last config.score.sequences of ids, which text begins with."""
-    scoring = Scoring(run, source, text, ids, config, device, progress)
-    measure = scored_by(scoring.policy)
-    if measure == JOINT:
-        return scoring.joint_plan(reuse=reuse)
-    return scoring.forward_plan(reuse=reuse) if measure == FORWARD else scoring.ranked_plan()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import torch
 
 from .config import DEFAULT_POLICY, Config
 from .dry_run import size_text, stand_in
+from .errors import ConfigError
 from .passes.capture import SHAPES
 from .passes.choose import choose, scored_by
 from .passes.find_attention import find_attention
@@ -27,7 +29,9 @@ from .passes.types import Plan, SiteScan
 from .progress import Parts, Progress
 from .runtime.capture_teacher import capture_shell
 from .runtime.checkpoints import repeated_layers
+from .runtime.distill_checks import check_group
 from .runtime.meter import Meter, Time
+from .runtime.parallel import Group, as_first_of
 from .runtime.teacher import Teacher, configured_path, shell_teacher
 from .source import Source, check_length
 from .trial import Trial
@@ -62,7 +66,8 @@ class Need:
 @dataclass(frozen=True)
 class Needs:
     """weight_bytes: of the teacher in float32, each weight once. value_bytes: the teacher's values at converted sites,
-    part of the peaks of calibrate and align; what exceeds a fifth of the free memory goes to files instead.
+    part of the peaks of calibrate and align; what exceeds a fifth of the free memory goes to files instead. processes:
+    of distillation, of which the first needs its peak.
     """
 
     teacher: str
@@ -72,6 +77,7 @@ class Needs:
     policy: str
     converted: int
     kept: int
+    processes: int
     stages: list[Need]
 
     def text(self) -> str:
@@ -84,10 +90,11 @@ class Needs:
         for s in self.stages:
             peak, files, scratch = map(size_text, (s.peak_bytes, s.file_bytes, s.scratch_bytes))
             lines.append(f"{s.stage:10}{peak:>14}{files:>12}{scratch:>14}")
+        each = "" if self.processes == 1 else f", of the first of {self.processes} processes; the others need no more"
         lines += [
             f"\nOf calibrate and align {size_text(self.value_bytes)} are the teacher's values, which go to files where "
             "they are more than a fifth of the free memory.",
-            "distill is what it takes if it is asked for. No weight was read.",
+            f"distill is what it takes if it is asked for{each}. No weight was read.",
         ]
         return "\n".join(lines)
 
@@ -113,8 +120,12 @@ class _Counted(Meter):
         self.peak = self._base + most + round((HEAP - 1) * (small.peak - small.live))
 
 
-def memory_needs(spec: str, *, config: Config | None = None, progress: Progress | None = None) -> Needs:
+def memory_needs(
+    spec: str, *, config: Config | None = None, processes: int = 1, progress: Progress | None = None
+) -> Needs:
     """What `convert` would need for a teacher of which only the configuration is there, on a CPU.
+
+    processes: that share the steps of distillation.
 
     Distillation is measured whether the configuration asks for it or not. Where layers repeat, two models of fewer
     layers are measured, with as large a share of them kept, and every figure is read off the line through both.
@@ -122,22 +133,26 @@ def memory_needs(spec: str, *, config: Config | None = None, progress: Progress 
     Raises:
         TeacherError: neither a transformers folder nor a .gguf file, or one that no model can be made of.
         UnsupportedModelError: no attention core can be converted.
-        ConfigError: a policy that does not fit the teacher.
+        ConfigError: a policy that does not fit the teacher, or a distillation that so many processes cannot share.
     """
     config = config or Config()
     distill = config.distill if config.distill.active else config.distill.model_copy(update={"steps": 2})
     config = config.model_copy(update={"distill": distill})
+    if distill.shard and processes == 1:
+        raise ConfigError("distill.shard", "is true, and --processes 1", "--processes 2, or distill.shard = false")
+    check_group(Group(0, processes), distill, distill.batch)
     parts = Parts(progress or Progress(quiet=True), f"memory for {spec}", PARTS)
     parts.begin(SHAPE)
     layers, period = repeated_layers(configured_path(spec))
     first = shell_teacher(spec, layers=min(layers, LEAST_LAYERS) or None)  # so that the libraries are loaded
     start = psutil.Process().memory_info().rss
-    found = _measured(spec, config, layers, period, parts)
+    with as_first_of(processes, sharded=distill.shard) as group:
+        found = _measured(spec, config, layers, period, parts, group)
     load = Need("load", start + loading_bytes(first, found.weight_bytes))
     return replace(found, stages=[load, *found.stages])
 
 
-def _measured(spec: str, config: Config, layers: int, period: int, parts: Parts) -> Needs:
+def _measured(spec: str, config: Config, layers: int, period: int, parts: Parts, group: Group) -> Needs:
     """Of every stage but load. layers: how many the teacher has; period: after how many their kinds repeat."""
     few = period * -(-LEAST_LAYERS // period)
     if 3 * few <= layers:
@@ -148,13 +163,13 @@ def _measured(spec: str, config: Config, layers: int, period: int, parts: Parts)
             few = unit * -(-LEAST_LAYERS // unit)
             if 3 * few <= layers:
                 parts.begin(STAGES)
-                less = _Shell(spec, config, few).needs(_share(plan, few, layers))
+                less = _Shell(spec, config, few).needs(_share(plan, few, layers), group)
                 parts.begin(AGAIN)
-                more = _Shell(spec, config, 2 * few).needs(_share(plan, 2 * few, layers))
+                more = _Shell(spec, config, 2 * few).needs(_share(plan, 2 * few, layers), group)
                 return _extended(less, more, plan, layers / few - 1)
     parts.begin(STAGES)
     shell = _Shell(spec, config)
-    return shell.needs(_plan(shell.source.scan, config))
+    return shell.needs(_plan(shell.source.scan, config), group)
 
 
 class _Shell:
@@ -167,7 +182,7 @@ class _Shell:
         self.source = Source(self.teacher, None, capture, scan)
         check_length(config.calib.length, self.source, "calib.length")
 
-    def needs(self, plan: Plan) -> Needs:
+    def needs(self, plan: Plan, group: Group) -> Needs:
         """Measured."""
         teacher, capture, calib = self.teacher, self.source.capture, self.config.calib
         from .runtime.allocations import empty_like_, without_values
@@ -177,7 +192,8 @@ class _Shell:
             weights = empty_like_(capture.gm)
             parameters = sum(p.numel() for p in capture.gm.parameters())
             ids = torch.zeros(calib.rows, calib.length, dtype=torch.long)
-            trial = Trial(self.source, plan, ids, self.config, meter=lambda: _Counted(memory, base), timed=False)
+            meter = partial(_Counted, memory, base)
+            trial = Trial(self.source, plan, ids, self.config, meter=meter, timed=False, group=group)
             stages = [Need("capture", base + _capturing(self.source, memory))]
             for name in ("calibrate", "align", "distill"):
                 cost = trial.stage(name)
@@ -193,7 +209,8 @@ class _Shell:
         vocabulary = PER_TOKEN * capture.vocab_size
         stages.append(Need("generate", RUNTIME + vocabulary + round(GENERATE * student)))
         kept, converted = len(plan.keep), len(plan.convert)
-        return Needs(teacher.source, parameters, weights, values, plan.policy, converted, kept, stages)
+        counts = plan.policy, converted, kept, group.size
+        return Needs(teacher.source, parameters, weights, values, *counts, stages)
 
 
 def _repeated(scan: SiteScan, layers: int) -> SiteScan:
@@ -224,7 +241,8 @@ def _extended(less: Needs, more: Needs, plan: Plan, times: float) -> Needs:
     ]
     sizes = {n: figure(getattr(less, n), getattr(more, n)) for n in ("parameters", "weight_bytes", "value_bytes")}
     kept, converted = len(plan.keep), len(plan.convert)
-    return Needs(less.teacher, **sizes, policy=plan.policy, converted=converted, kept=kept, stages=stages)
+    counts = {"converted": converted, "kept": kept, "processes": less.processes}
+    return Needs(less.teacher, **sizes, policy=plan.policy, **counts, stages=stages)
 
 
 def loading_bytes(teacher: Teacher, weights: int) -> int:

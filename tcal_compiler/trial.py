@@ -31,6 +31,7 @@ from .runtime.held_out import score_held_out
 from .runtime.logits import split_model
 from .runtime.meter import Meter, Time
 from .runtime.onnx_export import context_length
+from .runtime.parallel import SOLO, Group
 from .runtime.score_sites import sum_losses
 from .runtime.student import Student, make_student
 from .runtime.taps import LivePairs, SiteGroup, collect_taps, stored_pairs
@@ -81,12 +82,14 @@ class Trial:
         *,
         meter: Callable[[], Meter] = Meter,
         timed: bool = True,
+        group: Group = SOLO,
     ) -> None:
         """ids [N, T]: the calibration sequences, the held-out ones last.
 
-        meter: of time and memory. timed: False runs nothing again for the sake of its time.
+        meter: of time and memory. timed: False runs nothing again for the sake of its time. group: distillation is that
+        of its process.
         """
-        calib, self.meter, self.timed = config.calib, meter, timed
+        calib, self.meter, self.timed, self.group = config.calib, meter, timed, group
         self.source, self.chosen, self.ids, self.config = source, plan, ids, config
         self.take, self.held = min(calib.batch, calib.kept), min(calib.batch, calib.holdout)
         self.sample = torch.cat([ids[: self.take], ids[calib.sequences : calib.sequences + self.held]])
@@ -253,21 +256,25 @@ class Trial:
             with self.meter() as m:
                 pass
             return StageCost("distill", m.time, before.peak + after)
-        steps = self._distillation(config, self.student)
+        steps = self._distillation(config, self.student, self.group)
         time = steps.time + self.writing * (self.weights + steps.scratch * counts(config)[1])
         return StageCost("distill", time, max(before.peak + after, steps.peak), self.weights, steps.scratch)
 
-    def _distillation(self, config: DistillConfig, student: Student) -> StageCost:
-        """Of the steps alone."""
+    def _distillation(self, config: DistillConfig, student: Student, group: Group = SOLO) -> StageCost:
+        """Of the steps alone, of the first process of a group."""
         config = config.model_copy(update={"compile": False, "short_length": None})
-        counted = torch.ones(len(self.sample), self.sample.shape[1] - 1, dtype=torch.bool)
+        train = max(self.take, group.size)  # every process has a sequence
+        rows = torch.cat([self.sample[torch.arange(train) % self.take], self.sample[self.take :]])
+        counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
         with self.meter() as setup:
-            trainer = Distiller(student, self.sample, counted, train=self.take, config=config)
-        index = torch.arange(config.batch) % self.take
+            trainer = Distiller(student, rows, counted, train=train, config=config, group=group)
+        index = torch.arange(config.batch) % train
         trained = _training(config, lambda n: trainer.step(n, index), trainer.score, self)
         time = setup.time + trained.whole(config, self.config.calib.holdout / self.held)
-        scratch = _bytes(trainer.state()) if counts(config)[1] else 0
-        return StageCost("distill", time, max(setup.peak, trained.peak), scratch=scratch)
+        with self.meter() as last:  # of sharded weights both are put together
+            scratch = _bytes(trainer.state()) if counts(config)[1] else 0
+            trainer.restore()
+        return StageCost("distill", time, max(setup.peak, trained.peak, last.peak), scratch=scratch)
 
     def export(self) -> StageCost:
         config = self.config.export
@@ -276,10 +283,10 @@ class Trial:
             score_held_out(self.student.gm, self.source.capture, self.sample[self.take :])
         with self.meter() as program:
             exported = self.student.export()
-        with self.meter() as graph:
-            run = exported.module()
-            flat = capture_program(exported, teacher=run, implementation="student", shapes=((2, 24), (1, 1)))
         longest, bounded = context_length(config, self.source.teacher.info), config.bounded_windows
+        with self.meter() as graph:
+            run, shapes = exported.module(), ((2, min(24, longest)), (1, 1))
+            flat = capture_program(exported, teacher=run, implementation="student", shapes=shapes)
         with self.meter() as plain:
             unchecked = make_stateful(flat, verify=False, max_length=longest, bounded=bounded)
         with self.meter() as checked:

@@ -51,11 +51,11 @@ def run_tokenizer(run: RunFolder) -> TokenizerLike:
 def profile_of(run: RunFolder) -> str:
     """The profile of a run folder's float32 ONNX student."""
     profile = run.record("export").evidence.get("profile")
-    if profile not in LOWERINGS:
+    if not isinstance(profile, str) or profile not in LOWERINGS:
         raise RunFolderError(
             str(run.path), f"its export says profile {profile!r}, which is unknown", "tcal export again"
         )
-    return str(profile)
+    return profile
 
 
 def require_profile(run: RunFolder, profile: str) -> None:

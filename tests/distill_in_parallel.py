@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from support import allocated
 from tiny_models import VOCAB, scanned
 
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.choose import choose
+from tcal_compiler.passes.graph import copy_module
 from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.runtime.config import DistillConfig
-from tcal_compiler.runtime.distill import distill
+from tcal_compiler.runtime.distill import Distiller, distill
 from tcal_compiler.runtime.initialize import naive_
 from tcal_compiler.runtime.parallel import SOLO, Group, joined
 from tcal_compiler.runtime.student import Student, make_student
@@ -71,11 +74,30 @@ def trained(group: Group, resume: TrainState | None = None, apart: float = 0.0, 
     return {"curve": curve, "weights": weights(student), "saved": saved[-1] if saved else None}
 
 
+def alone() -> Student:
+    """As start, with a teacher that no other test has."""
+    student = start()
+    return replace(student, capture=replace(student.capture, gm=copy_module(student.capture.gm)))
+
+
+def work(student: Student, group: Group, shard: bool) -> None:
+    """A piece of a distillation, for what it holds at most."""
+    config = CONFIG.model_copy(update={"shard": shard})
+    trainer = Distiller(student, IDS, COUNTS, train=TRAIN, config=config, group=group)
+    for step in range(2):
+        trainer.step(step, torch.arange(CONFIG.batch))
+    trainer.score()
+    trainer.state()
+    trainer.restore()
+
+
 def main() -> None:
     with joined(torch.device("cpu")) as group:
         apart = 0.1 * group.rank  # the second process has to take the weights of the first
         found = {name: trained(group, apart=apart, **changes) for name, changes in VARIANTS.items()}
         found["sharded, resumed"] = trained(group, trained(SOLO)["saved"], shard=True)
+        for shard in (False, True):
+            found[f"allocated, {shard}"] = allocated(lambda shard=shard: work(alone(), group, shard))
         torch.save(found, Path(sys.argv[1]) / f"{group.rank}.pt")
 
 

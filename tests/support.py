@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -28,3 +31,11 @@ def assert_within_budget(name: str, *, actual: Tensor, exact: Tensor, naive: Ten
 def sums_of(context: Tensor, o: Tensor) -> OutputSums:
     """The sums for a context [B, T, H, D] that no attention gave."""
     return OutputSums(o.shape[0] * o.shape[1], *sums_of_outputs(context, o))
+
+
+def allocated(run: Callable[[], None]) -> int:
+    """Most bytes at once that PyTorch's allocator gave out."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        run()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))

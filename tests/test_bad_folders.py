@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import ASSETS, BYTES, HELD_OUT, SMALL, TINY, call, compile_, contents, done, refused
-from tiny_models import TinyModel, program_of
+from tiny_models import TinyModel, llama, program_of
 
 # Output folders
 
@@ -48,6 +48,20 @@ def test_output_of_another_teacher(planned, tmp_path, layers):
     before = contents(planned)
     refused(compile_(other, *BYTES, out=planned), "RunFolderError", "belongs to another teacher", "-o")
     assert contents(planned) == before
+
+
+def test_a_teacher_of_other_sizes_is_refused_before_it_is_loaded(tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "llama"
+    llama(vocab_size=256).save_pretrained(folder)
+    done("tcal", "plan", folder, *BYTES, "-o", run, *SMALL)
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
+    (other / "model.safetensors").unlink()
+    before = contents(run)
+    words = (f"{folder} (intermediate_size 48)", f"{other} (intermediate_size 50)")
+    refused(compile_(other, *BYTES, out=run), "RunFolderError", "belongs to another teacher", *words, "-o")
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,14 @@ import pytest
 pytest.importorskip("onnxruntime_genai", reason="the extra `genai`")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import generate_genai
+from tiny_models import VOCAB, capture_of_student
 
 from tcal_compiler.errors import DataError
+from tcal_compiler.passes.capture import example_ids
+from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.runtime.config import ExportConfig
+from tcal_compiler.runtime.onnx_export import export_onnx
+from tcal_compiler.runtime.onnx_parity import torch_generate
 from tcal_compiler.runtime.session import OnnxSession
 
 PROMPTS = ["The old man", "A", "and then she went", "Zebra 9"]
@@ -70,6 +76,28 @@ def test_batches_padded_on_either_side(shared_run: Path, side: str):
     ids, mask = padded(prompts, side)
     assert generate_genai.unpadded(ids, mask) == prompts
     assert generate_genai.continuations(shared_run / "onnx", generate_genai.unpadded(ids, mask), 12) == expected
+
+
+WINDOWS = {  # kept layers, and those that have windows of unequal lengths or none beside their states
+    "keep=0": ("is_causal",) * 3,
+    "none": ("window", "is_causal", "alibi"),
+}
+
+
+@pytest.mark.parametrize("policy", WINDOWS)
+def test_windows_beside_states(tmp_path: Path, policy: str):
+    """From prompts within and beyond the window, alone and as a padded batch; no choice is closer than 0.009."""
+    stateful = make_stateful(capture_of_student(WINDOWS[policy], policy, local_window=7), max_length=64)
+    kinds = [layer.kind for layer in stateful.layers]
+    assert kinds.count("local") == 2 and kinds.count("softmax") == (policy == "keep=0")
+    info = {"context_length": 64, "eos_token_id": 3}
+    export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info=info)
+    prompts = [example_ids(1, n, VOCAB, seed=seed)[0].tolist() for n, seed in ((1, 3), (5, 2), (17, 1), (30, 5))]
+    expected = [torch_generate(stateful, p, 20)[0] for p in prompts]
+    assert len({tuple(e) for e in expected}) == 4 and 3 not in {t for e in expected for t in e}
+    assert [generate_genai.continuations(tmp_path, [p], 20)[0] for p in prompts] == expected
+    assert generate_genai.continuations(tmp_path, prompts, 20) == expected
+    assert OnnxSession(tmp_path, threads=1).generate_batch(prompts, 20) == expected
 
 
 def test_what_is_no_padded_batch():

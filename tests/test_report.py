@@ -196,7 +196,7 @@ def test_a_state_halves_in_its_half_life():
     from types import SimpleNamespace
 
     torch.manual_seed(0)
-    mixer = GdnMixer(SimpleNamespace(num_heads=3, value_dim=4, hidden=8, scale=1.0, local=0))
+    mixer = GdnMixer(SimpleNamespace(num_heads=3, value_dim=4, hidden=8, scale=1.0, local=0, local_first=False))
     torch.nn.init.normal_(mixer.dt_bias)
     x = torch.randn(1, 50, 8)
     state = torch.ones(3, dtype=torch.float64)

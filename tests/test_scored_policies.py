@@ -11,7 +11,7 @@ from command_line import BYTES, SMALL, TINY, call, done, refused
 from tcal_compiler import scoring
 from tcal_compiler.runtime import select_sites
 from tcal_compiler.runtime.align import GroupTrainer
-from tcal_compiler.runtime.score_sites import Trials
+from tcal_compiler.runtime.score_sites import SiteScore, Trials
 
 
 def plan(out: Path, policy: str, *more: object, score: str = "align_steps = 4\n"):
@@ -106,6 +106,8 @@ def test_sets_that_cannot_be_distilled_are_refused_before_anything_is_measured(t
         ("distill_steps = 3\n[distill]\nshort_length = 9", ("distill.short_length", "9")),
     ):
         refused(plan(out, "kl:1", score=asked + "\n"), "ConfigError", *words)
+    asked = 'distill_steps = 3\n[distill]\ntrain = "attention"\n'
+    refused(plan(out, "kl:0", score=asked), "ConfigError", "distill.train", "keeps no softmax site")
     assert not out.exists()
 
 
@@ -197,3 +199,28 @@ def test_forward_selection_is_kept_for_other_budgets(tmp_path, monkeypatch):
     assert manifest(out)["plan"]["keep"] == list(best)
     assert plan(out, "forward:0nats").code == 0 and manifest(out)["plan"]["convert"] == []
     assert [len(keep) for keep in made] == [2, 2, 2, 3, 3]  # all four are the teacher
+
+
+DAMAGED_SCORES = [
+    ("ar:1", "sites", [], "KeyError: 0"),
+    ("ar:1", "sites", [{"index": i, "value": "much"} for i in range(4)], "ValueError"),
+    ("forward:1", "path", [{"keep": [], "kl": 1.0}, {"keep": [9], "kl": 0.5}], "sites [9] are not the teacher's"),
+    ("ar:9s@64", "seconds", [[0, 1.0, 1.0]], "KeyError: 1"),
+]
+
+
+@pytest.mark.parametrize("policy, key, value, words", DAMAGED_SCORES, ids=[d[3] for d in DAMAGED_SCORES])
+def test_damaged_scores(tmp_path, monkeypatch, policy, key, value, words):
+    sites = [SiteScore(i, 1.0, 1.0, 1.0) for i in range(4)]
+    monkeypatch.setattr(scoring, "score_sites", lambda *_, **__: sites)
+    monkeypatch.setattr(scoring, "step_seconds", lambda *_: dict.fromkeys(range(4), (2.0, 1.0)))
+    monkeypatch.setattr(select_sites.SetScores, "kl", lambda self, keep: 1.0 / (1 + len(keep)))
+    out = tmp_path / "run"
+    assert plan(out, policy).code == 0
+    found = manifest(out)
+    stage = next(s for name, s in found["stages"].items() if name.startswith("score-") and key in s["evidence"])
+    stage["evidence"][key] = value
+    (out / "tcal.json").write_text(json.dumps(found))
+    (out / "plan.toml").unlink()  # which would be followed
+    refused(plan(out, policy), "RunFolderError", "the manifest is damaged", words)
+    assert manifest(out) == found

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 
 import psutil
 import pytest
 import torch
 from command_line import TINY, call, contents, done, refused
 from pydantic import TypeAdapter
+from support import allocated
 from test_json import Bytes, Strict
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -42,6 +41,7 @@ class Needs(Strict):
     policy: str
     converted: int
     kept: int
+    processes: int
     stages: list[Need]
 
 
@@ -89,6 +89,29 @@ def test_scores_of_sets_that_are_distilled_need_what_distillation_does(config_on
     (tmp_path / "c.toml").write_text("[score]\ndistill_steps = 2\n[distill]\nbatch = 24\n")
     rows = {s.stage: s for s in _needs(config_only, *SMALL, "--policy", "kl:1", "--config", tmp_path / "c.toml").stages}
     assert rows["score"].peak_bytes > 0.98 * rows["distill"].peak_bytes > 1.2 * rows["align"].peak_bytes
+
+
+@pytest.mark.slow
+def test_a_process_with_a_part_of_the_weights_needs_less(config_only, tmp_path):
+    """Until a checkpoint passes through the first one's memory."""
+    peaks = []
+    for more in ("steps = 2\nshard = true", "steps = 90\nshard = true", "steps = 2"):
+        (tmp_path / "c.toml").write_text(f"[distill]\nbatch = 4\nchunk = 16\n{more}\n")
+        found = _needs(config_only, *SMALL, "--processes", "2", "--config", tmp_path / "c.toml")
+        assert found.processes == 2
+        rows = {s.stage: s.peak_bytes for s in found.stages}
+        peaks.append(rows["distill"] - rows["capture"])  # without what the process has beside
+    assert peaks[0] + 15e6 < min(peaks[1:]), peaks
+
+
+def test_a_distillation_that_cannot_be_shared_is_refused_before_anything_is_measured(config_only, tmp_path):
+    (tmp_path / "c.toml").write_text("[distill]\nbatch = 4\nshard = true\n")
+    for words, where, hint in (
+        (("--memory", "--config", tmp_path / "c.toml"), "distill.shard", "--processes 2"),
+        (("--memory", "--config", tmp_path / "c.toml", "--processes", "5"), "distill.batch", "fewer processes"),
+        (("--processes", "2"), "inspect", "--memory"),
+    ):
+        refused(call("tcal", "inspect", config_only, *words), "ConfigError", where, hint)
 
 
 @pytest.mark.slow
@@ -188,14 +211,6 @@ def _attend(layer: nn.Linear, x: torch.Tensor) -> None:
 def _last_tokens(layer: nn.Linear, x: torch.Tensor) -> None:
     q = layer(x).view(4, 512, 8, 64).transpose(1, 2)
     local_attention(q, q[:, :2], q[:, :2], scale=0.1, window=48).sum().backward()
-
-
-def allocated(run: Callable[[], None]) -> int:
-    """Most bytes at once that PyTorch's allocator gave out."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-        run()
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,16 @@ def test_options_that_do_not_go_together(finished, tmp_path):
     refused(call("tcal", "export", TINY, "--dtype", "int8"), "RunFolderError", "not a run folder")
 
 
+@pytest.mark.parametrize("profile", [["ort"], "fast", None], ids=str)
+def test_a_profile_that_the_manifest_cannot_have(finished, profile):
+    manifest = json.loads((finished / "tcal.json").read_text())
+    manifest["stages"]["export"]["evidence"]["profile"] = profile
+    (finished / "tcal.json").write_text(json.dumps(manifest))
+    before = contents(finished)
+    refused(call("tcal", "export", finished, "--dtype", "int8"), "RunFolderError", f"profile {profile!r}")
+    assert contents(finished) == before
+
+
 def test_a_variant_that_is_not_there(finished):
     command = ("tcal", "generate", finished, "x", "--dtype")
     hint = f"tcal export {finished} --dtype int8"

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from tcal_compiler.passes.capture import capture_program, export_module
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
+from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.passes.site_program import tap_graph
 from tcal_compiler.passes.to_sdpa import to_sdpa
 from tcal_compiler.passes.types import AttentionSite, Capture, SiteScan
+from tcal_compiler.runtime.initialize import naive_
+from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.student import Student, make_student
 
 VOCAB, WIDTH, HEADS, KV_HEADS, DIM = 64, 32, 4, 2, 8
@@ -41,6 +44,16 @@ def masked(rule: Callable[[Tensor], Tensor], *, additive: bool = False) -> Calla
         seen = rule(distances(q))
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if additive else seen
         return sdpa(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    return core
+
+
+def window_and_first(window: int, first: int) -> Callable[..., Tensor]:
+    """Attention over the last tokens and the first ones."""
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        far, steps = distances(q), torch.arange(q.shape[2])
+        return sdpa(q, k, v, attn_mask=(far >= 0) & ((far < window) | (steps < first)), enable_gqa=True)
 
     return core
 
@@ -83,6 +96,7 @@ CORES: dict[str, Callable[..., Tensor]] = {
     "additive mask": masked(lambda d: d >= 0, additive=True),
     "scale": partial(causal, scale=0.3, enable_gqa=True),
     "window": masked(lambda d: (d >= 0) & (d < 5)),
+    "window and first": window_and_first(5, 2),
     "expand": with_repeat("expand"),
     "tile": with_repeat("tile"),
     "late transpose": with_repeat("late transpose"),
@@ -257,6 +271,18 @@ def student_of(core: str | tuple[str, ...] = "is_causal", policy: str = "none", 
     return make_student(capture, scan, choose(scan, policy))
 
 
+def capture_of_student(core: str | tuple[str, ...], policy: str, *, local_window: int) -> Capture:
+    """The exported graph of a student with random mixers, whose windows count about as much as their teacher."""
+    capture, scan = scanned(core, sharp=3.0)
+    student = make_student(capture, with_local_windows(scan, local_window), choose(scan, policy))
+    for i, m in enumerate(m for m in student.gm.modules() if isinstance(m, GdnMixer)):
+        naive_(m, gen := torch.Generator().manual_seed(i))
+        for scale in (m.norm, *([m.local_scale] if m.local else [])):
+            scale.data.uniform_(0.5, 1.5, generator=gen)
+    program = student.export()
+    return capture_program(program, teacher=program.module(), implementation="student", shapes=((2, 9), (1, 1)))
+
+
 def recomputed(capture: Capture, site: AttentionSite) -> tuple[torch.Tensor, torch.Tensor]:
     """The core's output as the site's facts say, and as the graph computes it."""
     with torch.no_grad():
@@ -266,7 +292,7 @@ def recomputed(capture: Capture, site: AttentionSite) -> tuple[torch.Tensor, tor
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     steps = torch.arange(q.shape[2])
     far = steps[:, None] - steps[None]
-    hidden = (far < 0) | (far >= (site.window or 10**9))
+    hidden = (far < 0) | ((far >= (site.window or 10**9)) & (steps >= site.first))
     weights = (q @ k.transpose(-1, -2) * site.scale).double()
     if site.softcap:
         weights = site.softcap * (1 - 2 / ((2 * weights / site.softcap).exp() + 1))

@@ -85,7 +85,7 @@ def attention_statistics(q: Tensor, k: Tensor, v: Tensor, *, scores: Scores) -> 
 
     Scores that more than scale and window shape go through PyTorch on every device.
     """
-    if not scores.plain:
+    if not scores.plain or scores.first:
         STATISTICS.check(q, k, v)
         scores.check(STATISTICS.op, q.shape[1])
         return attention_statistics_streaming(q, k, v, scores=scores)
@@ -97,7 +97,7 @@ def attention_output_sums(q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, scores:
 
     Raises ValueError when shapes do not fit.
     """
-    if not scores.plain:
+    if not scores.plain or scores.first:
         OUTPUT_SUMS.check(q, k, v, o)
         scores.check(OUTPUT_SUMS.op, q.shape[1])
         return attention_output_sums_streaming(q, k, v, o, scores=scores)

@@ -138,14 +138,43 @@ def _bias(op: Any, slopes: Any, past_lengths: Any, tokens: Any, total: Any) -> A
     return op.Mul(op.Reshape(slopes, op.Constant(value_ints=[1, -1, 1, 1])), op.CastLike(ahead, slopes))
 
 
+def _visible(op: Any, scores: Scores, past_lengths: Any, tokens: Any, total: Any) -> Any:
+    """0 for keys that a query sees, else -inf: [B, 1, T, total], behind the first ones a window."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    keys = op.Range(zero, op.Squeeze(total), one)
+    own = op.Add(op.Unsqueeze(past_lengths, op.Constant(value_ints=[1])), op.Range(zero, op.Squeeze(tokens), one))
+    distance = op.Unsqueeze(op.Sub(op.Unsqueeze(own, op.Constant(value_ints=[2])), keys), op.Constant(value_ints=[1]))
+    far = op.GreaterOrEqual(distance, op.Constant(value_int=scores.window))
+    hidden = op.And(far, op.GreaterOrEqual(keys, op.Constant(value_int=scores.first)))
+    return op.Where(hidden, op.Constant(value_float=float("-inf")), op.Constant(value_float=0.0))
+
+
+class _Counts:
+    """T, the number of each row's last slot, and total: once for all layers that have one past."""
+
+    def __init__(self, op: Any) -> None:
+        self.op = op
+        self.known: dict[Any, tuple[Any, Any, Any]] = {}
+
+    def of(self, q: Any, past_lengths: Any, total: Any) -> tuple[Any, Any, Any]:
+        import onnx
+
+        op, int32 = self.op, onnx.TensorProto.INT32
+        if (past_lengths, total) not in self.known:
+            tokens = op.Shape(q, start=2, end=3)
+            last = op.Sub(op.Add(past_lengths, tokens), op.Constant(value_ints=[1]))
+            counts = tokens, op.Cast(last, to=int32), op.Squeeze(op.Cast(total, to=int32))
+            self.known[past_lengths, total] = counts
+        return self.known[past_lengths, total]
+
+
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """custom_translation_table of torch.onnx.export for the op."""
-    import onnx
     import onnxscript
 
     op: Any = onnxscript.opset21  # its stubs do not know constants
     attention = _group_query_attention()
-    int32 = onnx.TensorProto.INT32
+    counts = _Counts(op)
 
     def rule(
         q: Any,
@@ -162,27 +191,28 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     ) -> Any:
         scores = Scores(*flat)
         heads, kv_heads, dim = int(q.shape[1]), int(k.shape[1]), int(q.shape[3])
-        tokens = op.Shape(q, start=2, end=3)
-        last = op.Sub(op.Add(past_lengths, tokens), op.Constant(value_ints=[1]))
-        whole = op.Squeeze(op.Cast(total, to=int32))
+        tokens, last, whole = counts.of(q, past_lengths, total)
         options: dict[str, Any] = {}
         if cos is not None:
             options |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
         if scores.softcap:
             options["softcap"] = scores.softcap
         added = None if scores.slopes is None else _bias(op, scores.slopes, past_lengths, tokens, total)
+        if scores.first and scores.window:
+            seen = op.CastLike(_visible(op, scores, past_lengths, tokens, total), q)
+            added = seen if added is None else op.Add(added, seen)
+        elif scores.window:
+            options["local_window_size"] = scores.window
         given = [cos, sin, None, added, scores.sinks]
         while given and given[-1] is None:
             given.pop()
-        if scores.window:
-            options["local_window_size"] = scores.window
         out, key, value = attention(
             _packed(op, q),
             _packed(op, k),
             _packed(op, v),
             past_key,
             past_value,
-            op.Cast(last, to=int32),
+            last,
             whole,
             *given,
             num_heads=heads,

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ..passes.budget import cache_bytes, state_bytes
+from ..passes.local_windows import local_held
 from ..runtime.manifest import Manifest
 
 
@@ -26,18 +27,20 @@ class Layer:
     head_dim: int
     value_dim: int
     window: int | None
+    first: int = 0
     local: int = 0
+    local_first: bool = False
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that softmax attention keeps of so many tokens."""
         dims = {"key_dim": self.head_dim, "value_dim": self.value_dim}
-        return cache_bytes(tokens, kv_heads=self.kv_heads, window=self.window, **dims)
+        return cache_bytes(tokens, kv_heads=self.kv_heads, window=self.window, first=self.first, **dims)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of a converted site's state, whatever the length."""
         dims = {"kv_heads": self.kv_heads, "key_dim": self.head_dim, "value_dim": self.value_dim}
-        return state_bytes(heads=self.heads, local=self.local, **dims)
+        return state_bytes(heads=self.heads, held=local_held(self.local, self.local_first), **dims)
 
 
 def finite(x: Any) -> bool:
@@ -72,7 +75,9 @@ class Facts:
                 s["head_dim"],
                 s["value_dim"],
                 s["window"] if bounded else None,
+                s.get("first", 0),
                 s.get("local_window", 0),
+                s.get("local_first", False),
             )
             for s in self.evidence("plan")["sites"]
         ]

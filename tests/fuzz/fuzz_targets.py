@@ -54,6 +54,8 @@ def read_manifest(folder: Path) -> None:
     with RunFolder.open_existing(folder) as run:
         run.verify_files()
         recorded.plan_of(run, SCAN)
+        recorded.local_window_of(run)
+        recorded.recorded_sites(run)
         recorded.calibrated_texts(run)
         recorded.calibration_length(run)
         recorded.teacher_info(run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,19 +37,20 @@ SHAPED = {
     "softcap": 1.5,
     "slopes": torch.tensor([0.5, 0.1, -0.2, 0.0], dtype=torch.float64),
     "sinks": torch.tensor([0.0, 3.0, -2.0, 1.0], dtype=torch.float64),
+    "first": 2,
 }
 
 
-def whole(q: Tensor, k: Tensor, v: Tensor, window: int, softcap=0.0, slopes=None, sinks=None) -> Tensor:
+def whole(q: Tensor, k: Tensor, v: Tensor, window: int, softcap=0.0, slopes=None, sinks=None, first=0) -> Tensor:
     """Attention of one row, q [H, T, D], k and v [K, T, D], token by token."""
     out = torch.zeros(HEADS, q.shape[1], v.shape[2], dtype=q.dtype)
     for h in range(HEADS):
         for t in range(q.shape[1]):
-            first = max(0, t + 1 - window) if window else 0
-            keys, values = (x[h * KV_HEADS // HEADS, first : t + 1] for x in (k, v))
+            seen = torch.tensor([s for s in range(t + 1) if not window or s > t - window or s < first])
+            keys, values = (x[h * KV_HEADS // HEADS, seen] for x in (k, v))
             scores = keys @ q[h, t] * SCALE
             scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-            scores = scores if slopes is None else scores - slopes[h] * (t - torch.arange(first, t + 1))
+            scores = scores if slopes is None else scores - slopes[h] * (t - seen)
             share = 1.0 if sinks is None else torch.sigmoid(scores.logsumexp(0) - sinks[h])
             out[h, t] = share * F.softmax(scores, 0) @ values
     return out
@@ -56,6 +59,7 @@ def whole(q: Tensor, k: Tensor, v: Tensor, window: int, softcap=0.0, slopes=None
 ROTATIONS = [(0, False), (16, False), (16, True), (8, False)]
 PLAIN = [(slots, window, *r, ()) for slots in (0, 40) for window in (0, 4) for r in ROTATIONS]
 OTHERS = [(0, 0, 0, False, ("softcap",)), (40, 4, 16, False, ("slopes",)), (40, 4, 0, False, ("sinks",))]
+OTHERS += [(40, 4, 16, False, ("first",)), (0, 0, 0, False, ("first",))]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def arguments(tokens: int = 3, value_dim: int = DIM) -> tuple[Tensor, ...]:
 def test_the_op_keeps_pytorch_rules():
     tables = (torch.rand(9, 8), torch.rand(9, 8), False)
     torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, *tables, SCALE))
-    values = (1.5, torch.rand(HEADS), torch.rand(HEADS))
+    values = (1.5, torch.rand(HEADS), torch.rand(HEADS), 2)
     torch.library.opcheck(torch.ops.tcal.cached_attention, (*arguments(), 8, *tables, SCALE, 0, *values))
     torch.library.opcheck(
         torch.ops.tcal.cached_attention, (*arguments()[:5], torch.tensor([2, 1]), 5, None, None, False, SCALE, 3)
@@ -123,17 +127,18 @@ def test_the_plain_form_is_the_op():
 
 
 class TwoChunks(torch.nn.Module):
-    """q [1, 4, 5, D] in chunks of 3 and 2, for cores that ONNX Runtime fuses and for one that it does not."""
+    """q [1, 4, 8, D] in chunks of 3 and 5, for cores that ONNX Runtime fuses and for one that it does not."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         outs = []
-        f32 = {name: x if name == "softcap" else x.float() for name, x in SHAPED.items()}
-        for names, dim in ((("softcap",), DIM), (("slopes",), DIM), (("sinks",), DIM), (tuple(f32), 12)):
+        f32: dict[str, Any] = {name: x.float() if isinstance(x, Tensor) else x for name, x in SHAPED.items()}
+        fused = [(name,) for name in f32] + [("slopes", "first")]
+        for names, dim in (*((n, DIM) for n in fused), (tuple(f32), 12)):
             caches = [k.new_zeros(1, KV_HEADS, 0, d) for d in (DIM, dim)]
-            for first, past in ((slice(0, 3), 0), (slice(3, 5), 3)):
-                parts = (q[:, :, first], k[:, :, first], v[:, :, first, :dim])
+            for new, past in ((slice(0, 3), 0), (slice(3, 8), 3)):
+                parts = (q[:, :, new], k[:, :, new], v[:, :, new, :dim])
                 scores = Scores(SCALE, 4, **{name: f32[name] for name in names})
-                total = past + q[:, :, first].shape[2]
+                total = past + q[:, :, new].shape[2]
                 out, *caches = cached_attention(*parts, *caches, torch.tensor([past]), total=total, scores=scores)
                 outs.append(out)
         return tuple(outs)
@@ -144,7 +149,7 @@ def test_onnx_runtime_gives_the_same(tmp_path):
     import onnxruntime
 
     gen = torch.Generator().manual_seed(2)
-    args = tuple(torch.randn(1, n, 5, DIM, generator=gen) for n in (HEADS, KV_HEADS, KV_HEADS))
+    args = tuple(torch.randn(1, n, 8, DIM, generator=gen) for n in (HEADS, KV_HEADS, KV_HEADS))
     program = decompose_plain(torch.export.export(TwoChunks(), args), fused=True)
     path = tmp_path / "model.onnx"
     exported = torch.onnx.export(
@@ -152,7 +157,7 @@ def test_onnx_runtime_gives_the_same(tmp_path):
     )
     exported.save(path)
     nodes = [n for n in onnx.load(path).graph.node if n.op_type == "GroupQueryAttention"]
-    assert len(nodes) == 6 and {len(n.input) for n in nodes} == {7, 11, 12}
+    assert len(nodes) == 10 and {len(n.input) for n in nodes} == {7, 11, 12}
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     found = session.run(None, dict(zip(names, (a.numpy() for a in args), strict=True)))

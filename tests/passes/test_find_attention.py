@@ -37,6 +37,7 @@ EXACT = [
     ("additive mask", {}, KV_HEADS),
     ("scale", {}, KV_HEADS),
     ("window", {}, KV_HEADS),
+    ("window and first", {}, KV_HEADS),
     ("alibi", {}, KV_HEADS),
     ("expand", {}, KV_HEADS),
     ("written out", {}, KV_HEADS),
@@ -57,7 +58,8 @@ def test_a_site_says_what_the_core_computes(core, options, kv_heads):
     for i, site in enumerate(scan.sites):
         assert (site.index, site.num_heads, site.key_dim, site.hidden) == (i, HEADS, DIM, WIDTH)
         assert site.num_kv_heads == kv_heads
-        assert site.window == (5 if core == "window" else None)
+        assert site.window == (5 if core.startswith("window") else None)
+        assert site.first == (2 if core == "window and first" else 0)
         assert site.scale == pytest.approx(0.3 if core == "scale" else 1 / math.sqrt(DIM))
         assert site.rope == options.get("rope", True)
         assert site.slopes == pytest.approx([0.1] * HEADS if core == "alibi" else [], rel=1e-6)

@@ -18,7 +18,7 @@ from tcal_compiler.passes.capture import capture_program, example_ids, export_mo
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.graph import from_program, widen_to_float64
-from tcal_compiler.passes.make_stateful import export_stateful, make_stateful, run_chunks, runs_behind
+from tcal_compiler.passes.make_stateful import cuts, export_stateful, make_stateful, run_chunks, runs_behind
 from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.passes.types import Capture
 from tcal_compiler.runtime.initialize import naive_
@@ -159,6 +159,13 @@ def student(family: str, policy: str) -> tuple[Capture, StatefulGraph]:
         naive_(made.gm.get_submodule(f"tcal_mixers.{site.index}"), gen)
     capture = capture_program(made.export(), teacher=made.gm, implementation="student", shapes=((2, 9),))
     return capture, make_stateful(capture)
+
+
+def test_chunks_are_compared_on_no_more_tokens_than_the_longest_sequence_has():
+    capture, _ = student("llama", "keep=0")
+    checks = make_stateful(capture, max_length=16).checks
+    assert [c.name for c in checks] == ["chunks of (14, 1, 1) equal one pass", "chunks of (1, 3, 12) equal one pass"]
+    assert all(c.passed for c in checks) and [cuts(n, (1, 3, 17)) for n in (2, 21)] == [(1, 1), (1, 3, 17)]
 
 
 def test_the_program_of_a_student_takes_positions_as_its_graph_does():

@@ -30,7 +30,9 @@ CASES = [
     (FAR >= -1, "other", None, "T=12 row 0 sees column 1"),
     (FAR <= 0, "other", None, "sees column"),
     (CAUSAL & (FAR % 3 == 0), "other", None, "no window"),
-    (CAUSAL & (FAR < 4) | (CAUSAL & (STEPS < 1)), "other", None, "no window"),  # an attention sink
+    (CAUSAL & (FAR < 4) | (CAUSAL & (STEPS < 1)), "causal", 4, "window of 4 and the first 1"),  # an attention sink
+    (CAUSAL & (FAR < 4) | (CAUSAL & (STEPS > 0) & (STEPS < 2)), "other", None, "no window"),
+    (CAUSAL & (FAR < 4) | (CAUSAL & (STEPS < 1) & (FAR < 8)), "other", None, "no window"),
     (additive(CAUSAL) - 0.01 * FAR.clamp_min(0).square(), "bias", None, "adds values"),
     (additive(CAUSAL) + torch.where(FAR == 3, 0.1, 0.0), "bias", None, "adds values"),
     (additive(CAUSAL) - 0.01 * FAR.clamp_min(0), "causal", None, "lower triangle at 12 tokens, with alibi slopes"),
@@ -61,6 +63,37 @@ def test_a_window_longer_than_the_first_probe_is_seen():
     capture, node = mask_node("window of 60")
     assert classify_mask(Evaluator(capture, 48)(node)).window is None  # a short probe alone would be fooled
     assert probe_mask(capture, node).window == 60
+
+
+def test_a_window_behind_first_tokens_that_hides_nothing_at_the_usual_lengths():
+    from tiny_models import CORES, window_and_first
+
+    CORES["window of 600 and 5"] = window_and_first(600, 5)
+    capture, node = mask_node("window of 600 and 5")
+    facts = probe_mask(capture, node)
+    assert (facts.window, facts.first) == (600, 5)
+
+
+def test_no_mask_is_evaluated_far_beyond_the_limit(monkeypatch):
+    from tiny_models import CORES, window_and_first
+
+    from tcal_compiler.passes import masks
+
+    lengths: list[int] = []
+
+    class Counted(Evaluator):
+        def __init__(self, capture, length, *args, **options):
+            lengths.append(length)
+            super().__init__(capture, length, *args, **options)
+
+    monkeypatch.setattr(masks, "Evaluator", Counted)
+    monkeypatch.setattr(masks, "MAX_PROBE", 900)
+    for window, first, longest in ((800, 500, 803), (800, 90, 893)):
+        name = f"window of {window} and {first}"
+        CORES[name] = window_and_first(window, first)
+        assert probe_mask(*mask_node(name)).kind == "causal"
+        assert max(lengths) == longest
+        lengths.clear()
 
 
 def test_slopes_that_are_rounded_are_seen_further_out():

@@ -334,8 +334,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bmm", "one key 
 def test_verify_measures_a_first_site_that_was_written_out(name):
     """q, k and v of some spellings stand in the student's graph only."""
     from tcal_compiler.runs import _statistics_checks
+    from tcal_compiler.runtime.teacher import Teacher
     from tcal_compiler.source import Source
 
     capture, scan = scanned(name)
-    (check,) = _statistics_checks(Source(None, None, capture, scan))
+    (check,) = _statistics_checks(Source(Teacher("", "factory", None, None, None), None, capture, scan))
     assert check.passed

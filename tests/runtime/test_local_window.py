@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
-from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, lone_site, scanned
+from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, capture_of_student, lone_site, scanned
 
 from tcal_compiler.config import Config, build_config
 from tcal_compiler.errors import ConfigError
@@ -17,7 +19,7 @@ from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.find_attention import find_attention
 from tcal_compiler.passes.limits import MAX_PROBE
 from tcal_compiler.passes.local_windows import with_local_windows
-from tcal_compiler.passes.make_stateful import make_stateful
+from tcal_compiler.passes.make_stateful import make_stateful, run_chunks
 from tcal_compiler.passes.types import SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
@@ -26,7 +28,9 @@ from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.initialize import local_scale_, naive_, zero_gate_
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.onnx_export import export_onnx
-from tcal_compiler.runtime.onnx_parity import check_parity
+from tcal_compiler.runtime.onnx_parity import check_parity, torch_generate
+from tcal_compiler.runtime.session import OnnxSession
+from tcal_compiler.runtime.session_state import SessionState
 from tcal_compiler.runtime.statistics import local_sums, output_sums
 from tcal_compiler.runtime.student import Student, make_student, without_linear
 from tcal_compiler.runtime.taps import SiteGroup, collect_taps
@@ -47,7 +51,7 @@ def mixers(student: Student) -> list[GdnMixer]:
     return [m for m in student.gm.modules() if isinstance(m, GdnMixer)]
 
 
-def test_the_window_is_no_longer_than_the_teachers_and_only_beside_plain_scores():
+def test_the_window_sees_no_more_than_the_teacher_and_only_beside_plain_scores():
     sites = (
         lone_site(),
         lone_site(window=4),
@@ -56,7 +60,7 @@ def test_the_window_is_no_longer_than_the_teachers_and_only_beside_plain_scores(
         lone_site(sinks=(0.0,)),
     )
     found = with_local_windows(SiteScan(sites, ()), 6).sites
-    assert [s.local for s in found] == [6, 4, 0, 0, 0]
+    assert [(s.local, s.local_first) for s in found] == [(6, True), (4, False), (0, False), (0, False), (0, False)]
     assert [s.summary().get("local_window") for s in found] == [6, 4, None, None, None]
     assert with_local_windows(SiteScan(found, ()), 0).sites == sites
 
@@ -149,7 +153,7 @@ def test_distillation_lowers_its_error_and_moves_its_scale():
         student = student_with(window, "keep=0")
         initialise(student, taps_of(student), init="closed-form", seed=0, batch=2)
         before = [m.local_scale.detach().clone() for m in mixers(student) if m.local]
-        config = DistillConfig(steps=6, batch=3, warmup=2, lr_gdn=3e-3, lr_other=1e-3, score_every=3, chunk=64)
+        config = DistillConfig(steps=6, batch=3, warmup=2, lr_gdn=1e-3, lr_other=3e-4, score_every=3, chunk=64)
         counted = torch.ones(6, TOKENS - 1, dtype=torch.bool)
         _, curve = distill(student, example_ids(6, TOKENS, VOCAB), counted, train=4, config=config, seed=0)
         ends[window] = [p["held_out"] for p in (curve[0], curve[-1])]
@@ -180,8 +184,8 @@ def test_budgets_count_its_keys_and_values():
     plain = scanned("is_causal")[1]
     scan = with_local_windows(plain, 6)
     own = state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM)
-    beside = 5 * KV_HEADS * 2 * DIM * 4  # what a token sees beside itself
-    assert state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM, local=6) == own + beside
+    beside = 6 * KV_HEADS * 2 * DIM * 4  # the first token, and what a token sees of its window beside itself
+    assert state_bytes(heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM, held=6) == own + beside
     assert memory(scan, [], 100) == memory(plain, [], 100) + 2 * beside
     assert memory(scan, [0], 100) == memory(plain, [0], 100) + beside
 
@@ -197,16 +201,91 @@ def test_the_exported_student_remembers_the_window_alone(tmp_path: Path, policy:
     initialise(student, taps_of(student), init="closed-form", seed=0, batch=2)
     program = student.export()
     capture = capture_program(program, teacher=program.module(), implementation="student", shapes=((2, 9), (1, 1)))
-    windows = [s.window for s in find_attention(capture).sites]
+    sites = find_attention(capture).sites
+    windows = [s.window for s in sites]
     assert windows == ([6, 6] if policy == "none" else [None, 6])
+    assert [s.first for s in sites] == [int(w is not None) for w in windows]
     stateful = make_stateful(capture, max_length=64)
     assert [layer.index for layer in stateful.layers] == ([0, 0, 1, 1] if policy == "none" else [0, 1, 1])
     assert stateful.depth == 2 and len(set(stateful.state_names)) == len(stateful.state_names)
     held = [layer.shape(part, batch=1, past=50) for layer in stateful.layers for part in layer.parts]
-    assert held.count((1, KV_HEADS, 5, DIM)) == 2 * windows.count(6) and all(c.passed for c in stateful.checks)
+    assert held.count((1, 2 * 6, KV_HEADS * DIM)) == windows.count(6) and all(c.passed for c in stateful.checks)
     whole = make_stateful(capture, verify=False, max_length=64, bounded=False)
     assert [layer.held for layer in whole.layers] == [layer.held for layer in stateful.layers]
+    rows, ids = [example_ids(1, n, VOCAB, seed=n) for n in (31, 9)], torch.zeros(2, 31, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, -row.shape[1] :], mask[i, -row.shape[1] :] = row[0], 1
+    logits, _ = run_chunks(stateful, ids, (1, 3, 17, 10), mask=mask, dtype=torch.float32)
+    for i, row in enumerate(rows):  # padded on the left, in chunks shorter and longer than the window
+        torch.testing.assert_close(logits[i, -row.shape[1] :], student.logits(row)[0], rtol=0, atol=1e-4)
     info = {"bos_token_id": 1, "eos_token_id": 2, "context_length": 64}
     artifact = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info=info)
     checks = check_parity(artifact, stateful, whole=student.logits, prompts=[[3, 4, 5, 6, 7, 8, 9, 10]], new_tokens=16)
+    assert all(c.passed for c in checks), [c for c in checks if not c.passed]
+
+
+def test_unequal_windows_have_states_of_one_shape(tmp_path: Path):
+    """onnxruntime-genai takes no others: of a shorter window without a first token, a longer one, and none."""
+    stateful = make_stateful(
+        capture_of_student(("window", "is_causal", "alibi"), "none", local_window=7), max_length=64
+    )
+    assert [(layer.window, layer.first) for layer in stateful.layers if layer.kind == "local"] == [(5, 0), (7, 1)]
+    export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info={"context_length": 64})
+    session = OnnxSession(tmp_path, threads=1)
+    shapes = dict(zip(session.state_names, session.state_shapes(3), strict=True))
+    assert {shapes[f"past_key_values.{i}.conv_state"] for i in range(3)} == {(1, 2 * 7, KV_HEADS * DIM)}
+    prompt = example_ids(1, 17, VOCAB, seed=1)[0].tolist()
+    expected, _ = torch_generate(stateful, prompt, 20)
+    assert list(session.generate(prompt, 20)) == expected and len(set(expected)) > 10
+    session.reset()
+    session.prefill(prompt[:9])
+    session.snapshot().save(tmp_path / "state.npz")
+    session.step(1)
+    session.restore(SessionState.load(tmp_path / "state.npz"))
+    assert list(session.generate(prompt[9:], 20)) == expected
+
+
+def test_batches_are_run_whole_where_only_windows_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows of unequal lengths, in chunks behind others."""
+    stateful = make_stateful(capture_of_student("is_causal", "none", local_window=6), verify=False, max_length=64)
+    export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info={"context_length": 64})
+    session, rows = OnnxSession(tmp_path, threads=1), []
+    run = session._run_rows
+    monkeypatch.setattr(session, "_run_rows", lambda ids, mask, row: (rows.append(row), run(ids, mask, row))[1])
+    ids, mask = example_ids(3, 30, VOCAB), torch.ones(3, 30, dtype=torch.int64)
+    mask[1, :7], mask[2, 11:] = 0, 0
+    session.reset(batch=3)
+    found = [session.forward(i.numpy(), m.numpy()) for i, m in zip(ids.split(13, 1), mask.split(13, 1), strict=True)]
+    exact, _ = run_chunks(stateful, ids, (30,), mask=mask, dtype=torch.float32)
+    difference = (torch.from_numpy(np.concatenate(found, 1)) - exact)[mask == 1]
+    assert rows == [None] * 3 and difference.abs().max() < 1e-4
+
+
+def test_in_profile_cuda_they_are_float16_as_caches_are(tmp_path: Path):
+    """The one that a layer without a window has, too."""
+    capture = capture_of_student(("window", "is_causal", "alibi"), "none", local_window=7)
+    stateful = make_stateful(capture, verify=False, max_length=64)
+    config, info = ExportConfig(max_length=64, profile="cuda"), {"context_length": 64}
+    checks = check_parity(export_onnx(stateful, tmp_path, config=config, info=info), stateful, prompts=[], new_tokens=0)
+    assert all(c.passed for c in checks), [c for c in checks if not c.passed]
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    states = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
+    windows = [kind for name, kind in states.items() if name.endswith(".conv_state")]
+    assert windows == [onnx.TensorProto.FLOAT16] * 6
+    assert states["past_key_values.0.recurrent_state"] == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_kept_core_that_sees_a_window_and_the_first_tokens_is_exported(tmp_path: Path, bounded: bool):
+    capture, _ = scanned("window and first")
+    stateful = make_stateful(capture, max_length=64, bounded=bounded)
+    assert {(layer.window, layer.first, layer.held) for layer in stateful.layers} == {(5, 2, 6 if bounded else None)}
+    artifact = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info={"context_length": 64})
+
+    def whole(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return capture.gm(*capture.inputs(ids))
+
+    checks = check_parity(artifact, stateful, whole=whole, prompts=[[3, 4, 5, 6, 7, 8, 9, 10]], new_tokens=16)
     assert all(c.passed for c in checks), [c for c in checks if not c.passed]

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from command_line import BYTES, SMALL, TINY, done
-from distill_in_parallel import CONFIG, COUNTS, IDS, TRAIN, VARIANTS, start, trained, weights
+from distill_in_parallel import CONFIG, COUNTS, IDS, TRAIN, VARIANTS, alone, start, trained, weights, work
 from torch import nn
 
 from tcal_compiler.api import convert
 from tcal_compiler.config import build_config
 from tcal_compiler.errors import ConfigError, TeacherError
+from tcal_compiler.runtime.allocations import empty_like_, without_values
 from tcal_compiler.runtime.distill import Distiller
-from tcal_compiler.runtime.parallel import SOLO, Group, _Bucket
+from tcal_compiler.runtime.parallel import SOLO, Group, _Bucket, as_first_of
 from tcal_compiler.runtime.sharded import check_weights
 
 TESTS = Path(__file__).parent.parent
@@ -93,9 +94,22 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert mine["held_out"] == pytest.approx(known["held_out"], rel=1e-3)
 
 
+def counted(shard: bool) -> int:
+    """What the first of two processes allocates at most for distill_in_parallel.work, without running it."""
+    student = alone()
+    with as_first_of(2, sharded=shard) as group, without_values() as memory:
+        for gm in (student.gm, student.capture.gm):
+            empty_like_(gm)
+        work(student, group, shard)
+        return memory.all.peak
+
+
 def test_two_processes_train_like_one(tmp_path):
     """With all weights in each, and with a part of them in each; stopped with two and gone on with one, and back."""
-    compared(launch_alone(tmp_path))
+    found = launch_alone(tmp_path)
+    compared(found)
+    for shard in (False, True):
+        assert counted(shard) == pytest.approx(found[0][f"allocated, {shard}"], rel=0.15)
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from tcal_compiler.errors import RunFolderError
 from tcal_compiler.runtime.durable import write_atomic
 from tcal_compiler.runtime.hashed_tensors import save_hashed
+from tcal_compiler.runtime.meter import Meter
 from tcal_compiler.runtime.run_folder import RunFolder
 from tcal_compiler.runtime.training import Checkpoint, TrainState
 
@@ -153,3 +155,13 @@ def test_a_checkpoint_is_loaded_only_as_it_was_written(tmp_path):
             assert "the stage then starts over" in str(e)
         else:  # padding of the header is no content
             assert again is not None and whole[at : at + 1] == b" ", at
+
+
+def test_a_checkpoint_takes_no_memory_beside_what_it_holds(tmp_path):
+    state = TrainState(1, {n: torch.ones(8 << 20) for n in "ab"}, [{"step": 0}])
+    tmp_path.chmod(0o755)
+    before = psutil.Process().memory_info().rss
+    with Meter() as m:
+        Checkpoint(tmp_path / "align.safetensors").save(state)
+    assert m.peak - before < 16 << 20  # of 64 MiB
+    assert (tmp_path / "align.safetensors").stat().st_mode & 0o777 == 0o644

@@ -23,8 +23,8 @@ from tcal_compiler.passes.stateful_graph import StatefulGraph
 from tcal_compiler.runtime import session as session_module
 from tcal_compiler.runtime.config import ExportConfig
 from tcal_compiler.runtime.initialize import naive_
-from tcal_compiler.runtime.onnx_export import export_onnx
-from tcal_compiler.runtime.onnx_parity import torch_generate
+from tcal_compiler.runtime.onnx_export import OnnxArtifact, export_onnx
+from tcal_compiler.runtime.onnx_parity import check_parity, torch_generate
 from tcal_compiler.runtime.sampling import Sampler
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.session_state import SessionState
@@ -89,6 +89,13 @@ def test_greedy_tokens_are_those_of_torch(deployed: tuple[StatefulGraph, Path], 
     assert list(session.generate(PROMPT, 20)) == tokens
     assert logits.shape == (20, VOCAB) and len(set(tokens)) > 2
     assert session.length == len(PROMPT) + 19  # the last token was yielded, not fed
+
+
+def test_it_is_compared_with_torch_within_its_context(deployed: tuple[StatefulGraph, Path]):
+    stateful, folder = deployed
+    artifact = OnnxArtifact(folder / "model.onnx", "ort", 21, stateful.layers, CONTEXT)
+    checks = check_parity(artifact, stateful, prompts=[list(range(60))], new_tokens=60, length=CONTEXT + 20, threads=1)
+    assert all(c.passed for c in checks) and checks[-1].detail.startswith("51 tokens"), checks
 
 
 def test_prefill_at_any_cut_is_the_same(session: OnnxSession, monkeypatch: pytest.MonkeyPatch):
@@ -246,13 +253,15 @@ def test_a_model_of_another_kind(tmp_path: Path):
 
 def test_a_snapshot_of_another_model_is_refused(session: OnnxSession):
     kept = session.snapshot()
-    for wrong in (
-        replace(kept, values=(*kept.values[:-1], np.zeros((1, 2, 3), np.float32))),
-        replace(kept, values=kept.values[:-1]),
-        replace(kept, model="0" * 64),
-        replace(kept, length=3),
+    earlier = f"another model: weights {kept.model[:16]} as int8, here {kept.model[:16]}\n.*another version"
+    for wrong, words in (
+        (replace(kept, values=(*kept.values[:-1], np.zeros((1, 2, 3), np.float32))), "its tensors are not those"),
+        (replace(kept, values=kept.values[:-1]), "its tensors are not those"),
+        (replace(kept, model="0" * 64), f"another model: weights {'0' * 16}, here {kept.model[:16]}"),
+        (replace(kept, model=f"{kept.model}-int8"), earlier),
+        (replace(kept, length=3), "its tensors are not those"),
     ):
-        with pytest.raises(ExportError, match="another model"):
+        with pytest.raises(ExportError, match=words):
             session.restore(wrong)
     session.restore(kept)
 

@@ -9,8 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from tiny_models import DIM, HEADS, VOCAB, capture_of_student
 
+from tcal_compiler.passes.make_stateful import make_stateful
 from tcal_compiler.runtime import quantize
+from tcal_compiler.runtime.config import ExportConfig
+from tcal_compiler.runtime.onnx_export import export_onnx
 from tcal_compiler.runtime.session import OnnxSession
 from tcal_compiler.runtime.smoothing import smooth
 
@@ -53,6 +57,24 @@ def test_the_function_stays_and_constants_take_the_factors(shared_run, tmp_path)
     assert count == len(products(model)) > 4 * kept > 0
     assert len(model.graph.node) == before + kept  # only behind attention is there no constant
     np.testing.assert_allclose(logits(saved(model, source, tmp_path / "a")), logits(source), rtol=1e-4, atol=2e-4)
+
+
+def test_a_window_beside_a_state_takes_its_part(tmp_path):
+    """Behind a converted layer products read a sum, of which both scales take the factors, one of them by head."""
+    stateful = make_stateful(capture_of_student("is_causal", "none", local_window=7), verify=False, max_length=128)
+    source = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=128), info={"context_length": 128}).path
+    model = onnx.load(source)
+    makers = {o: n for n in model.graph.node for o in n.output}
+    behind = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[0] in makers]
+    sums = [n for n in behind if (m := makers[n.input[0]]).op_type == "Reshape" and makers[m.input[0]].op_type == "Add"]
+    before = len(model.graph.node)
+    assert smooth(model, source, {n.input[1] for n in sums}) == 2 and len(model.graph.node) == before
+    scales = [list(t.dims) for t in model.graph.initializer if t.dims and t.dims[0] == HEADS]
+    assert scales.count([HEADS, DIM]) == 4 and [HEADS, 1] not in scales
+    runs = [OnnxSession(p, threads=1) for p in (source, saved(model, source, tmp_path / "a"))]
+    for session in runs:
+        session.reset(batch=len(IDS))
+    np.testing.assert_allclose(*(session.forward(IDS % VOCAB) for session in runs), rtol=1e-4, atol=2e-4)
 
 
 def with_outliers(model: onnx.ModelProto, factor: float) -> int:

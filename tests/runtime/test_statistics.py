@@ -25,7 +25,7 @@ def draw(batch: int = B, length: int = T, seed: int = 0) -> tuple[torch.Tensor, 
     return tuple(torch.randn(batch, h, length, D, generator=gen) for h in (H, K, K))
 
 
-def full_map(q, k, v, *, window: int | None, scale: float, softcap=0.0, slopes=(0.0,) * H, sinks=None) -> dict:
+def full_map(q, k, v, *, window: int | None, scale: float, softcap=0.0, slopes=(0.0,) * H, sinks=None, first=0) -> dict:
     """The definition: one row per head and token, in float64. With sinks, rows are of what falls on tokens."""
     q, k, v = (x.double() for x in (q, k, v))
     length = q.shape[2]
@@ -35,16 +35,16 @@ def full_map(q, k, v, *, window: int | None, scale: float, softcap=0.0, slopes=(
     for h in range(H):
         kh, vh = k[:, h // (H // K)], v[:, h // (H // K)]
         for t in range(length):
-            first = 0 if window is None else max(0, t - window + 1)
-            scores = scale * torch.einsum("bd,bsd->bs", q[:, h, t], kh[:, first : t + 1])
+            seen = [s for s in range(t + 1) if window is None or s > t - window or s < first]
+            scores = scale * torch.einsum("bd,bsd->bs", q[:, h, t], kh[:, seen])
             scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-            scores = scores - slopes[h] * (t - torch.arange(first, t + 1))
+            scores = scores - slopes[h] * (t - torch.tensor(seen))
             a = scores.softmax(-1)
             share = 1.0 if sinks is None else torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sinks[h])
-            context[:, t, h] = torch.einsum("bs,bsd->bd", share * a, vh[:, first : t + 1])
+            context[:, t, h] = torch.einsum("bs,bsd->bd", share * a, vh[:, seen])
             out["entropy"][h] -= (a * a.log()).sum()
-            for s in range(first, t + 1):
-                weight, far = a[:, s - first].sum(), t - s
+            for weight, s in zip(a.sum(0), seen, strict=True):
+                far = t - s
                 out["distance"][h] += weight * max(far, 0.5)
                 out["mass"][h, far.bit_length()] += weight
     tokens = len(q) * length
@@ -56,7 +56,7 @@ SINKS = {"sinks": (0.0, 3.0, -2.0, 1.0)}
 SHAPED = [(None, 0.3, {}), (1, 3.0, {}), (7, 3.0, {}), (None, 3.0, CAP), (7, 0.3, ALIBI), (None, 3.0, SINKS)]
 
 
-@pytest.mark.parametrize("window, scale, scores", [*SHAPED, (7, 0.3, CAP | SINKS)], ids=str)
+@pytest.mark.parametrize("window, scale, scores", [*SHAPED, (7, 0.3, CAP | SINKS), (7, 3.0, {"first": 2})], ids=str)
 def test_statistics_are_those_of_each_row(window, scale, scores):
     data = draw(length=40)
     stats, context = attention_statistics(*data, site=site(window, scale, **scores))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny_models import lone_site
 
@@ -61,3 +62,25 @@ def test_copies_do_not_share_memory():
     step = module._Step(*module._softmax(SITE, 5), 3, 1)
     addresses: Iterable[int] = [x.ctypes.data for x in step._memory]
     assert len(step._bindings) == 3 and len(set(addresses)) == len(list(addresses)) == 3 * 7
+
+
+def test_a_window_beside_the_state_is_measured_as_it_is_deployed():
+    """Its nodes give attention over what is held and the new token."""
+    site = replace(SITE, local=9, local_first=1, scale=0.3)
+    nodes, inputs, _ = module._window(site)
+    gen = np.random.default_rng(0)
+    for name in ("past", "key", "value", "query"):
+        inputs[name] = gen.standard_normal(inputs[name].shape).astype(np.float32)
+    step = module._Step(nodes, inputs, {}, 1, 1)
+    step.seconds()
+    found = dict(zip(step._results, (o.numpy() for o in step._bindings[0].get_outputs()), strict=True))
+    keys, values = (
+        np.concatenate([x, inputs[n]], 1) for x, n in ((inputs["past"][:, :9], "key"), (inputs["past"][:, 9:], "value"))
+    )
+    for h in range(4):
+        k, v = (x.reshape(10, 2, 16)[:, h // 2] for x in (keys, values))
+        scores = np.exp(0.3 * k @ inputs["query"].reshape(4, 16)[h])
+        np.testing.assert_allclose(found["output"][0, 0, h], scores @ v / scores.sum(), atol=1e-5)
+    np.testing.assert_array_equal(found["held"], np.delete(np.concatenate([keys, values], 1), [1, 11], 1))
+    both = step_seconds(scan(site, SITE), 16, threads=1)
+    assert both[0][1] > both[1][1]

@@ -185,5 +185,5 @@ def test_a_snapshot_of_another_length_is_refused(deployed: Deployed):
     kept = session.snapshot()
     for slots in (3, 5):
         window = np.zeros((1, KV_HEADS, slots, DIM), np.float32)
-        with pytest.raises(ExportError, match="another model"):
+        with pytest.raises(ExportError, match="not those of the model's state"):
             session.restore(replace(kept, values=(window, *kept.values[1:])))
