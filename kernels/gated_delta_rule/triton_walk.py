@@ -70,7 +70,7 @@ def _chunk(
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     READ: tl.constexpr,
 ):  # fmt: skip
-    """V' of a chunk (SCORES: Y), [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are, the
+    """V' of a chunk (READ: Y), [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are, the
     others being zero."""
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
     values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV)

@@ -170,6 +170,30 @@ def test_another_length_compiles_nothing():
 
 
 @pytest.mark.gpu
+def test_a_cuda_graph_replays_launches_made_before_it():
+    """Forward and backward, in segments: on the stream of the capture, and on what lies at its addresses."""
+    from tcal_compiler.kernels.gated_delta_rule.triton_backward import gated_delta_rule_triton_backward
+    from tcal_compiler.kernels.gated_delta_rule.triton_forward import gated_delta_rule_triton
+
+    args = [x.cuda() for x in make_args((1, 5000, 2, 1, 64, 64), torch.bfloat16, decay=0.02)]
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = gated_delta_rule_triton(*args, scale=SCALE)
+        return (*outputs, *gated_delta_rule_triton_backward(*outputs, *args, scale=SCALE))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        replayed = run()
+    for factor in (-1.0, 0.5):
+        args[2].mul_(factor)
+        expected = run()
+        graph.replay()
+        assert all(map(torch.equal, replayed, expected))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_long_sequence_is_cut_on_the_gpu(dtype):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
