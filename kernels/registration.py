@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def register(name: str, function: Callable[..., Any]) -> None:
@@ -26,6 +27,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """torch.cuda.device(device), where another one is current."""
-    return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+def on_device(op: str, *tensors: Tensor | None) -> AbstractContextManager[Any]:
+    """The GPU of all these tensors as the current one. Raises ValueError where they lie on several devices, of which
+    kernels that take addresses see nothing."""
+    given = [x for x in tensors if x is not None]
+    index = given[0].get_device()
+    if any([x.get_device() != index for x in given]):  # a list, to save microseconds
+        raise ValueError(f"{op}: want all tensors on one device, got {', '.join(str(x.device) for x in given)}")
+    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)

@@ -11,10 +11,13 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from .launch import compiled_at_once
 
 LARGEST_HEAD_DIM = 256
 ALLOWED_TF32 = 5e-3  # of float32 whose products may take one tf32 product
@@ -63,6 +66,25 @@ def proved(op: str, check: Check, device: int, dtype: torch.dtype, *dims: int, t
             stacklevel=2,
         )
     return not wrong
+
+
+@dataclass(frozen=True)
+class Proof:
+    """run() gives Triton's results, exact() those in float64; both in the order of names."""
+
+    names: Sequence[str]
+    run: Callable[[], Sequence[Tensor]]
+    exact: Callable[[], Sequence[Tensor]]
+
+
+def errors_of(device: torch.device, *proofs: Proof) -> dict[str, float]:
+    """`relative_errors` of all proofs, whose kernels are compiled at once; what is exact is computed meanwhile."""
+    with compiled_at_once(lambda: [proof.run() for proof in proofs], device):
+        exact = [proof.exact() for proof in proofs]
+    found: dict[str, float] = {}
+    for proof, results in zip(proofs, exact, strict=True):
+        found |= relative_errors(proof.names, proof.run(), results)
+    return found
 
 
 def relative_errors(names: Sequence[str], actual: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one of each: it is looked up at every call
 class Shapes:
     """`wants` names each tensor and its sizes: "q [B,T,H,Dk], k [B,T,K,Dk]"; equal letters are equal sizes.
 

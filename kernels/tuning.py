@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 TABLE = Path(__file__).with_name("tuning.json")
 Fields = dict[str, int]
@@ -25,9 +24,9 @@ def table() -> dict[str, dict[str, Fields]]:
     return json.loads(TABLE.read_text())
 
 
-def tuned(op: str, x: Tensor, *dims: int) -> Fields:
-    """Fields for tensors like x with these head dims; none where nothing was measured."""
-    return table().get(place(x.device), {}).get(key(op, x.dtype, *dims), {}) if x.is_cuda else {}
+def tuned(op: str, dtype: torch.dtype, device: torch.device, *dims: int) -> Fields:
+    """Fields for tensors of these head dims; none where nothing was measured."""
+    return table().get(place(device), {}).get(key(op, dtype, *dims), {}) if device.type == "cuda" else {}
 
 
 @cache

@@ -30,6 +30,7 @@ from tcal_compiler.kernels.gated_delta_rule.triton_backward import gated_delta_r
 from tcal_compiler.kernels.gated_delta_rule.triton_forward import gated_delta_rule_triton
 from tcal_compiler.kernels.gated_delta_step import op as step_op
 from tcal_compiler.kernels.gated_delta_step.triton_kernel import gated_delta_step_triton
+from tcal_compiler.kernels.launch import forget
 from tcal_compiler.kernels.self_check import ALLOWED, relative_errors
 
 from . import rule, step
@@ -86,10 +87,12 @@ class Target(ABC):
         entries = tuning.table().setdefault(tuning.place(_device()), {})
         before = entries.get(self.key)
         entries[self.key] = fields
+        forget()
         try:
             yield
         finally:
             entries.pop(self.key) if before is None else entries.update({self.key: before})
+            forget()
 
 
 class Rule(Target):

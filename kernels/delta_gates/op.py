@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import compiled_at_once
 from tcal_compiler.kernels.registration import on_device, register, without_autocast
-from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
+from tcal_compiler.kernels.self_check import Proof, errors_of, exactly, takes_triton
 from tcal_compiler.kernels.shapes import Shapes
 
 from .reference import delta_gates_backward, delta_gates_reference
@@ -39,10 +38,11 @@ def self_check(device: torch.device, dtype: torch.dtype, heads: int) -> dict[str
     def run() -> tuple[Tensor, ...]:
         return *delta_gates_triton(*inputs), *delta_gates_backward_triton(*seeds, *inputs)
 
-    actual = compiled_at_once(run, device)
-    true = exactly(inputs)
-    exact = (*forward_pytorch(*true), *delta_gates_backward(*exactly(seeds), *true))
-    return relative_errors(NAMES, actual, exact)
+    def exact() -> tuple[Tensor, ...]:
+        true = exactly(inputs)
+        return *forward_pytorch(*true), *delta_gates_backward(*exactly(seeds), *true)
+
+    return errors_of(device, Proof(NAMES, run, exact))
 
 
 def _takes_triton(a: Tensor, b: Tensor) -> bool:
@@ -55,7 +55,7 @@ def _forward(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tens
         if _takes_triton(a, b):
             from .triton_kernel import delta_gates_triton
 
-            with on_device(a.device):
+            with on_device("delta_gates", a, b, a_log, dt_bias):
                 return delta_gates_triton(a, b, a_log, dt_bias)
         g, beta = forward_pytorch(a, b, a_log, dt_bias)
     return g.contiguous(), beta.contiguous()
@@ -77,7 +77,7 @@ def _backward(
         if _takes_triton(a, b):
             from .triton_kernel import delta_gates_backward_triton
 
-            with on_device(a.device):
+            with on_device("delta_gates", d_g, d_beta, a, b, a_log, dt_bias):
                 return delta_gates_backward_triton(d_g, d_beta, a, b, a_log, dt_bias)
         d_a, d_b, d_log, d_bias = delta_gates_backward(d_g, d_beta, a, b, a_log, dt_bias)
     return d_a.contiguous(), d_b.contiguous(), d_log.contiguous(), d_bias.contiguous()

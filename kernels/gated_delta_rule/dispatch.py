@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import compiled_at_once
 from tcal_compiler.kernels.registration import on_device
-from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_tf32, takes_triton
+from tcal_compiler.kernels.self_check import Proof, errors_of, exactly, takes_tf32, takes_triton
 
 from .chunked import gated_delta_rule_chunked
 from .chunked_backward import gated_delta_rule_chunked_backward
@@ -23,7 +22,7 @@ def forward(*inputs: Tensor, scale: float, bounds: tuple[int, ...] | None = None
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_forward import gated_delta_rule_triton
 
-        with on_device(inputs[0].device):
+        with on_device("gated_delta_rule", *inputs):
             return gated_delta_rule_triton(*inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return forward_each(gated_delta_rule_chunked, bounds, *inputs, scale=scale)
@@ -37,7 +36,7 @@ def backward(
     if _takes_triton(inputs[0], inputs[2], packed=bounds is not None):
         from .triton_backward import gated_delta_rule_triton_backward
 
-        with on_device(d_out.device):
+        with on_device("gated_delta_rule", d_out, d_state, *inputs):
             return gated_delta_rule_triton_backward(d_out, d_state, *inputs, scale=scale, bounds=bounds)
     if bounds is not None:
         return backward_each(gated_delta_rule_chunked_backward, bounds, d_out, d_state, *inputs, scale=scale)
@@ -65,58 +64,54 @@ def self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim
     """rms error over rms of Triton's results against float64, of every kernel that a call with these dims may take."""
     from tcal_compiler.kernels.gated_delta_step import op as step
 
-    found = step.self_check(device, dtype, key_dim, value_dim, normalize=False, normed=False)
-    return found | _errors(device, dtype, key_dim, value_dim, packed=False)
+    short = step.proof(device, dtype, key_dim, value_dim, normalize=False, normed=False)
+    return errors_of(device, _proof(device, dtype, key_dim, value_dim, packed=False), short)
 
 
 def packed_self_check(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, float]:
     """As `self_check`, the tokens in packed sequences."""
-    return _errors(device, dtype, key_dim, value_dim, packed=True)
+    return errors_of(device, _proof(device, dtype, key_dim, value_dim, packed=True))
 
 
 def cases(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> list[Case]:
     """Two query heads on one key head; and a sequence that is cut into segments, where one can be."""
-    from .triton_tiles import CHUNK, as_kernels_take, setting_for
-    from .triton_walk import cut_for, cut_to_read, least_cut
+    from .triton_tiles import CHUNK, as_kernels_take, setting_for, sizes_of
+    from .triton_walk import cut_for_states, cut_to_read, least_cut
 
     dims = (key_dim, key_dim, value_dim)
     q, _, v = as_kernels_take(tuple(torch.empty(1, 1, 1, dim, dtype=dtype, device=device) for dim in dims))
-    s = setting_for(q, v)
+    s = setting_for(sizes_of(q, v))
     found = [Case(131, 2, (0, 5, 5, 130, 131) if packed else None)]
     long = least_cut(s) + 1
-    cuts = (cut_to_read(long, 1, value_dim, s, device), cut_for(long, 1, value_dim, s, device, wide=True))
-    if any(cut.segments > 1 for cut in cuts):
+    if any(cut(long, 1, value_dim, s, device).segments > 1 for cut in (cut_to_read, cut_for_states)):
         found.append(Case(CHUNK * long, 1, (0, CHUNK * long) if packed else None))
     return found
 
 
-def _errors(
-    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool
-) -> dict[str, float]:
+def _proof(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, *, packed: bool) -> Proof:
     from .triton_backward import gated_delta_rule_triton_backward
     from .triton_forward import gated_delta_rule_triton
 
     scale = key_dim**-0.5
-    found: dict[str, float] = {}
     tried = cases(device, dtype, key_dim, value_dim, packed=packed)
     made = [_made(device, dtype, key_dim, value_dim, case) for case in tried]
 
-    def run() -> list[tuple[Tensor, ...]]:
-        results: list[tuple[Tensor, ...]] = []
+    def run() -> list[Tensor]:
+        results: list[Tensor] = []
         for case, (inputs, seeds) in zip(tried, made, strict=True):
-            out = gated_delta_rule_triton(*inputs, scale=scale, bounds=case.bounds)
-            grads = gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=case.bounds)
-            results.append((*out, *grads))
+            results += gated_delta_rule_triton(*inputs, scale=scale, bounds=case.bounds)
+            results += gated_delta_rule_triton_backward(*seeds, *inputs, scale=scale, bounds=case.bounds)
         return results
 
-    for case, tensors, actual in zip(tried, made, compiled_at_once(run, device), strict=True):
-        inputs, seeds = map(exactly, tensors)  # float64, which goes to PyTorch
-        exact = (
-            *forward(*inputs, scale=scale, bounds=case.bounds),
-            *backward(*seeds, *inputs, scale=scale, bounds=case.bounds),
-        )
-        found |= relative_errors([f"{name} of {case}" for name in NAMES], actual, exact)
-    return found
+    def exact() -> list[Tensor]:
+        results: list[Tensor] = []
+        for case, tensors in zip(tried, made, strict=True):
+            inputs, seeds = map(exactly, tensors)  # float64, which goes to PyTorch
+            results += forward(*inputs, scale=scale, bounds=case.bounds)
+            results += backward(*seeds, *inputs, scale=scale, bounds=case.bounds)
+        return results
+
+    return Proof([f"{name} of {case}" for case in tried for name in NAMES], run, exact)
 
 
 def _made(

@@ -1,11 +1,10 @@
-"""Triton backward of the gated delta rule: five steps after the forward's solve and walk are run again.
+"""Triton backward of the gated delta rule: four steps after the forward's solve and walk are run again.
 
 The names are those of `chunked_backward`; q is not scaled in memory, so `scale` is applied where q meets dO.
-1. inward, all chunks: P^T dO                                       -> d_rows [rows, N, C, Dv]
-2. the walk back (`triton_walk_back`): dS behind each chunk, dR in the place of P^T dO
-3. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
-4. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
-5. gates: sums over the parts and along tokens give dg and dbeta
+1. the walk back (`triton_walk_back`): dS behind each chunk, dR
+2. pairs, all chunks: G = [dO; -dR] V'^T, masked and decayed, dv, the value part of dbeta, the pair part of dg
+3. keys, all chunks, a part of Dk per program: dq, dk, and this part's share of dbeta and dg
+4. gates: sums over the parts and along tokens give dg and dbeta
 dk and dv are summed over the query heads of a group in PyTorch. No atomics: results are the same every run.
 """
 
@@ -18,41 +17,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
+from tcal_compiler.kernels.launch import Launch, cdiv, per_size
 from tcal_compiler.kernels.self_check import takes_tf32
 from tcal_compiler.kernels.tiles import dot, load_columns, load_gate, load_rows, store_gate, store_rows
 
 from .triton_layout import COUNTS, Layout, chunk_at, layout_of
-from .triton_solve import solve_chunks
+from .triton_solve import Solve
 from .triton_tiles import (
     CHUNK,
     Setting,
+    Sizes,
     as_kernels_take,
     decay_sums,
     exp32,
     pair_decay,
-    pair_decay_transposed,
     setting_for,
+    sizes_of,
 )
 from .triton_walk import Walk
-from .triton_walk_back import walk_back
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _inward(
-    q, k, g, d_out, d_fresh, chunks, scale, T, N, H, K, DK, DV,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    h, t0, end = chunk_at(pid, chunks, T, N, H, C, PACKED)
-    keys = load_rows(k + h // (H // K) * DK, t0, K * DK, end, 0, DK, C, BK)
-    queries_t = load_columns(q + h * DK, t0, H * DK, end, 0, DK, C, BK)
-    c, _ = decay_sums(load_gate(g + h, t0, H, end, C), GATE)
-    scores_t = dot(keys, queries_t, DOT, PRECISION) * pair_decay_transposed(c, C) * scale
-    for v0 in range(0, DV, BV):
-        grad = load_rows(d_out + h * DV, t0, H * DV, end, v0, DV, C, BV)
-        store_rows(d_fresh + pid * C * DV, dot(scores_t, grad, DOT, PRECISION), 0, DV, C, v0, DV, C, BV)
+from .triton_walk_back import WalkBack
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -193,56 +176,64 @@ def gated_delta_rule_triton_backward(
     bounds of packed sequences: as for `gated_delta_rule_triton`.
     """
     inputs = (q, k, v, g, beta, initial_state)
+    tf32 = takes_tf32(q)
     q, k, v, g, beta, state = as_kernels_take(inputs)
     d_out, d_state = d_out.to(q.dtype).contiguous(), d_state.float().contiguous()
-    s, layout = setting_for(q, v, tf32=takes_tf32(inputs[0])), layout_of(q, bounds)
-    solved = solve_chunks(q, k, g, beta, layout, s, scores=False)
-    states, fresh, _ = Walk(q, k, v, solved, state, layout, s).states()
-    d_rows = torch.empty_like(fresh)
-    sizes = (layout.tokens, layout.chunks, layout.heads, *k.shape[2:], v.shape[3])
-    blocks = s.blocks(s.key_block) | dict(PACKED=layout.packed)
-    programs = layout.rows * layout.chunks
-    launch(_inward, programs, q, k, g, d_out, d_rows, layout.given(q), scale, *sizes, **blocks)
-    d_states, d_start = walk_back(q, k, d_out, d_rows, d_state, solved, layout, s, scale=scale)
-    grads = _at_all_chunks((q, k, v, g, beta, d_out), (states, fresh, d_rows, d_states), layout, scale, s)
-    *firsts, dg, dbeta = grads
+    solve, walk, walk_back, at_all_chunks = _launches(sizes_of(q, v), bounds, scale, tf32)
+    solved = solve(q, k, g, beta)
+    states, fresh = walk.states(q, k, v, state, solved)
+    d_rows, d_states, d_start = walk_back(k, d_out, d_state, solved)
+    del solved  # what follows needs the memory
+    *firsts, dg, dbeta = at_all_chunks((q, k, v, g, beta, d_out), (states, fresh, d_rows, d_states))
     dq, dk, dv = (_over_group(x, like) for x, like in zip(firsts, inputs[:3], strict=True))
     return dq, dk, dv, dg.to(inputs[3].dtype), dbeta.to(inputs[4].dtype), d_start.to(inputs[5].dtype)
 
 
-def _at_all_chunks(
-    inputs: tuple[Tensor, ...], walked: tuple[Tensor, ...], layout: Layout, scale: float, s: Setting
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Steps 3 to 5: dq, dk, dv per query head, dg, dbeta."""
-    q, k, v, g, beta, d_out = inputs
-    states, fresh, d_rows, d_states = walked
-    rows, num_chunks = layout.rows, layout.chunks
-    count, parts = rows * num_chunks, cdiv(q.shape[3], s.key_part)
-    sizes = (layout.tokens, num_chunks, layout.heads, *k.shape[2:], v.shape[3])
-    one_head, table = k.shape[2] == q.shape[2], layout.given(q)
+class AtAllChunks:
+    """Steps 2 to 4, for one size: dq, dk, dv per query head, dg, dbeta."""
 
-    def floats(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=q.device)
+    def __init__(self, x: Sizes, layout: Layout, s: Setting, scale: float) -> None:
+        count, parts = layout.rows * layout.chunks, cdiv(x.key_dim, s.key_part)
+        sizes = (layout.tokens, layout.chunks, x.heads, x.kv_heads, x.key_dim, x.value_dim)
+        types: dict[str, Any] = dict(C=CHUNK, GATE=s.gate, PACKED=layout.packed)
+        products = types | dict(BV=s.pair_columns, DOT=s.dot, PRECISION=s.precision)
+        products |= dict(num_warps=s.pair_warps, num_stages=s.stages)
+        self._pairs = Launch(_pairs, count, scale, *sizes, BK=s.key_block, **products)
+        self._keys = Launch(_keys, count * parts, scale, *sizes, count, BK=s.key_part, **products)
+        self._gates = Launch(_gates, count, *sizes[:3], parts, count, num_warps=1, **types)
+        self._layout, self._kept, self._one_head = layout, s.kept, x.heads == x.kv_heads
+        self._chunks, self._parts = (layout.rows, layout.chunks), (parts, layout.rows, layout.chunks)
 
-    def per_head(x: Tensor) -> Tensor:  # float32 where it is summed over a group afterwards
-        dtype = x.dtype if one_head else torch.float32
-        return torch.empty(*q.shape[:3], x.shape[3], dtype=dtype, device=q.device)
+    def __call__(
+        self, inputs: tuple[Tensor, ...], walked: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        q, k, v, g, beta, d_out = inputs
+        states, fresh, d_rows, d_states = walked
+        table = self._layout.given(q)
 
-    def blocks(columns: int) -> dict[str, Any]:
-        return s.blocks(columns) | dict(PACKED=layout.packed)
+        def floats(*size: int) -> Tensor:
+            return q.new_empty(size, dtype=torch.float32)
 
-    dq, dk, dv = torch.empty_like(q), per_head(k), per_head(v)
-    pairs = torch.empty(rows, num_chunks, 2, CHUNK, CHUNK, dtype=s.kept, device=q.device)
-    by_value, by_pair = floats(rows, num_chunks, CHUNK), floats(rows, num_chunks, CHUNK)
-    by_key, total, end = (floats(parts, rows, num_chunks, CHUNK) for _ in range(3))
-    kept = floats(parts, rows, num_chunks)
-    given = (q, k, v, g, beta, d_out, fresh, d_rows)
-    launch(_pairs, count, *given, pairs, dv, by_value, by_pair, table, scale, *sizes, **blocks(s.key_block))
-    read = (q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs)
-    taken = (dq, dk, by_key, total, end, kept)
-    launch(_keys, count * parts, *read, *taken, table, scale, *sizes, count, **blocks(s.key_part))
-    dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
-    sums = (by_value, by_pair, by_key, total, end, kept)
-    types = dict(C=CHUNK, GATE=s.gate, PACKED=layout.packed)
-    launch(_gates, count, *sums, dg, dbeta, table, *sizes[:3], parts, count, **types, num_warps=1)
-    return dq, dk, dv, dg, dbeta
+        def per_head(x: Tensor) -> Tensor:  # float32 where it is summed over a group afterwards
+            return q.new_empty(*q.shape[:3], x.shape[3], dtype=x.dtype if self._one_head else torch.float32)
+
+        dq, dk, dv = torch.empty_like(q), per_head(k), per_head(v)
+        pairs = q.new_empty(*self._chunks, 2, CHUNK, CHUNK, dtype=self._kept)
+        by_value, by_pair = (floats(*self._chunks, CHUNK) for _ in range(2))
+        by_key, total, end = (floats(*self._parts, CHUNK) for _ in range(3))
+        kept = floats(*self._parts)
+        self._pairs(q, k, v, g, beta, d_out, fresh, d_rows, pairs, dv, by_value, by_pair, table)
+        read = (q, k, g, beta, d_out, fresh, d_rows, states, d_states, pairs)
+        self._keys(*read, dq, dk, by_key, total, end, kept, table)
+        dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
+        self._gates(by_value, by_pair, by_key, total, end, kept, dg, dbeta, table)
+        return dq, dk, dv, dg, dbeta
+
+
+@per_size
+def _launches(
+    x: Sizes, bounds: tuple[int, ...] | None, scale: float, tf32: bool
+) -> tuple[Solve, Walk, WalkBack, AtAllChunks]:
+    s, layout = setting_for(x, tf32=tf32), layout_of(x, bounds)
+    solve, walk = Solve(x, layout, s, scale, read=False), Walk(x, layout, s, read=False)
+    return solve, walk, WalkBack(x, layout, s), AtAllChunks(x, layout, s, scale)

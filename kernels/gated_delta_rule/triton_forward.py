@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tcal_compiler.kernels.gated_delta_step import MOST_TOKENS
 from tcal_compiler.kernels.gated_delta_step.triton_kernel import gated_delta_step_triton
+from tcal_compiler.kernels.launch import per_size
 from tcal_compiler.kernels.self_check import takes_tf32
 
 from .triton_layout import layout_of
-from .triton_solve import solve_chunks
-from .triton_tiles import as_kernels_take, setting_for
+from .triton_solve import Solve
+from .triton_tiles import Sizes, as_kernels_take, setting_for, sizes_of
 from .triton_walk import Walk
 
 
@@ -38,7 +39,12 @@ def gated_delta_rule_triton(
         return gated_delta_step_triton(q, k, v, g, beta, initial_state, scale=scale)
     v_dtype, state_dtype, tf32 = v.dtype, initial_state.dtype, takes_tf32(q)
     q, k, v, g, beta, state = as_kernels_take((q, k, v, g, beta, initial_state))
-    s, layout = setting_for(q, v, tf32=tf32), layout_of(q, bounds)
-    solved = solve_chunks(q, k, g, beta, layout, s, scale=scale, scores=True)
-    out, final = Walk(q, k, v, solved, state, layout, s).outputs(scale, v_dtype)
+    solve, walk = _launches(sizes_of(q, v), bounds, scale, tf32)
+    out, final = walk.outputs(q, k, v, state, solve(q, k, g, beta), v_dtype)
     return out, final.to(state_dtype)
+
+
+@per_size
+def _launches(x: Sizes, bounds: tuple[int, ...] | None, scale: float, tf32: bool) -> tuple[Solve, Walk]:
+    s, layout = setting_for(x, tf32=tf32), layout_of(x, bounds)
+    return Solve(x, layout, s, scale, read=True), Walk(x, layout, s, scale, read=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tcal_compiler.kernels.launch import cdiv
 
-from .triton_tiles import CHUNK
+from .triton_tiles import CHUNK, Sizes
 
 COLUMNS = tl.constexpr(7)  # of the table of segments
 # Arguments whose value kernels are not compiled for, so that one call's kernels serve for all lengths and heads.
@@ -108,13 +108,12 @@ class Layout:
         return Cuts(length, 0, len(table), table, firsts)
 
 
-def layout_of(q: Tensor, bounds: tuple[int, ...] | None) -> Layout:
-    batch, tokens, heads = q.shape[:3]
+def layout_of(x: Sizes, bounds: tuple[int, ...] | None) -> Layout:
     if bounds is None:
-        chunks = cdiv(tokens, CHUNK)
-        return Layout(batch, tokens, heads, batch * heads, chunks, chunks, None, q.device, None)
-    table, longest = _chunks(bounds, q.device)
-    return Layout(len(bounds) - 1, tokens, heads, heads, len(table), longest, bounds, q.device, table)
+        chunks = cdiv(x.tokens, CHUNK)
+        return Layout(x.batch, x.tokens, x.heads, x.batch * x.heads, chunks, chunks, None, x.device, None)
+    table, longest = _chunks(bounds, x.device)
+    return Layout(len(bounds) - 1, x.tokens, x.heads, x.heads, len(table), longest, bounds, x.device, table)
 
 
 @lru_cache(maxsize=16)  # a model's layers, forward and backward, ask for the same

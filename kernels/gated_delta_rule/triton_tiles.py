@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.tuning import Fields, tuned
+from tcal_compiler.kernels.tuning import tuned
 
 CHUNK = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -40,59 +40,64 @@ def pair_decay(c, C: tl.constexpr):
     return tl.exp2(tl.where(i[:, None] >= i[None, :], (c[:, None] - c[None, :]).to(tl.float32), float("-inf")))
 
 
-@triton.jit
-def pair_decay_transposed(c, C: tl.constexpr):
-    i = tl.arange(0, C)
-    c = c * LOG2_E
-    return tl.exp2(tl.where(i[:, None] <= i[None, :], (c[None, :] - c[:, None]).to(tl.float32), float("-inf")))
-
-
 @dataclass(frozen=True)
 class Setting:
     """What the kernels are compiled for."""
 
     key_block: int  # all key columns, a power of two
-    value_block: int  # value columns of one program of a walk
+    value_block: int  # value columns of one program of the walk that stores states
     key_part: int  # key columns of one program of the gradients
     dot: Any  # type of the operands of products
     gate: Any  # type in which g is summed
     precision: str  # of products of float32 operands, as `dot` takes it
     kept: torch.dtype  # of U, W, P, V', dR, states, pairs between kernels; the inverse stays float32
     stages: int  # of the loops that load tiles ahead; each costs shared memory
-    warps: int  # of the walks
+    warps: int  # of the walk that stores states
     pair_warps: int  # of the gradients
     pair_columns: int  # value columns that these take at a time
     solve_warps: int
     solve_registers: int | None  # of a thread at most
     solve_keys: int  # key columns that one product of the solve takes
-    read_columns: int  # value columns of one program of the walk that reads the outputs, and of the ends before it
+    read_columns: int  # value columns of one program of the walk that reads the outputs and of the walk back
     read_stages: int
     read_warps: int
-    read_programs: int  # of that walk that a processor runs at once, as its shared memory holds them
-
-    def blocks(self, columns: int) -> dict[str, Any]:
-        """The constexpr arguments that the kernels of the gradients share."""
-        types = dict(DOT=self.dot, GATE=self.gate, PRECISION=self.precision)
-        return dict(
-            C=CHUNK, BK=columns, BV=self.pair_columns, num_warps=self.pair_warps, num_stages=self.stages, **types
-        )
+    read_programs: int  # of these walks that a processor runs at once, as its shared memory holds them
 
 
-def setting_for(q: Tensor, v: Tensor, *, tf32: bool = False) -> Setting:
+class Sizes(NamedTuple):
+    """What launches are made for: of one call's q and v, as `as_kernels_take` returns them."""
+
+    batch: int
+    tokens: int
+    heads: int
+    key_dim: int
+    kv_heads: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def sizes_of(q: Tensor, v: Tensor) -> Sizes:
+    (batch, tokens, heads, key_dim), (kv_heads, value_dim) = q.shape, v.shape[2:]
+    return Sizes(batch, tokens, heads, key_dim, kv_heads, value_dim, q.dtype, q.device)
+
+
+def setting_for(x: Sizes, *, tf32: bool = False) -> Setting:
     """bfloat16: bfloat16 products, but one tf32 product where the inverse meets the values, which halves the error.
     float32: three tf32 products for one, and g summed in float64; with tf32 one product of factors that are
-    rounded to nearest. q and v as `as_kernels_take` returns them.
+    rounded to nearest.
 
     Shared memory sets value_block and stages; each row was run on Hopper, Triton 3.6. bfloat16 products with 256
     key columns were wrong there with one stage (o off by a third, illegal addresses), and more stages did not fit.
     What `tuning` has for this card is taken instead.
     """
-    usual = _usual_setting(q.shape[-1], v.shape[-1], narrow=q.dtype == torch.bfloat16, cuda=q.is_cuda, tf32=tf32)
-    measured: dict[str, Any] = measured_for(q, v)
+    narrow, cuda = x.dtype == torch.bfloat16, x.device.type == "cuda"
+    usual = _usual_setting(x.key_dim, x.value_dim, narrow=narrow, cuda=cuda, tf32=tf32)
+    measured: dict[str, Any] = tuned("gated_delta_rule", x.dtype, x.device, x.key_dim, x.value_dim)
     return replace(usual, **measured) if measured else usual
 
 
-@lru_cache(maxsize=64)  # each call asks for it
+@lru_cache(maxsize=64)  # every new size asks for it
 def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf32: bool) -> Setting:
     key_block = max(16, triton.next_power_of_2(key_dim))
     bfloat16_products = narrow and cuda  # the interpreter multiplies the bits of bfloat16
@@ -118,11 +123,6 @@ def _usual_setting(key_dim: int, value_dim: int, *, narrow: bool, cuda: bool, tf
         read_warps=8 if wide else 4,
         read_programs=1,
     )
-
-
-def measured_for(q: Tensor, v: Tensor) -> Fields:
-    """Those fields of the setting that the table gives."""
-    return tuned("gated_delta_rule", q, q.shape[-1], v.shape[-1])
 
 
 def as_kernels_take(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -30,12 +30,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
+from tcal_compiler.kernels.launch import Launch, cdiv
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_columns, store_rows
 
 from .triton_layout import COUNTS, Cuts, Layout, segment_at
 from .triton_solve import Solved
-from .triton_tiles import CHUNK, Setting
+from .triton_tiles import CHUNK, Setting, Sizes
 
 FORGOTTEN = tl.constexpr(-70.0)  # a state that has decayed by this exponent is no part of any sum
 SHORTEST = 8  # chunks of a segment
@@ -68,15 +68,15 @@ def load_gates(gates, C: tl.constexpr):
 def _chunk(
     state, kp, vp, inverse, into, fade, rate, keep, t0, v0, columns, T, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    SCORES: tl.constexpr,
+    READ: tl.constexpr,
 ):  # fmt: skip
-    """V' of a chunk (SCORES: Y), [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are, the
+    """V' of a chunk (READ: Y), [BV, C], and the state behind it, [BV, BK]. columns: those of v that there are, the
     others being zero."""
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
     values = load_columns(vp, t0, K * DV, T, v0, columns, C, BV)
     solve = load_columns(inverse, 0, C, C, 0, C, C, C)
     seen = dot(state, tl.trans(keys), DOT, PRECISION) * into[None, :]
-    if SCORES:
+    if READ:
         new = dot(values, solve, DOT, PRECISION) - dot(seen, solve, DOT, PRECISION)
     else:
         new = dot((values.to(tl.float32) - seen) * rate[None, :], solve, DOT, PRECISION)
@@ -114,7 +114,7 @@ def store_end(ends, index, state, unit, v0, DK, DV, BK: tl.constexpr, BV: tl.con
 def _ends(
     k, v, matrices, gates, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr,
+    STAGES: tl.constexpr, PACKED: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(DV, BV) + tl.cdiv(DK, BV)
     pid = tl.program_id(0).to(tl.int64)
@@ -129,8 +129,8 @@ def _ends(
     for n in tl.range(first, last, num_stages=STAGES):
         into, fade, rate, keep = load_gates(gates + (at + n) * 4 * C, C)
         _, state = _chunk(
-            state, kp, vp, matrices + (at + n) * (1 + SCORES) * C * C, into, fade, rate, keep, n * C, v0, columns,
-            tokens, K, DK, DV, C, BK, BV, DOT, PRECISION, SCORES,
+            state, kp, vp, matrices + (at + n) * 2 * C * C, into, fade, rate, keep, n * C, v0, columns,
+            tokens, K, DK, DV, C, BK, BV, DOT, PRECISION, READ,
         )  # fmt: skip
     if read:
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
@@ -178,7 +178,7 @@ def _walk(
     first = (segment * LENGTH).to(tl.int32)
     for n in tl.range(first, tl.minimum(first + LENGTH, count), num_stages=STAGES):
         at, t0 = at_start + n, n * C
-        inverse = matrices + at * (1 + READ) * C * C
+        inverse = matrices + at * 2 * C * C
         into, fade, rate, keep = load_gates(gates + at * 4 * C, C)
         if READ:
             queries = load_columns(qp, t0, H * DK, tokens, 0, DK, C, BK)
@@ -213,21 +213,18 @@ def least_cut(s: Setting) -> int:
     return SHORTEST * WORTH * max(2, s.read_programs)
 
 
+def cut_for_states(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device) -> Cut:
+    """Of the walk that stores states: as many programs as the card runs at once, where there are enough chunks to cut;
+    as measured on an H200."""
+    segments = _segments(chunks, rows * cdiv(value_dim, s.value_block), 2, s, device)
+    stages = 3 if s.dot == tl.bfloat16 and s.key_block <= 64 else s.stages
+    return Cut(segments, s.value_block, stages, s.warps)
+
+
 def cut_to_read(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device) -> Cut:
-    """As `cut_for`, of the walk that reads the outputs, whose fields are its own."""
+    """Of the walk that reads the outputs, and of the walk back, which has as much to load."""
     segments = _segments(chunks, rows * cdiv(value_dim, s.read_columns), s.read_programs, s, device)
     return Cut(segments, s.read_columns, s.read_stages, s.read_warps)
-
-
-def cut_for(chunks: int, rows: int, value_dim: int, s: Setting, device: torch.device, *, wide: bool) -> Cut:
-    """As many programs as the card runs at once, where there are enough chunks to cut; as measured on an H200.
-
-    wide: the walk back loads more tiles a chunk, so that a processor's shared memory holds one program, not two.
-    """
-    segments = _segments(chunks, rows * cdiv(value_dim, s.value_block), 1 if wide else 2, s, device)
-    narrow = s.dot == tl.bfloat16
-    stages = 3 if narrow and (wide or s.key_block <= 64) else 1 if wide and s.key_block > 64 else s.stages
-    return Cut(segments, s.value_block, stages, s.warps)
 
 
 def _segments(chunks: int, programs: int, at_once: int, s: Setting, device: torch.device) -> int:
@@ -243,77 +240,92 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def join(state: Tensor, ends: Tensor, cuts: Cuts, s: Setting) -> Tensor:
+class Join:
     """The true start of every segment [segments, H, Dk, Dv], from those of all sequences [B, H, Dk, Dv].
 
     ends [segments, H, Dk, Dv + Dk]: N, then M, which takes a segment's start S to its end M S + N; of a sequence's last
     segment nothing, of its first the true end in the place of N.
     """
-    batch, heads, key_dim, value_dim = state.shape
-    starts = state.new_empty(cuts.total, *state.shape[1:])
-    programs = batch * heads * cdiv(value_dim, 16)
-    sizes = (cuts.each, heads, key_dim, value_dim)
-    packed = cuts.firsts is not None
-    firsts = cuts.firsts if packed else state
-    blocks = dict(BK=s.key_block, BV=16, PACKED=packed, num_warps=4)
-    launch(_join, programs, state, ends, starts, firsts, *sizes, **blocks)
-    return starts
+
+    def __init__(self, x: Sizes, layout: Layout, cuts: Cuts, s: Setting) -> None:
+        self._firsts, packed = cuts.firsts, cuts.firsts is not None
+        self._starts = (cuts.total, x.heads, x.key_dim, x.value_dim)
+        programs = layout.sequences * x.heads * cdiv(x.value_dim, 16)
+        blocks = dict(BK=s.key_block, BV=16, PACKED=packed, num_warps=4)
+        self._launch = Launch(_join, programs, cuts.each, x.heads, x.key_dim, x.value_dim, **blocks)
+
+    def __call__(self, state: Tensor, ends: Tensor) -> Tensor:
+        starts = state.new_empty(self._starts)
+        self._launch(state, ends, starts, state if self._firsts is None else self._firsts)
+        return starts
 
 
-@dataclass(frozen=True)
+class CutWalk:
+    """The launches of a walk, from the first chunk on or from the last, for one size.
+
+    ends and walk: kernels 1 and 3, which take the table of segments behind all other tensors; numbers: those that
+    `walk` takes before the sizes.
+    """
+
+    def __init__(
+        self, x: Sizes, layout: Layout, s: Setting, cut: Cut, ends: Any, walk: Any, *numbers: float, **options: Any
+    ) -> None:
+        cuts = layout.cuts(cut.segments)
+        sizes = (layout.tokens, layout.chunks, cuts.length, cuts.each, x.heads, x.kv_heads, x.key_dim, x.value_dim)
+        options |= dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
+        options |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
+        segments, parts = cuts.total * x.heads, cdiv(x.value_dim, cut.columns)
+        self._cuts, self._end_sizes = cuts, (cuts.total, x.heads, x.key_dim, x.value_dim + x.key_dim)
+        self._walk = Launch(walk, segments * parts, *numbers, *sizes, **options)
+        self._before: tuple[Launch, Join] | None = None  # where a sequence is cut
+        if cuts.total > layout.sequences:
+            programs = segments * (parts + cdiv(x.key_dim, cut.columns))
+            self._before = Launch(ends, programs, *sizes, **options), Join(x, layout, cuts, s)
+
+    def starts(self, state: Tensor, *read: Tensor) -> Tensor:
+        """The true start of every segment, [segments, H, Dk, Dv]; `state` where no sequence is cut."""
+        if self._before is None:
+            return state
+        launch, join = self._before
+        ends = state.new_empty(self._end_sizes)
+        launch(*read, state, ends, self._cuts.given(read[0]))
+        return join(state, ends)
+
+    def walk(self, *tensors: Tensor) -> None:
+        self._walk(*tensors, self._cuts.given(tensors[0]))
+
+
 class Walk:
-    """A walk over the chunks of all sequences: its data and its launches."""
+    """The walk of the forward, for one size.
 
-    q: Tensor  # [B, T, H, Dk]
-    k: Tensor  # [B, T, K, Dk]
-    v: Tensor  # [B, T, K, Dv]
-    solved: Solved
-    state: Tensor  # [B, H, Dk, Dv], before the first chunk
-    layout: Layout
-    s: Setting
+    read: it reads the outputs; else it stores the states before each chunk, and V'. What it does not fill it never
+    touches, so that any tensor may stand for that.
+    """
 
-    def run(self, cut: Cut, states: Tensor, fresh: Tensor, out: Tensor, scale: float, *, read: bool) -> Tensor:
-        """The final state [B, H, Dk, Dv].
+    def __init__(self, x: Sizes, layout: Layout, s: Setting, scale: float = 1.0, *, read: bool) -> None:
+        choose = cut_to_read if read else cut_for_states
+        cut = choose(layout.longest, layout.whole_rows, x.value_dim, s, layout.device)
+        self._launches, self._kept = CutWalk(x, layout, s, cut, _ends, _walk, scale, READ=read), s.kept
+        self._states = (layout.rows, layout.chunks, x.key_dim, x.value_dim)
+        self._fresh = (layout.rows, layout.chunks, CHUNK, x.value_dim)
 
-        read: fills out [B, T, H, Dv]; else states [rows, N, Dk, Dv], before each chunk, and fresh, V' [rows, N, C, Dv].
-        What is not filled is never touched, so that any tensor may stand for it.
-        """
-        lay, cuts = self.layout, self.layout.cuts(cut.segments)
-        sizes = (lay.tokens, lay.chunks, cuts.length, cuts.each, lay.heads, *self.k.shape[2:], self.v.shape[3])
-        starts = self.state if cuts.total == lay.sequences else self._starts(cut, cuts, sizes, scores=read)
-        final = torch.empty_like(self.state)
-        x = self.solved
-        programs = cuts.total * lay.heads * cdiv(self.v.shape[3], cut.columns)
-        launch(
-            _walk, programs, self.q, self.k, self.v, x.matrices, x.gates,
-            starts, states, fresh, final, out, cuts.given(self.k), scale, *sizes, READ=read, **self._blocks(cut),
-        )  # fmt: skip
+    def states(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, solved: Solved) -> tuple[Tensor, Tensor]:
+        """States before each chunk [rows, N, Dk, Dv], V' [rows, N, C, Dv]."""
+        states, fresh = (k.new_empty(size, dtype=self._kept) for size in (self._states, self._fresh))
+        self._run(q, k, v, state, solved, states, fresh, states)
+        return states, fresh
+
+    def outputs(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, solved: Solved, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, H, Dv] in dtype, and the final state [B, H, Dk, Dv]."""
+        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+        return out, self._run(q, k, v, state, solved, out, out, out)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, solved: Solved, states: Tensor, fresh: Tensor, out: Tensor
+    ) -> Tensor:
+        starts = self._launches.starts(state, k, v, solved.matrices, solved.gates)
+        final = torch.empty_like(state)
+        self._launches.walk(q, k, v, solved.matrices, solved.gates, starts, states, fresh, final, out)
         return final
-
-    def _starts(self, cut: Cut, cuts: Cuts, sizes: tuple[int, ...], *, scores: bool) -> Tensor:
-        """The true start of every segment, [segments, H, Dk, Dv]."""
-        x, (key_dim, value_dim) = self.solved, sizes[-2:]
-        ends = self.state.new_empty(cuts.total, self.layout.heads, key_dim, value_dim + key_dim)
-        programs = cuts.total * self.layout.heads * (cdiv(value_dim, cut.columns) + cdiv(key_dim, cut.columns))
-        read = (self.k, self.v, x.matrices, x.gates, self.state)
-        launch(_ends, programs, *read, ends, cuts.given(self.k), *sizes, SCORES=scores, **self._blocks(cut))
-        return join(self.state, ends, cuts, self.s)
-
-    def _blocks(self, cut: Cut) -> dict[str, Any]:
-        blocks = dict(C=CHUNK, BK=self.s.key_block, BV=cut.columns, DOT=self.s.dot, PRECISION=self.s.precision)
-        return blocks | dict(STAGES=cut.stages, PACKED=self.layout.packed, num_warps=cut.warps)
-
-    def states(self) -> tuple[Tensor, Tensor, Tensor]:
-        """States before each chunk [rows, N, Dk, Dv], V' [rows, N, C, Dv], and the final state."""
-        lay, s, value_dim = self.layout, self.s, self.v.shape[3]
-        states = self.k.new_empty(lay.rows, lay.chunks, self.k.shape[3], value_dim, dtype=s.kept)
-        fresh = self.k.new_empty(lay.rows, lay.chunks, CHUNK, value_dim, dtype=s.kept)
-        cut = cut_for(lay.longest, lay.whole_rows, value_dim, s, self.k.device, wide=False)
-        return states, fresh, self.run(cut, states, fresh, states, 1.0, read=False)
-
-    def outputs(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Outputs [B, T, H, Dv] in dtype, and the final state."""
-        lay, value_dim = self.layout, self.v.shape[3]
-        out = self.q.new_empty(*self.q.shape[:3], value_dim, dtype=dtype)
-        cut = cut_to_read(lay.longest, lay.whole_rows, value_dim, self.s, self.k.device)
-        return out, self.run(cut, out, out, out, scale, read=True)

@@ -15,38 +15,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
 from tcal_compiler.kernels.tiles import dot, load_columns, load_rows, store_columns
 
 from . import triton_walk
 from .triton_layout import COUNTS, Layout, segment_at
 from .triton_solve import Solved
-from .triton_tiles import CHUNK, Setting
-from .triton_walk import end_is_read, end_start, join, load_gates, remembered, store_end
+from .triton_tiles import CHUNK, Setting, Sizes
+from .triton_walk import end_is_read, end_start, load_gates, remembered, store_end
 
 
 @triton.jit
 def _chunk_back(
-    state, qp, kp, gp, inverse, d_fresh, gates, t0, v0, columns, scale, T, H, K, DK, DV,
+    state, kp, gp, matrices, gates, scaled, t0, v0, columns, T, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dR of a chunk, [BV, C], and dS before it, [BV, BK]. columns: those of dO that there are; the others are zero."""
     into, fade, rate, keep = load_gates(gates, C)
     keys = load_rows(kp, t0, K * DK, T, 0, DK, C, BK)
-    new = load_columns(d_fresh, 0, DV, C, v0, columns, C, BV).to(tl.float32)
-    new += dot(state, tl.trans(keys), DOT, PRECISION) * fade[None, :]
-    rows = dot(new, load_rows(inverse, 0, C, C, 0, C, C, C), DOT, PRECISION)
-    grad = load_columns(gp, t0, H * DV, T, v0, columns, C, BV).to(tl.float32) * (into * scale)[None, :]
-    state = state * keep
-    state += dot(grad, load_rows(qp, t0, H * DK, T, 0, DK, C, BK), DOT, PRECISION)
+    grad = load_columns(gp, t0, H * DV, T, v0, columns, C, BV)
+    new = dot(state, tl.trans(keys), DOT, PRECISION) * fade[None, :]
+    new += dot(grad, load_rows(matrices + C * C, 0, C, C, 0, C, C, C), DOT, PRECISION)
+    rows = dot(new, load_rows(matrices, 0, C, C, 0, C, C, C), DOT, PRECISION)
+    state = state * keep + dot(grad, load_rows(scaled, 0, DK, C, 0, DK, C, BK), DOT, PRECISION)
     state -= dot(rows * (into * rate)[None, :], keys, DOT, PRECISION)
     return rows, state
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _ends_back(
-    q, k, d_out, inverse, d_fresh, gates, start, ends, cuts, scale,
-    T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    k, d_out, matrices, gates, scaled, start, ends, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -55,8 +52,7 @@ def _ends_back(
     index, part = pid // parts, (pid % parts).to(tl.int32)
     h, row, origin, tokens, at, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
     state, unit, v0, columns = end_start(start, row, segment, part, DK, DV, BK, BV)
-    qp, gp = q + (origin * H + h) * DK, d_out + (origin * H + h) * DV
-    kp = k + (origin * K + h // (H // K)) * DK
+    kp, gp = k + (origin * K + h // (H // K)) * DK, d_out + (origin * H + h) * DV
     read = end_is_read(part, segment, segments, DV, BV)
     first = ((segments - 1 - segment) * LENGTH).to(tl.int32)
     last = tl.where(read, tl.minimum(first + LENGTH, count), first)
@@ -64,8 +60,8 @@ def _ends_back(
     for step in tl.range(0, last - first, num_stages=STAGES):
         n = last - 1 - step
         _, state = _chunk_back(
-            state, qp, kp, gp, inverse + (at + n) * C * C, d_fresh + (at + n) * C * DV,
-            gates + (at + n) * 4 * C, n * C, v0, columns, scale, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
+            state, kp, gp, matrices + (at + n) * 2 * C * C, gates + (at + n) * 4 * C, scaled + (at + n) * C * DK,
+            n * C, v0, columns, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
     if read:
         store_end(ends, index, state, unit, v0, DK, DV, BK, BV)
@@ -73,8 +69,7 @@ def _ends_back(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _walk_back(
-    q, k, d_out, inverse, d_fresh, gates, starts, d_states, d_start, cuts, scale,
-    T, N, LENGTH, SEGMENTS, H, K, DK, DV,
+    k, d_out, matrices, gates, scaled, starts, d_states, d_rows, d_start, cuts, T, N, LENGTH, SEGMENTS, H, K, DK, DV,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +77,7 @@ def _walk_back(
     pid = tl.program_id(0).to(tl.int64)
     index, v0 = pid // parts, (pid % parts).to(tl.int32) * BV
     h, row, origin, tokens, at_start, count, segment, segments = segment_at(index, cuts, T, N, SEGMENTS, H, PACKED)
-    qp, gp = q + (origin * H + h) * DK, d_out + (origin * H + h) * DV
-    kp = k + (origin * K + h // (H // K)) * DK
+    kp, gp = k + (origin * K + h // (H // K)) * DK, d_out + (origin * H + h) * DV
     state = load_columns(starts + index * DK * DV, 0, DV, DK, v0, DV, BK, BV).to(tl.float32)
     first = ((segments - 1 - segment) * LENGTH).to(tl.int32)
     last = tl.minimum(first + LENGTH, count)
@@ -92,43 +86,28 @@ def _walk_back(
         at = at_start + n
         store_columns(d_states + at * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
         rows, state = _chunk_back(
-            state, qp, kp, gp, inverse + at * C * C, d_fresh + at * C * DV,
-            gates + at * 4 * C, n * C, v0, DV, scale, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
+            state, kp, gp, matrices + at * 2 * C * C, gates + at * 4 * C, scaled + at * C * DK,
+            n * C, v0, DV, tokens, H, K, DK, DV, C, BK, BV, DOT, PRECISION,
         )  # fmt: skip
-        store_columns(d_fresh + at * C * DV, rows, 0, DV, C, v0, DV, C, BV)
+        store_columns(d_rows + at * C * DV, rows, 0, DV, C, v0, DV, C, BV)
     if segment == segments - 1:
         store_columns(d_start + row * DK * DV, state, 0, DV, DK, v0, DV, BK, BV)
 
 
-def walk_back(
-    q: Tensor,
-    k: Tensor,
-    d_out: Tensor,
-    d_fresh: Tensor,
-    d_final: Tensor,
-    solved: Solved,
-    layout: Layout,
-    s: Setting,
-    *,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """dS behind each chunk [rows, N, Dk, Dv], and before the first [B, H, Dk, Dv]; d_fresh, P^T dO, becomes dR."""
-    rows, chunks, _, value_dim = d_fresh.shape
-    heads, key_dim = d_final.shape[1:3]
-    cut = triton_walk.cut_for(layout.longest, layout.whole_rows, value_dim, s, k.device, wide=True)
-    cuts = layout.cuts(cut.segments)
-    sizes = (scale, layout.tokens, chunks, cuts.length, cuts.each, heads, *k.shape[2:], value_dim)
-    blocks = dict(C=CHUNK, BK=s.key_block, BV=cut.columns, DOT=s.dot, PRECISION=s.precision)
-    blocks |= dict(STAGES=cut.stages, PACKED=layout.packed, num_warps=cut.warps)
-    read = (q, k, d_out, solved.matrices, d_fresh, solved.gates)
-    parts, starts = cdiv(value_dim, cut.columns), d_final
-    if cuts.total > layout.sequences:
-        ends = d_final.new_empty(cuts.total, heads, key_dim, value_dim + key_dim)
-        programs = cuts.total * heads * (parts + cdiv(key_dim, cut.columns))
-        launch(_ends_back, programs, *read, d_final, ends, cuts.given(q), *sizes, **blocks)
-        starts = join(d_final, ends, cuts, s)
-    d_states = torch.empty(rows, chunks, key_dim, value_dim, dtype=s.kept, device=k.device)
-    d_start = torch.empty_like(d_final)
-    programs = cuts.total * heads * parts
-    launch(_walk_back, programs, *read, starts, d_states, d_start, cuts.given(q), *sizes, **blocks)
-    return d_states, d_start
+class WalkBack:
+    """The walk of the backward, for one size."""
+
+    def __init__(self, x: Sizes, layout: Layout, s: Setting) -> None:
+        cut = triton_walk.cut_to_read(layout.longest, layout.whole_rows, x.value_dim, s, layout.device)
+        self._launches, self._kept = triton_walk.CutWalk(x, layout, s, cut, _ends_back, _walk_back), s.kept
+        self._rows = (layout.rows, layout.chunks, CHUNK, x.value_dim)
+        self._states = (layout.rows, layout.chunks, x.key_dim, x.value_dim)
+
+    def __call__(self, k: Tensor, d_out: Tensor, d_final: Tensor, solved: Solved) -> tuple[Tensor, Tensor, Tensor]:
+        """dR [rows, N, C, Dv], dS behind each chunk [rows, N, Dk, Dv], and before the first [B, H, Dk, Dv]."""
+        read = (k, d_out, solved.matrices, solved.gates, solved.scaled)
+        starts = self._launches.starts(d_final, *read)
+        d_rows, d_states = (k.new_empty(size, dtype=self._kept) for size in (self._rows, self._states))
+        d_start = torch.empty_like(d_final)
+        self._launches.walk(*read, starts, d_states, d_rows, d_start)
+        return d_rows, d_states, d_start

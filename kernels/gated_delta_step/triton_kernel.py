@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
+from tcal_compiler.kernels.launch import Launch, cdiv, per_size
 from tcal_compiler.kernels.tuning import Fields, tuned
 
 from .reference import L2_EPS
@@ -99,9 +99,10 @@ class Tile(NamedTuple):
     streams: int = 0
 
 
-def measured_for(q: Tensor, v: Tensor, *, normed: bool) -> Fields:
+def measured_for(dtype: torch.dtype, device: torch.device, key_dim: int, value_dim: int, *, normed: bool) -> Fields:
     """Of the table: fields of the widest tile; "apart": 1 where the norm is a launch of its own."""
-    return tuned("gated_delta_step with norm" if normed else "gated_delta_step", q, q.shape[-1], v.shape[-1])
+    op = "gated_delta_step with norm" if normed else "gated_delta_step"
+    return tuned(op, dtype, device, key_dim, value_dim)
 
 
 def tiles(key_dim: int, value_dim: int, *, whole: bool, measured: Fields | None = None) -> list[Tile]:
@@ -150,33 +151,43 @@ def gated_delta_step_triton(
     q, k, v, z = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, v if gate is None else gate))
     g, beta = g.contiguous(), beta.contiguous()
     w = v if weight is None else weight.contiguous()  # like z, a pointer that nothing reads without the norm
-    batch, tokens, heads, key_dim = q.shape
-    kv_heads, value_dim = v.shape[2:]
-    rows = batch * heads
-    if tile is None:
-        normed = gate is not None
-        options = tiles(key_dim, value_dim, whole=normed, measured=measured_for(q, v, normed=normed))
-        tile = choose_tile(options, rows, value_dim)
-    fused = gate is not None and value_dim <= tile.BV
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *z.stride()[:3])
+    numbers = (scale, eps, normalize, gate is not None)
+    step, norm = _launches(q.shape, v.shape[2:], strides, q.dtype, q.device, *numbers, tile)
     start = state if state.is_contiguous() else state.contiguous()
     final = start if in_place else torch.empty_like(start)
-    dtype = v.dtype if gate is None or fused else torch.float32
-    out = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=q.device)
-    strides = [n for x in (q, k, v, z) for n in x.stride()[:3]]
-    launch(
-        _step, rows * cdiv(value_dim, tile.BV), q, k, v, g, beta, z, w, start, out, final,
-        scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
-        DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
-        EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
-    )  # fmt: skip
-    if gate is not None and not fused:
-        y, out = out, torch.empty_like(out, dtype=v.dtype)
-        sizes = (batch * tokens * heads, tokens, heads, *z.stride()[:3])
-        block = triton.next_power_of_2(value_dim)
-        launch(
-            _norm, cdiv(sizes[0], NORM_ROWS), y, z, w, out, eps, *sizes,
-            DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1,
-        )  # fmt: skip
+    y = v.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32 if norm else v.dtype)
+    step(q, k, v, g, beta, z, w, start, y, final)
+    if norm:
+        out = torch.empty_like(y, dtype=v.dtype)
+        norm(y, z, w, out)
+    else:
+        out = y
     if not in_place:
         return out, final
     return out, state if final is state else state.copy_(final)
+
+
+@per_size
+def _launches(
+    q: torch.Size, v: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+    scale: float, eps: float, normalize: bool, normed: bool, tile: Tile | None,
+) -> tuple[Launch, Launch | None]:  # fmt: skip
+    """The step for q [B, T, H, Dk] and v [..., K, Dv], and the norm where it is apart. strides: of q, k, v, gate."""
+    (batch, tokens, heads, key_dim), (kv_heads, value_dim) = q, v
+    rows = batch * heads
+    if tile is None:
+        measured = measured_for(dtype, device, key_dim, value_dim, normed=normed)
+        tile = choose_tile(tiles(key_dim, value_dim, whole=normed, measured=measured), rows, value_dim)
+    fused = normed and value_dim <= tile.BV
+    step = Launch(
+        _step, rows * cdiv(value_dim, tile.BV), scale, eps, L2_EPS, tokens, heads, kv_heads, *strides,
+        DK=key_dim, DV=value_dim, NORMALIZE=normalize, NORM=fused, BK=tile.BK, BV=tile.BV,
+        EVICTION="evict_first" if tile.streams else "", num_warps=tile.num_warps, maxnreg=tile.maxnreg,
+    )  # fmt: skip
+    if fused or not normed:
+        return step, None
+    sizes = (rows * tokens, tokens, heads, *strides[-3:])
+    block = triton.next_power_of_2(value_dim)
+    blocks = dict(DV=value_dim, BV=block, ROWS=NORM_ROWS, num_warps=1)
+    return step, Launch(_norm, cdiv(rows * tokens, NORM_ROWS), eps, *sizes, **blocks)

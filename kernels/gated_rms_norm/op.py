@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcal_compiler.kernels.registration import on_device, register, without_autocast
 from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
 from tcal_compiler.kernels.shapes import Shapes
 
 from .reference import gated_rms_norm_backward, gated_rms_norm_reference
 
+FORWARD, BACKWARD = "tcal::gated_rms_norm", "tcal::gated_rms_norm_backward"
 SHAPES = Shapes("gated_rms_norm", "o [S,N,H,D], gate [S,N,H,D], weight [S,H,D]", positive=("D",))
 
 
@@ -37,34 +39,40 @@ def _takes_triton(o: Tensor) -> bool:
     return takes_triton("gated_rms_norm", self_check, o, o.shape[-1])
 
 
-@torch.library.custom_op("tcal::gated_rms_norm", mutates_args=())
 def _forward(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    SHAPES.check(o, gate, weight)
-    with torch.autocast(o.device.type, enabled=False):
+    SHAPES.check_numbers(o, gate, weight)
+    with without_autocast(o.device):
         if _takes_triton(o):
             from .triton_kernel import gated_rms_norm_triton
 
-            return gated_rms_norm_triton(o, gate, weight, eps)
+            with on_device("gated_rms_norm", o, gate, weight):
+                return gated_rms_norm_triton(o, gate, weight, eps)
         return gated_rms_norm_reference(o, gate, weight[:, None], eps).contiguous()
 
 
-@_forward.register_fake
+register(FORWARD, _forward)
+
+
+@torch.library.register_fake(FORWARD)
 def _(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return o.new_empty(o.shape, dtype=torch.promote_types(o.dtype, torch.float32))
 
 
-@torch.library.custom_op("tcal::gated_rms_norm_backward", mutates_args=())
 def _backward(d_y: Tensor, o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(o.device.type, enabled=False):
+    with without_autocast(o.device):
         if _takes_triton(o):
             from .triton_kernel import gated_rms_norm_backward_triton
 
-            return gated_rms_norm_backward_triton(d_y, o, gate, weight, eps)
+            with on_device("gated_rms_norm", d_y, o, gate, weight):
+                return gated_rms_norm_backward_triton(d_y, o, gate, weight, eps)
         d_o, d_gate, d_weight = gated_rms_norm_backward(d_y, o, gate, weight, eps)
     return d_o.contiguous(), d_gate.contiguous(), d_weight.contiguous()
 
 
-@_backward.register_fake
+register(BACKWARD, _backward)
+
+
+@torch.library.register_fake(BACKWARD)
 def _(d_y: Tensor, o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Any:
     return tuple(x.new_empty(x.shape) for x in (o, gate, weight))
 
@@ -78,10 +86,10 @@ def _grad(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     return (*torch.ops.tcal.gated_rms_norm_backward(d_y, *ctx.saved_tensors, ctx.eps), None)
 
 
-_forward.register_autograd(_grad, setup_context=_setup)
+torch.library.register_autograd(FORWARD, _grad, setup_context=_setup)
 
 
-@_forward.register_vmap
+@torch.library.register_vmap(FORWARD)
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
     *tensors, eps = args
     size = info.batch_size

@@ -5,11 +5,14 @@ o, gate, y [S, N, H, D] contiguous, weight [S, H, D]; sums are float32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tcal_compiler.kernels.launch import Launch, cdiv, per_size
 from tcal_compiler.kernels.tiles import load_rows, store_rows
 
 
@@ -53,20 +56,23 @@ def _backward(d_y, o, gate, weight, d_o, d_gate, parts, eps, N, H, D, BM: tl.con
     tl.store(parts + tl.program_id(0).to(tl.int64) * D + d, tl.sum(g * n * z * sigmoid, 0), mask=d < D)
 
 
-def _grid(o: Tensor) -> tuple[int, int, int, int]:
-    """Heads, row blocks, BM, BD."""
-    stack, rows, heads, dim = o.shape
+@per_size
+def _launch(shape: torch.Size, eps: float, *, back: bool) -> tuple[Launch, tuple[int, int]]:
+    """And its programs: heads, row blocks."""
+    stack, rows, heads, dim = shape
     bd = max(16, triton.next_power_of_2(dim))
     bm = max(4, 4096 // bd)
-    return stack * heads, triton.cdiv(rows, bm), bm, bd
+    programs = (stack * heads, cdiv(rows, bm))
+    kernel, blocks = _backward if back else _forward, dict(BM=bm, BD=bd, num_warps=4)
+    return Launch(kernel, math.prod(programs), eps, rows, heads, dim, **blocks), programs
 
 
 def gated_rms_norm_triton(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Contract of `gated_rms_norm_reference`, for o, gate [S, N, H, D] and weight [S, H, D], not float64."""
     o, gate, weight = o.contiguous(), gate.contiguous(), weight.contiguous()
-    heads, blocks, bm, bd = _grid(o)
     y = torch.empty(o.shape, dtype=torch.float32, device=o.device)
-    _forward[(heads * blocks,)](o, gate, weight, y, eps, *o.shape[1:], BM=bm, BD=bd, num_warps=4)
+    launch, _ = _launch(o.shape, eps, back=False)
+    launch(o, gate, weight, y)
     return y
 
 
@@ -75,9 +81,8 @@ def gated_rms_norm_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contract of `gated_rms_norm_backward`, not float64. Repeatable: the weight's sums have one order."""
     d_y, o, gate, weight = d_y.contiguous(), o.contiguous(), gate.contiguous(), weight.contiguous()
-    heads, blocks, bm, bd = _grid(o)
+    launch, programs = _launch(o.shape, eps, back=True)
     d_o, d_gate = torch.empty_like(o), torch.empty_like(gate)
-    parts = torch.empty(heads, blocks, o.shape[3], dtype=torch.float32, device=o.device)
-    sizes = (eps, *o.shape[1:])
-    _backward[(heads * blocks,)](d_y, o, gate, weight, d_o, d_gate, parts, *sizes, BM=bm, BD=bd, num_warps=4)
+    parts = torch.empty(*programs, o.shape[3], dtype=torch.float32, device=o.device)
+    launch(d_y, o, gate, weight, d_o, d_gate, parts)
     return d_o, d_gate, parts.sum(1).view(weight.shape).to(weight.dtype)

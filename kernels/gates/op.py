@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import compiled_at_once
 from tcal_compiler.kernels.registration import on_device, register, without_autocast
-from tcal_compiler.kernels.self_check import exactly, relative_errors, takes_triton
+from tcal_compiler.kernels.self_check import Proof, errors_of, exactly, takes_triton
 from tcal_compiler.kernels.shapes import Shapes
 
 from .reference import L2_EPS, l2_normalize_backward, l2_normalize_reference
@@ -30,10 +29,11 @@ def self_check(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, 
     def run() -> tuple[Tensor, Tensor]:
         return l2_normalize_triton(x, L2_EPS), l2_normalize_backward_triton(d_y, x, L2_EPS)
 
-    actual = compiled_at_once(run, device)
-    seed, given = exactly((d_y, x))
-    exact = (l2_normalize_reference(given), l2_normalize_backward(seed, given, L2_EPS))
-    return relative_errors(("y", "d_x"), actual, exact)
+    def exact() -> tuple[Tensor, Tensor]:
+        seed, given = exactly((d_y, x))
+        return l2_normalize_reference(given), l2_normalize_backward(seed, given, L2_EPS)
+
+    return errors_of(device, Proof(("y", "d_x"), run, exact))
 
 
 def _takes_triton(x: Tensor) -> bool:
@@ -46,7 +46,7 @@ def _forward(x: Tensor, eps: float) -> Tensor:
         if _takes_triton(x):
             from .triton_kernel import l2_normalize_triton
 
-            with on_device(x.device):
+            with on_device("l2_normalize", x):
                 return l2_normalize_triton(x, eps)
         return l2_normalize_reference(x, eps).contiguous()
 
@@ -64,7 +64,7 @@ def _backward(d_y: Tensor, x: Tensor, eps: float) -> Tensor:
         if _takes_triton(x):
             from .triton_kernel import l2_normalize_backward_triton
 
-            with on_device(x.device):
+            with on_device("l2_normalize", d_y, x):
                 return l2_normalize_backward_triton(d_y, x, eps)
         return torch.empty_like(x).copy_(l2_normalize_backward(d_y, x, eps))
 

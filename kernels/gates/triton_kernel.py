@@ -5,14 +5,12 @@ x may have any strides between its rows; a row's numbers lie together. Rows are 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tcal_compiler.kernels.launch import cdiv, launch
+from tcal_compiler.kernels.launch import Launch, cdiv, per_size
 
 COUNTS = ("R", "T", "H")
 
@@ -54,19 +52,21 @@ def _backward(
     tl.store(d_x + to + d, found.to(d_x.dtype.element_ty), mask=there)
 
 
-def _launch(kernel: Any, x: Tensor, given: tuple[object, ...], strides: tuple[int, ...]) -> None:
-    batch, tokens, heads, dim = x.shape
+@per_size
+def _launch(shape: torch.Size, strides: tuple[int, ...], eps: float, *, back: bool) -> Launch:
+    batch, tokens, heads, dim = shape
     block = max(16, triton.next_power_of_2(dim))
     rows, at_once = batch * tokens * heads, max(4, 4096 // block)
-    sizes = (rows, tokens, heads, *strides)
-    launch(kernel, cdiv(rows, at_once), *given, *sizes, D=dim, BM=at_once, BD=block, num_warps=4)
+    numbers = (eps, rows, tokens, heads, *strides)
+    blocks = dict(D=dim, BM=at_once, BD=block, num_warps=4)
+    return Launch(_backward if back else _forward, cdiv(rows, at_once), *numbers, **blocks)
 
 
 def l2_normalize_triton(x: Tensor, eps: float) -> Tensor:
     """Contract of `l2_normalize_reference` for x [B, T, H, D], not float64; the result is contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    _launch(_forward, x, (x, y, eps), x.stride()[:3])
+    _launch(x.shape, x.stride()[:3], eps, back=False)(x, y)
     return y
 
 
@@ -75,5 +75,5 @@ def l2_normalize_backward_triton(d_y: Tensor, x: Tensor, eps: float) -> Tensor:
     d_x = torch.empty_like(x)
     rows = x if x.stride(-1) == 1 else x.contiguous()
     found = d_x if d_x.stride(-1) == 1 else torch.empty_like(rows)
-    _launch(_backward, x, (d_y.contiguous(), rows, found, eps), rows.stride()[:3] + found.stride()[:3])
+    _launch(x.shape, rows.stride()[:3] + found.stride()[:3], eps, back=True)(d_y.contiguous(), rows, found)
     return d_x if found is d_x else d_x.copy_(found)

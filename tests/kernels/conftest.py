@@ -1,4 +1,4 @@
-"""Kernel tests see NaN wherever a kernel forgot to write."""
+"""Kernel tests see NaN wherever a kernel forgot to write, and launches of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tcal_compiler.kernels import launch
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +17,9 @@ def nan_filled_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def own_launches() -> None:
+    """A test may change what launches are made of."""
+    launch.forget()

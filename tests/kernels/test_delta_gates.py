@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from interpreter import interpreted, interpreter_or_skip
@@ -67,6 +70,45 @@ def check_kernels(size: Size, dtype: torch.dtype, spread: str, device: str) -> N
 def test_in_the_interpreter(size, dtype, spread):
     with interpreter_or_skip():
         check_kernels(size, dtype, spread, "cpu")
+
+
+def on_a_card(x: np.ndarray) -> np.ndarray:
+    """exp as Triton compiles it for NVIDIA, 2^(x log2(e)): the exponent is rounded to x's type first."""
+    return np.exp2((x * x.dtype.type(np.log2(np.e))).astype(np.float64)).astype(x.dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 300, 9)], ids=str)
+def test_small_rates_as_a_card_computes_exponentials(size, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_exp", lambda self, x: self.unary_op(x, on_a_card))
+    with interpreter_or_skip():
+        check_kernels(size, torch.float32, "small rates", "cpu")
+
+
+def check_ends(device: str) -> None:
+    """What exponentials overflow for, and NaN, stay as in plain PyTorch."""
+    from tcal_compiler.kernels.delta_gates.triton_kernel import delta_gates_triton
+
+    x = torch.tensor([-math.inf, -3e38, -200.0, -104.0, 88.7, 199.0, 3e38, math.inf, math.nan], device=device)
+    zero = torch.zeros_like(x)
+    for a, a_log in ((x, zero), (zero - 10.0, x)):
+        given = (a[None, None], x[None, None], a_log[None], zero[None])
+        for found, plain in zip(delta_gates_triton(*given), forward_pytorch(*given), strict=True):
+            torch.testing.assert_close(found, plain, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_ends_in_the_interpreter():
+    with interpreter_or_skip():
+        check_ends("cpu")
+
+
+@pytest.mark.gpu
+def test_ends_on_the_gpu():
+    check_ends("cuda")
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -159,14 +160,18 @@ def test_vmap_refuses_a_row_whose_numbers_would_reach_into_the_next(row):
             torch.vmap(lambda cu, *x: packed(cu)(list(x)))(lengths, *stacked)
 
 
+def layout_of(q: Tensor, bounds: tuple[int, ...]) -> Any:
+    from tcal_compiler.kernels.gated_delta_rule import triton_layout, triton_tiles
+
+    return triton_layout.layout_of(triton_tiles.sizes_of(q, q), bounds)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 400), min_size=1, max_size=6).filter(any), length=st.integers(1, 8))
 def test_chunks_and_segments_tile_every_sequence(lengths, length):
     pytest.importorskip("triton")
-    from tcal_compiler.kernels.gated_delta_rule import triton_layout
-
     bounds = (0, *accumulate(lengths))
-    layout = triton_layout.layout_of(torch.empty(1, bounds[-1], 2, 4), bounds)
+    layout = layout_of(torch.empty(1, bounds[-1], 2, 4), bounds)
     chunks = [(t, end) for start, end in pairwise(bounds) for t in range(start, end, 64)]
     assert layout.table.tolist() == [list(chunk) for chunk in chunks]
     assert layout.longest == max(-(-n // 64) for n in lengths) and layout.rows == 2
@@ -182,9 +187,7 @@ def test_chunks_and_segments_tile_every_sequence(lengths, length):
 
 def test_layers_share_the_tables():
     pytest.importorskip("triton")
-    from tcal_compiler.kernels.gated_delta_rule import triton_layout
-
-    first, second = (triton_layout.layout_of(torch.empty(1, 75, 2, 4), (0, 70, 75)) for _ in range(2))
+    first, second = (layout_of(torch.empty(1, 75, 2, 4), (0, 70, 75)) for _ in range(2))
     assert first.table is second.table and first.cuts(2).table is second.cuts(2).table
 
 
@@ -210,8 +213,8 @@ def test_kernels_in_the_interpreter(lengths, heads, segments, monkeypatch):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
 
     cut = triton_walk.Cut(segments=segments, columns=16, stages=1)
-    for each in ("cut_for", "cut_to_read"):
-        monkeypatch.setattr(triton_walk, each, lambda *_, **__: cut)
+    for each in ("cut_for_states", "cut_to_read"):
+        monkeypatch.setattr(triton_walk, each, lambda *_: cut)
     args = make_packed(lengths, (heads, 1, 8, 8), torch.float32, decay=0.05)
     with interpreter_or_skip():
         actual = kernels(lengths, args, "cpu")
@@ -249,13 +252,13 @@ def test_on_the_gpu(lengths, heads, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_sequences_are_cut_on_the_gpu(dtype):
-    from tcal_compiler.kernels.gated_delta_rule import triton_layout, triton_walk
-    from tcal_compiler.kernels.gated_delta_rule.triton_tiles import setting_for
+    from tcal_compiler.kernels.gated_delta_rule import triton_walk
+    from tcal_compiler.kernels.gated_delta_rule.triton_tiles import setting_for, sizes_of
 
     lengths = (3000, 40, 5000, 0)
     args = make_packed(lengths, (2, 1, 64, 64), dtype, decay=0.02)
-    layout = triton_layout.layout_of(args[0].cuda(), (0, *accumulate(lengths)))
-    setting = setting_for(args[0].cuda(), args[2].cuda())
+    layout = layout_of(args[0].cuda(), (0, *accumulate(lengths)))
+    setting = setting_for(sizes_of(args[0].cuda(), args[2].cuda()))
     cut = triton_walk.cut_to_read(layout.longest, layout.whole_rows, 64, setting, layout.device)
     assert layout.cuts(cut.segments).total > len(lengths) + 8
     exact, plain = with_gradients(packed(ends(lengths)), exactly(args)), with_gradients(packed(ends(lengths)), args)

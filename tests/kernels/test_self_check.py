@@ -216,11 +216,11 @@ def test_proves_every_kernel_that_a_call_may_take(monkeypatch):
     assert [len(case.bounds) for case in rule.cases(*given, packed=True)] == [5, 2]
     monkeypatch.setattr(triton_tiles, "tuned", lambda *_: READS)
     short, long = (case.tokens for case in rule.cases(*given, packed=False))
-    setting = triton_tiles.setting_for(*(torch.empty(1, 1, 1, 128) for _ in range(2)))
+    setting = triton_tiles.setting_for(triton_tiles.sizes_of(*(torch.empty(1, 1, 1, 128) for _ in range(2))))
     assert triton_walk.cut_to_read(short // 64 + 1, 2, 128, setting, CPU).segments == 1
     cut = triton_walk.cut_to_read(long // 64, 2, 128, setting, CPU)
     assert cut.segments > 1 and (cut.columns, cut.warps) == (128, 8)
-    assert all(triton_walk.cut_for(long // 64, 2, 128, setting, CPU, wide=wide).segments > 1 for wide in (True, False))
+    assert triton_walk.cut_for_states(long // 64, 2, 128, setting, CPU).segments > 1
 
 
 @interpreted
@@ -235,8 +235,8 @@ def test_sees_what_is_wrong_in_segments_alone(monkeypatch):
     monkeypatch.setattr(triton_walk, "processors", lambda device: 8)
     with interpreter_or_skip():
         only_wrong(rule.self_check(CPU, torch.float32, 8, 40))
-    join = triton_walk.join
-    monkeypatch.setattr(triton_walk, "join", lambda *args: join(*args).flip(0))
+    join = triton_walk.Join.__call__
+    monkeypatch.setattr(triton_walk.Join, "__call__", lambda *args: join(*args).flip(0))
     assert not max(rule.self_check(CPU, torch.float32, 8, 40).values()) <= self_check.ALLOWED[torch.float32]
 
 

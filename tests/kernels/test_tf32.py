@@ -124,8 +124,8 @@ def test_errors_are_those_of_plain_pytorch(segments, monkeypatch):
         monkeypatch.setattr(module, "takes_tf32", lambda x: True)
     if segments > 1:
         cut = triton_walk.Cut(segments=segments, columns=16, stages=1)
-        monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: cut)
-        monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for)
+        monkeypatch.setattr(triton_walk, "cut_for_states", lambda *_: cut)
+        monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for_states)
     with interpreter_or_skip(), tensor_cores() as precisions:
         actual = results(args, device="cpu")
     assert precisions == ({"TF32"} if segments == 1 else {"TF32", "TF32x3"})

@@ -71,8 +71,8 @@ def test_segments_of_a_sequence_in_the_interpreter(monkeypatch):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
 
     args = make_args((1, 300, 2, 1, 24, 40), torch.float32, decay=0.05)
-    monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: triton_walk.Cut(segments=3, columns=16, stages=1))
-    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for)
+    monkeypatch.setattr(triton_walk, "cut_for_states", lambda *_: triton_walk.Cut(segments=3, columns=16, stages=1))
+    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for_states)
     with interpreter_or_skip():
         actual = results(args, device="cpu")
     exact, naive = with_gradients(reference, exactly(args)), with_gradients(reference, args)
@@ -94,8 +94,8 @@ def test_segments_forget_what_no_state_remembers(growth, monkeypatch):
     if growth:
         k, beta = k[:, :1].expand_as(k) * (1 + math.exp(growth)) ** 0.5, torch.ones_like(beta)
     args = [q, k, v, g, beta, state]
-    monkeypatch.setattr(triton_walk, "cut_for", lambda *_, **__: triton_walk.Cut(segments=2, columns=16, stages=1))
-    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for)
+    monkeypatch.setattr(triton_walk, "cut_for_states", lambda *_: triton_walk.Cut(segments=2, columns=16, stages=1))
+    monkeypatch.setattr(triton_walk, "cut_to_read", triton_walk.cut_for_states)
     with interpreter_or_skip():
         actual = results(args, device="cpu")
     exact = with_gradients(reference, exactly(args))
@@ -120,6 +120,30 @@ def test_columns_of_a_table_in_the_interpreter(monkeypatch):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_launches_are_made_once_for_calls_of_one_size(monkeypatch):
+    """Forward and backward; also where dtypes alone differ, of inputs that are widened to the same one."""
+    from tcal_compiler.kernels import launch
+
+    made: list[object] = []
+    init = launch.Launch.__init__
+
+    def counted(self: launch.Launch, kernel: object, *args: int, **options: object) -> None:
+        made.append(kernel)
+        init(self, kernel, *args, **options)
+
+    monkeypatch.setattr(launch.Launch, "__init__", counted)
+    args = make_args((1, 20, 1, 1, 8, 8), torch.float16)
+    with interpreter_or_skip():
+        half = results(args, device="cpu")
+        first = len(made)
+        wide = results([x.float() for x in args], device="cpu")
+        assert first and len(made) == first and (half["o"].dtype, wide["o"].dtype) == (torch.float16, torch.float32)
+        results([x[:, :19] for x in args[:5]] + args[5:], device="cpu")
+    assert len(made) == 2 * first
+
+
+@interpreted
 @pytest.mark.parametrize("file", ["triton_backward", "triton_solve", "triton_walk", "triton_walk_back"])
 def test_kernels_are_compiled_for_no_count(file):
     """Of the integers that a launch takes, only the head dims have a say in what is compiled."""
@@ -137,7 +161,7 @@ def test_another_length_compiles_nothing():
     from tcal_compiler.kernels.gated_delta_rule import triton_backward, triton_solve
 
     here = torch.cuda.current_device()
-    kernels = (triton_solve._solve, *(getattr(triton_backward, f"_{n}") for n in ("inward", "pairs", "keys", "gates")))
+    kernels = (triton_solve._solve, *(getattr(triton_backward, f"_{n}") for n in ("pairs", "keys", "gates")))
     found = []
     for shape in ((1, 130, 2, 1, 32, 32), (3, 1024, 16, 4, 32, 32), (2, 17, 6, 2, 32, 32)):
         results(make_args(shape, torch.bfloat16), device="cuda")
@@ -146,13 +170,37 @@ def test_another_length_compiles_nothing():
 
 
 @pytest.mark.gpu
+def test_a_cuda_graph_replays_launches_made_before_it():
+    """Forward and backward, in segments: on the stream of the capture, and on what lies at its addresses."""
+    from tcal_compiler.kernels.gated_delta_rule.triton_backward import gated_delta_rule_triton_backward
+    from tcal_compiler.kernels.gated_delta_rule.triton_forward import gated_delta_rule_triton
+
+    args = [x.cuda() for x in make_args((1, 5000, 2, 1, 64, 64), torch.bfloat16, decay=0.02)]
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = gated_delta_rule_triton(*args, scale=SCALE)
+        return (*outputs, *gated_delta_rule_triton_backward(*outputs, *args, scale=SCALE))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        replayed = run()
+    for factor in (-1.0, 0.5):
+        args[2].mul_(factor)
+        expected = run()
+        graph.replay()
+        assert all(map(torch.equal, replayed, expected))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_long_sequence_is_cut_on_the_gpu(dtype):
     from tcal_compiler.kernels.gated_delta_rule import triton_walk
-    from tcal_compiler.kernels.gated_delta_rule.triton_tiles import setting_for
+    from tcal_compiler.kernels.gated_delta_rule.triton_tiles import setting_for, sizes_of
 
     args = make_args((1, 5000, 2, 1, 64, 64), dtype, decay=0.02)
-    setting = setting_for(args[0].cuda(), args[2].cuda())
+    setting = setting_for(sizes_of(args[0].cuda(), args[2].cuda()))
     cut = triton_walk.cut_to_read(79, 2, 64, setting, torch.device("cuda"))
     assert cut.segments == 9
     exact, plain = with_gradients(op, exactly(args)), with_gradients(op, args)

@@ -61,7 +61,7 @@ def test_a_setting_is_measured_where_its_results_are_the_usual_ones(target, monk
     table: dict[str, dict[str, dict[str, int]]] = {}
     monkeypatch.setattr(tuning, "table", lambda: table)
     monkeypatch.setattr(tuning, "place", lambda device: "here")
-    monkeypatch.setattr(tuning, "tuned", lambda op, x, *dims: {})
+    monkeypatch.setattr(tuning, "tuned", lambda *_: {})
     monkeypatch.setattr(tune, "_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(tune, "median_in_graph", lambda runs, *_: {"ms": float(len(runs))})
     monkeypatch.setattr(tune.torch.cuda, "synchronize", lambda: None)
@@ -100,22 +100,23 @@ def test_one_target_for_every_operator_and_head_dim():
 def test_an_entry_holds_for_its_card_triton_dtype_and_dims_alone(monkeypatch):
     table = {"Card A, Triton 3.6": {"gated_delta_rule, bfloat16, 64, 64": {"solve_warps": 2}}}
     monkeypatch.setattr(tuning, "table", lambda: table)
-    monkeypatch.setattr(tuning, "place", lambda device: device)
+    monkeypatch.setattr(tuning, "place", lambda device: device.name)
 
     def found(card: str = "Card A, Triton 3.6", dtype=torch.bfloat16, dims=(64, 64)) -> dict[str, int]:
-        return tuning.tuned("gated_delta_rule", SimpleNamespace(is_cuda=True, device=card, dtype=dtype), *dims)
+        return tuning.tuned("gated_delta_rule", dtype, SimpleNamespace(type="cuda", name=card), *dims)
 
     assert found() == {"solve_warps": 2}
     assert not found("Card B, Triton 3.6") and not found("Card A, Triton 3.9")
     assert not found(dtype=torch.float32) and not found(dims=(64, 128))
-    assert not tuning.tuned("gated_delta_rule", torch.zeros(1, dtype=torch.bfloat16), 64, 64)  # no GPU
+    assert not tuning.tuned("gated_delta_rule", torch.bfloat16, torch.device("cpu"), 64, 64)
 
 
 def test_kernels_take_what_the_table_says(monkeypatch):
     q = torch.zeros(1, 1, 1, 64)
-    usual = triton_tiles.setting_for(q, q)
+    sizes = triton_tiles.sizes_of(q, q)
+    usual = triton_tiles.setting_for(sizes)
     monkeypatch.setattr(triton_tiles, "tuned", lambda *_: {"solve_warps": 2, "key_part": 32})
-    assert triton_tiles.setting_for(q, q) == replace(usual, solve_warps=2, key_part=32)
+    assert triton_tiles.setting_for(sizes) == replace(usual, solve_warps=2, key_part=32)
 
 
 def test_candidates_and_the_table_that_ships_have_known_fields():
@@ -164,7 +165,7 @@ def test_tuning_on_the_gpu(monkeypatch, tmp_path, capsys):
     (entries,) = json.loads(path.read_text()).values()
     (chosen,) = entries.values()
     x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
-    assert triton_tiles.setting_for(x, x).solve_warps == chosen["solve_warps"]
+    assert triton_tiles.setting_for(triton_tiles.sizes_of(x, x)).solve_warps == chosen["solve_warps"]
     assert capsys.readouterr().out.count(" ms of ") == 3
     monkeypatch.setattr(tune.Rule, "errors", lambda *_: {"o": 1.0})
     with pytest.raises(RuntimeError, match="without a table"):
