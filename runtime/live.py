@@ -23,7 +23,7 @@ from tcal_compiler.passes.types import Capture
 from .align import align
 from .calibrate import initialise
 from .capture_teacher import capture_teacher
-from .config import AlignConfig, InitName
+from .config import LOCAL_WINDOW, AlignConfig, InitName
 from .student import Student, make_student, require_sites
 from .taps import collect_taps
 from .teacher import live_teacher
@@ -80,7 +80,7 @@ def student_of_batches(
     *,
     policy: str,
     init: InitName = "closed-form",
-    local_window: int = 0,
+    local_window: int = LOCAL_WINDOW,
     seed: int = 0,
     config: AlignConfig | None = None,
 ) -> Student:

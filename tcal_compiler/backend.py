@@ -31,7 +31,7 @@ from .errors import ConfigError, TcalError, UnsupportedModelError
 from .passes.graph import move_to
 from .passes.types import Capture
 from .run_models import student_of_run
-from .runtime.config import AlignConfig, InitName, LocalWindow, StrictModel
+from .runtime.config import LOCAL_WINDOW, AlignConfig, InitName, LocalWindow, StrictModel
 from .runtime.live import WHERE as MODEL
 from .runtime.live import device_of, student_of_batches
 
@@ -57,7 +57,7 @@ class BackendOptions(StrictModel):
     policy: str | None = None
     calibrate: list[Tensor] | tuple[Tensor, ...] | None = None
     init: InitName = "closed-form"
-    local_window: LocalWindow = 0
+    local_window: LocalWindow = LOCAL_WINDOW
     seed: int = 0
     align: AlignConfig = AlignConfig()
     compiler: Literal["inductor", "aot_eager", "eager"] = "inductor"
