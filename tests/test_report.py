@@ -263,6 +263,16 @@ def test_many_layers_have_room_for_their_numbers(shared_run):
     assert len(axes.get_xticks()) == 11
 
 
+@pytest.mark.parametrize(("longest", "told"), [(40.0, {1, 2, 5, 10, 20, 50}), (20_000.0, {1, 10, 100, 1000, 10_000})])
+def test_half_lives_have_as_many_numbers_as_fit(longest, told, shared_run):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    plots.half_lives(axes, facts(shared_run), (0.9, longest))
+    low, high = axes.get_xlim()
+    assert {t for t in axes.get_xticks() if low <= t <= high} == told
+
+
 def test_what_the_report_says_to_do_makes_the_same_run(shared_run, tmp_path, monkeypatch):
     report = (shared_run / "report.md").read_text()
     commands, config = re.findall(r"^```\n(.*?)\n```", report, re.M | re.DOTALL)
