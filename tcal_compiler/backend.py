@@ -47,7 +47,8 @@ class BackendOptions(StrictModel):
         policy: which attention layers stay softmax, as for tcal-compile.
         calibrate: int64 token ids [B, T], all of one length T; the last eighth of the sequences only scores. Before a
             model is compiled with other ones, call torch._dynamo.reset(): torch cannot compare the two.
-        init, local_window, seed, align: as in the configuration of a conversion.
+        init, local_window, seed, align: as in the configuration of a conversion. States learn from sequences that are
+            longer than local_window.
         compiler: what compiles the student's graph. inductor_mode: the mode of torch.compile, for inductor.
     """
 
