@@ -117,7 +117,7 @@ def test_the_model_and_the_random_state_stay_as_they_are(tiny, shared_run):
 @pytest.mark.slow
 def test_transformers(llama_run):
     teacher, run = llama_run
-    source = open_source(str(run.parent / "model"), need_tokenizer=False)
+    source = open_source(str(run.parent / "model"), need_tokenizer=False).with_local_window(6)
     student = make_student(source.capture, source.scan, choose(source.scan, "keep=0"))
     load_weights(student, run / "weights.safetensors")
     model = compiled(teacher, run)
