@@ -6,7 +6,8 @@
 
 Memory is what tcal inspect counts. Times are those of docs/results (MEASURED says which), times the operations of the
 stage for the large teacher over those for SmolLM2-135M: at the same utilisation, which larger matrices seldom fall
-below. Only teachers built as Llama and Qwen are, whose config.json has their sizes.
+below. Only teachers built as Llama and Qwen are, whose config.json has their sizes, and only students as were measured,
+without attention beside their states: local_window = 0 in big.toml.
 """
 
 from __future__ import annotations
@@ -131,6 +132,10 @@ def main() -> None:
     args = p.parse_args()
     sizes = Sizes.of(json.loads(args.config_json.read_text(encoding="utf-8")))
     needs, config = json.loads(args.memory.read_text(encoding="utf-8")), load_config(args.config, {})
+    if config.local_window:
+        raise SystemExit(
+            "the rates are of students without attention beside their states: local_window = 0 in --config"
+        )
     calib, align, distill = config.calib, config.align, config.distill.in_steps(config.calib.length)
     sites, length = needs["converted"], calib.length
     again = sizes.student(length, sites) if distill.checkpoint_activations else 0

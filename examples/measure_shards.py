@@ -47,7 +47,7 @@ def distillation(options: argparse.Namespace) -> DistillConfig:
 
 def estimated(options: argparse.Namespace) -> dict[str, object]:
     calib = {"sequences": TRAIN, "holdout": HELD, "length": LENGTH, "batch": TRAIN}
-    settings = {"policy": POLICY, "calib": calib, "distill": distillation(options).model_dump()}
+    settings = {"policy": POLICY, "local_window": 0, "calib": calib, "distill": distillation(options).model_dump()}
     with tempfile.TemporaryDirectory() as folder:
         model(options).save_pretrained(folder)
         needs = memory_needs(folder, config=Config.model_validate(settings), processes=options.estimate)

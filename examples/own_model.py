@@ -66,7 +66,7 @@ def main() -> None:
     torch.manual_seed(0)
     export(OwnModel(), args.out / "teacher.pt2")
     config = Config.model_validate(
-        {"policy": "keep=0", "calib": {"sequences": 8, "length": 64}, "align": {"steps": 10, "batch": 4}}
+        {"policy": "keep=0", "calib": {"sequences": 8, "length": 96}, "align": {"steps": 10, "batch": 4}}
     )
     run = tcal_compiler.convert(
         str(args.out / "teacher.pt2"), tokenizer="bytes", out=args.out / "run", config=config, until=args.until

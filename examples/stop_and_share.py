@@ -16,7 +16,7 @@ SETTINGS = """
 policy = "keep=0"
 [calib]
 sequences = 8
-length = 64
+length = 96
 [align]
 steps = 200
 batch = 4

@@ -23,8 +23,9 @@ Made by `examples/write_results.py` from docs/results/*.json, which `examples/me
 `examples/fused_step.py`, `examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
 `examples/estimate_conversion.py`, `examples/rank_sets.py`, `examples/copying_layers.py`, `examples/site_variants.py`
 and, from run folders, this script itself wrote. Each section names its command's arguments, machine, versions and
-commit. Ratios are to the teacher in the same run. Calibration texts and scored texts are different files, and a scored
-text that was calibrated on is refused.
+commit. Students have attention over the last tokens beside their states (`local_window`) only where a section says so.
+Ratios are to the teacher in the same run. Calibration texts and scored texts are different files, and a scored text
+that was calibrated on is refused.
 """
 
 
@@ -145,6 +146,8 @@ def run_folder(name: str, body: dict[str, Any]) -> str:
     lines = [f"## {name}\n", f"Teacher {body['teacher']}, policy {body['policy']}, by tcal-compile and tcal eval;"]
     lines[-1] += f" calibrated on {calib['sequences']} x {calib['length']} tokens of {body['calibrated_on']},"
     lines[-1] += f" with a share of {calib['repeats']:g} repeated," if calib.get("repeats") else ""
+    if window := body["config"].get("local_window", 0):
+        lines[-1] += f" with attention over the last {window} tokens beside the states,"
     lines[-1] += f" {body['config']['init']},"
     lines[-1] += f" aligned for {align['steps']} steps of {align['batch']} sequences, seed {body['config']['seed']}."
     if d := body.get("distill"):

@@ -195,11 +195,13 @@ def capture_program(
     return replace(capture, checks=tuple(checks))
 
 
-def require_causal(capture: Capture, *, length: int = 48) -> Check:
-    """Changes the last tokens and compares the logits before them: they may differ by 1e-5 of the largest logit.
+def require_causal(capture: Capture, *, context: int | None = None) -> Check:
+    """Changes the last of 48 tokens, or of as many as the context holds, and compares the logits before them: they may
+    differ by 1e-5 of the largest logit.
 
     Raises UnsupportedModelError when an earlier token's logits see a later token, wherever that happens in the model.
     """
+    length = min(48, context or 48)
     first = length // 3
     ids = example_ids(1, length, capture.vocab_size)
     other = ids.clone()

@@ -201,8 +201,7 @@ def _layer(
     s = sites[core.name]
     sizes = s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim
     if beside and s.window and s.scores == "plain" and s.first <= 1:
-        window = min(s.window, max_length)
-        return LayerState(index, "local", *sizes, window, first=s.first)
+        return LayerState(index, "local", *sizes, s.window, first=s.first)
     held = held_positions(s.window) + s.first if bounded and s.window and s.window <= max_length else None
     return LayerState(index, "softmax", *sizes, s.window, held, s.first)
 

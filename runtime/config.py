@@ -12,6 +12,7 @@ from tcal_compiler.passes.limits import MAX_PROBE
 MOST = 1_000_000  # sequences
 MOST_STEPS = 1_000_000_000
 LocalWindow = Annotated[int, Field(ge=0, le=MAX_PROBE)]  # tokens; from a mask no longer window is read
+LOCAL_WINDOW = 64  # the default
 
 
 class StrictModel(BaseModel):

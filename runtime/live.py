@@ -23,7 +23,7 @@ from tcal_compiler.passes.types import Capture
 from .align import align
 from .calibrate import initialise
 from .capture_teacher import capture_teacher
-from .config import AlignConfig, InitName
+from .config import LOCAL_WINDOW, AlignConfig, InitName
 from .student import Student, make_student, require_sites
 from .taps import collect_taps
 from .teacher import live_teacher
@@ -80,7 +80,7 @@ def student_of_batches(
     *,
     policy: str,
     init: InitName = "closed-form",
-    local_window: int = 0,
+    local_window: int = LOCAL_WINDOW,
     seed: int = 0,
     config: AlignConfig | None = None,
 ) -> Student:
@@ -96,14 +96,15 @@ def student_of_batches(
     config = config or AlignConfig()
     if wrong := [f"{n} is {_describe(p)}" for n, p in module.named_parameters() if p.dtype != torch.float32]:
         raise UnsupportedModelError(WHERE, f"{wrong[0]}; float32 weights are converted", "model.float()")
-    ids = _token_ids(batches, live_teacher(module, WHERE).info["context_length"])
+    context = live_teacher(module, WHERE).info["context_length"]
+    ids = _token_ids(batches, context)
     capture = capture_live(module)
     if int(ids.min()) < 0 or int(ids.max()) >= capture.vocab_size:
         what = f"hold ids {ids.min()} to {ids.max()}, but the vocabulary has {capture.vocab_size}"
         raise DataError(BATCHES, what, BATCHES_HINT)
     require_sites(scan := with_local_windows(find_attention(capture), local_window))
     student = make_student(capture, scan, choose(scan, policy))
-    require_causal(capture)
+    require_causal(capture, context=context)
     for gm in (capture.gm, student.gm):
         move_to(gm, device_of(module))
     if not student.converted:

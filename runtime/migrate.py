@@ -46,6 +46,13 @@ def _from_1(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"schema_version": 2, "stages": stages})
 
 
+def _with_local_window(manifest: Manifest) -> Manifest:
+    """A configuration of before there was local_window says that it had none, which is no longer the default."""
+    if not manifest.config or "local_window" in manifest.config:
+        return manifest
+    return manifest.model_copy(update={"config": {**manifest.config, "local_window": 0}})
+
+
 def migrate(manifest: Manifest) -> Manifest:
-    """The manifest in the present schema version; the same object when it is of that already."""
-    return _from_1(manifest) if manifest.schema_version == 1 else manifest
+    """The manifest in the present schema version; the same object when it is of that already and says everything."""
+    return _with_local_window(_from_1(manifest) if manifest.schema_version == 1 else manifest)

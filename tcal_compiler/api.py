@@ -112,7 +112,7 @@ def prepare(
     chosen = choose_plan(source.scan, config, out, plan)
     if chosen is None:
         check_distilled_sets(config, source.scan)
-    require_causal(source.capture)
+    require_causal(source.capture, context=source.teacher.info.get("context_length"))
     if until == "export":
         require_states(source.scan, "tcal align or tcal distill --no-export, which stop before the ONNX model")
     return Job(source, record, text, ids, chosen, place)

@@ -31,7 +31,7 @@ from .errors import ConfigError, TcalError, UnsupportedModelError
 from .passes.graph import move_to
 from .passes.types import Capture
 from .run_models import student_of_run
-from .runtime.config import AlignConfig, InitName, LocalWindow, StrictModel
+from .runtime.config import LOCAL_WINDOW, AlignConfig, InitName, LocalWindow, StrictModel
 from .runtime.live import WHERE as MODEL
 from .runtime.live import device_of, student_of_batches
 
@@ -47,7 +47,8 @@ class BackendOptions(StrictModel):
         policy: which attention layers stay softmax, as for tcal-compile.
         calibrate: int64 token ids [B, T], all of one length T; the last eighth of the sequences only scores. Before a
             model is compiled with other ones, call torch._dynamo.reset(): torch cannot compare the two.
-        init, local_window, seed, align: as in the configuration of a conversion.
+        init, local_window, seed, align: as in the configuration of a conversion. States learn from sequences that are
+            longer than local_window.
         compiler: what compiles the student's graph. inductor_mode: the mode of torch.compile, for inductor.
     """
 
@@ -57,7 +58,7 @@ class BackendOptions(StrictModel):
     policy: str | None = None
     calibrate: list[Tensor] | tuple[Tensor, ...] | None = None
     init: InitName = "closed-form"
-    local_window: LocalWindow = 0
+    local_window: LocalWindow = LOCAL_WINDOW
     seed: int = 0
     align: AlignConfig = AlignConfig()
     compiler: Literal["inductor", "aot_eager", "eager"] = "inductor"

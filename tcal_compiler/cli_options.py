@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .runtime.config import LOCAL_WINDOW
+
 # typer reads annotations at run time, where `X | None` inside Annotated is fine but needs these names
 TeacherArg = Annotated[
     str, typer.Argument(help="exported program, transformers folder, .gguf, module:factory, or embedded")
@@ -26,7 +28,10 @@ ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file 
 Init = Annotated[Optional[str], typer.Option(help="closed-form, taylor, zero-gate or naive")]  # noqa: UP045
 LocalWindow = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("--local-window", help="tokens of softmax attention beside each converted layer's state; 0: none"),
+    typer.Option(
+        "--local-window",
+        help=f"tokens of softmax attention beside each converted layer's state, {LOCAL_WINDOW} by default; 0: none",
+    ),
 ]
 Calib = Annotated[
     Optional[list[str]],  # noqa: UP045

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from .errors import ConfigError
 from .passes.files import read_toml
 from .runtime.config import (
+    LOCAL_WINDOW,
     AlignConfig,
     CalibConfig,
     DistillConfig,
@@ -38,10 +39,10 @@ class Config(StrictModel):
         "is then the teacher's",
     )
     local_window: LocalWindow = Field(
-        0,
-        description="tokens that softmax attention beside the state of each converted site sees, 0 for none, and no "
-        "more than the site's own window; what it remembers has a fixed size all the same. Sites with soft caps, alibi "
-        "or sinks have none",
+        LOCAL_WINDOW,
+        description="tokens that softmax attention beside the state of each converted site sees, 0 for none, no more "
+        "than the site's own window, and the first token besides, where the teacher sees it; what it remembers has a "
+        "fixed size all the same. Sites with soft caps, alibi or sinks have none",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of the order of sequences and of random inits")
     calib: CalibConfig = CalibConfig()

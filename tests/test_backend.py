@@ -48,12 +48,8 @@ def llama_run(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
     place = tmp_path_factory.mktemp("llama")
     model = llama(vocab_size=VOCAB)
     model.save_pretrained(place / "model")
-    settings = {
-        "policy": "keep=0",
-        "calib": {"sequences": 4, "length": 32, "holdout": 1},
-        "align": {"steps": 3, "batch": 2},
-    }
-    config = Config.model_validate(settings)
+    calib, align = {"sequences": 4, "length": 32, "holdout": 1}, {"steps": 3, "batch": 2}
+    config = Config.model_validate({"policy": "keep=0", "local_window": 6, "calib": calib, "align": align})
     convert(str(place / "model"), tokenizer="bytes", out=place / "run", config=config, until="align")
     return model, place / "run"
 
@@ -85,7 +81,7 @@ def assert_close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_one_graph_for_all_lengths(tiny, shared_run, compiler):
     model, student = compiled(tiny, shared_run, compiler=compiler), exported(shared_run)
     graphs = []
-    for shape in ((2, 9), (3, 70), (2, 33)):
+    for shape in ((2, 9), (3, 70), (2, 33), (2, 8), (2, 5)):  # windows are of 8 tokens
         ids = ids_of(*shape)
         assert_close(model(ids), student(ids))
         assert (model(ids) - tiny(ids)).abs().max() > 0.1
@@ -121,7 +117,7 @@ def test_the_model_and_the_random_state_stay_as_they_are(tiny, shared_run):
 @pytest.mark.slow
 def test_transformers(llama_run):
     teacher, run = llama_run
-    source = open_source(str(run.parent / "model"), need_tokenizer=False)
+    source = open_source(str(run.parent / "model"), need_tokenizer=False).with_local_window(6)
     student = make_student(source.capture, source.scan, choose(source.scan, "keep=0"))
     load_weights(student, run / "weights.safetensors")
     model = compiled(teacher, run)
@@ -326,7 +322,8 @@ def test_mode_belongs_into_options():
 
 
 def converting(model, batches, policy="keep=0", **options):
-    options = {"policy": policy, "calibrate": batches, "compiler": "eager", "align": {"steps": 2, "batch": 2}} | options
+    usual = {"compiler": "eager", "align": {"steps": 2, "batch": 2}, "local_window": 6}
+    options = {"policy": policy, "calibrate": batches} | usual | options
     return torch.compile(model, backend="tcal", fullgraph=True, dynamic=True, options=options)
 
 

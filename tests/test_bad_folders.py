@@ -139,7 +139,8 @@ def test_a_disk_that_fills_up_in_a_stage(shared_run, tmp_path, stage, monkeypatc
         "export": "tcal_compiler.runtime.program_file.torch.export.save",
     }[stage]
     config = tmp_path / "tcal.toml"
-    config.write_text("[align]\nsteps = 6\ncheckpoint_every = 2\nbatch = 2\n[calib]\nsequences = 6\nlength = 48\n")
+    calib, steps = "[calib]\nsequences = 6\nlength = 48\n", "[align]\nsteps = 6\ncheckpoint_every = 2\nbatch = 2\n"
+    config.write_text(f"local_window = 8\n{calib}{steps}")
     words = ("tcal", stage, TINY, *BYTES, "-o", tmp_path / "up" / "run", "--config", config, "--quiet")
 
     def fail(*_: object, **__: object) -> None:

@@ -66,6 +66,19 @@ def test_a_student_that_knows_little_beyond_its_text_is_told_of(held_out, traine
         assert (escape(text) if html else text) in render_report(run.manifest, html=html)
 
 
+@pytest.mark.parametrize(("window", "own", "told"), [(46, None, False), (47, None, True), (48, 48, False)])
+def test_text_no_longer_than_the_windows_is_told_of(window, own, told, shared_run):
+    """Beside a window also the first token is seen; what a teacher's own window of that size sees is all there is."""
+
+    def edit(body: dict[str, Any]) -> None:
+        for site in body["stages"]["plan"]["evidence"]["sites"]:
+            site |= {"local_window": window, "window": own, "local_first": own is None}
+
+    run = edited(facts(shared_run), edit)
+    said = f"Calibration sequences of 48 tokens are no longer than the last {window} that converted layers attend to"
+    assert (said in verdict(run)) == told == (said in render_report(run.manifest))
+
+
 TCAL = [sys.executable, "-c", "import sys; sys.argv[0] = 'tcal'; from tcal_compiler.cli import main; main()"]
 
 

@@ -41,7 +41,9 @@ def test_the_estimate_is_what_the_script_gives_of_the_files_that_it_names(tmp_pa
     needs = {"converted": 22, "kept": 8, "parameters": 1, "value_bytes": 1, "stages": []}
     for name, text in (("config.json", json.dumps(smol)), ("memory.json", json.dumps(needs))):
         (tmp_path / name).write_text(text)
-    settings = "[calib]\nsequences = 10240\ninit_sequences = 384\nholdout = 16\n[align]\nsteps = 1000\n"
+    settings = (
+        "local_window = 0\n[calib]\nsequences = 10240\ninit_sequences = 384\nholdout = 16\n[align]\nsteps = 1000\n"
+    )
     (tmp_path / "c.toml").write_text(settings + "[distill]\nsteps = 244\nbatch = 32\n")
     words = ["x", tmp_path / "config.json", "--memory", tmp_path / "memory.json", "--config", tmp_path / "c.toml"]
     words += ["--name", "smol", "--json", tmp_path / "out.json"]
@@ -49,3 +51,6 @@ def test_the_estimate_is_what_the_script_gives_of_the_files_that_it_names(tmp_pa
     module.main()
     for stage, row in json.loads((tmp_path / "out.json").read_text())["stages"].items():
         assert row["seconds"] == pytest.approx(row["measured_seconds"], abs=0.5), stage
+    (tmp_path / "c.toml").write_text("")
+    with pytest.raises(SystemExit, match="local_window = 0"):
+        module.main()

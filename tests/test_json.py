@@ -56,6 +56,8 @@ class Inspected(Strict):
 
 
 class Planned(Site):
+    local_window: int
+    local_first: bool
     becomes: Literal["softmax", "gated delta net"]
 
 
@@ -211,6 +213,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     assert found.plan.keep == [0, 2] and found.plan.exact
     assert [s.becomes == "softmax" for s in found.sites] == [True, False, True, False]
+    assert {(s.local_window, s.local_first) for s in found.sites} == {(8, True)}
     assert [s.stage for s in found.stages] == ["load", "plan", "calibrate", "align", "report"]
     assert found.total.seconds == pytest.approx(sum(s.seconds for s in found.stages), abs=0.01)
     assert found.total.peak_bytes == max(s.peak_bytes for s in found.stages) > 10**8

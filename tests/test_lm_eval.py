@@ -86,7 +86,8 @@ def test_every_task_is_scored_as_lm_eval_does(script, tmp_path):
 @pytest.mark.slow
 def test_lm_eval_takes_a_saved_student(script, tmp_path):
     """As --model hf does: in padded batches, by AutoModelForCausalLM."""
-    settings = {"policy": "keep=0", "calib": {"sequences": 2, "length": 32, "holdout": 1}, "align": {"steps": 0}}
+    calib = {"sequences": 2, "length": 32, "holdout": 1}
+    settings = {"policy": "keep=0", "local_window": 8, "calib": calib, "align": {"steps": 0}}
     run = convert("embedded", out=tmp_path / "run", config=Config.model_validate(settings))
     StudentForCausalLM.from_pretrained(run).save_pretrained(tmp_path / "student")
     read_tokenizer(run / "onnx").save(tmp_path / "student")

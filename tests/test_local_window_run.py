@@ -41,6 +41,22 @@ def test_it_is_recorded_followed_and_verified(tmp_path):
     assert other.code == 0 and "stage calibrate runs again" in other.err
 
 
+def planned(out, *words):
+    done("tcal", "plan", TINY, *BYTES, "--calib-sequences", "2", "--calib-length", "96", "--quiet", "-o", out, *words)
+    record = json.loads((out / "tcal.json").read_text())
+    sites = {s.get("local_window") for s in record["stages"]["plan"]["evidence"]["sites"]}
+    return record["config"]["local_window"], record["plan"].get("local_window"), sites
+
+
+def test_it_is_the_default_and_settings_not_the_plan_say_it(tmp_path):
+    assert planned(tmp_path / "usual") == (64, 64, {64})
+    assert planned(tmp_path / "none", "--local-window", "0") == (0, None, {None})
+    assert planned(tmp_path / "none") == (0, None, {None})  # goes on with its own
+    plan = tmp_path / "none" / "plan.toml"
+    assert planned(tmp_path / "other", "--plan", plan) == (64, 64, {64})
+    assert planned(tmp_path / "none", "--local-window", "8", "--plan", plan) == (8, 8, {8})
+
+
 def test_a_window_below_nothing_is_refused(tmp_path):
     refused(
         call("tcal-compile", TINY, *FEW, "--local-window", "-1", "-o", tmp_path / "run"), "ConfigError", "local_window"

@@ -11,7 +11,7 @@ from command_line import ASSETS, BYTES, TINY, call, done, refused
 from tcal_compiler.report.facts import Facts
 from tcal_compiler.runtime.manifest import parse_manifest
 
-FEW = ("--calib-sequences", "6", "--calib-length", "48", "--batch", "2")
+FEW = ("--calib-sequences", "6", "--calib-length", "48", "--batch", "2", "--local-window", "8")
 
 
 def said(*words: object) -> str:

@@ -126,11 +126,11 @@ def test_text_in_svg_takes_the_colour_of_the_page_and_plots_can_be_read_on_both_
 
 def test_memory_is_what_the_onnx_session_holds(shared_run):
     session, run = OnnxSession(shared_run / "onnx"), facts(shared_run)
-    unused = 4 * len(run.measured)  # one float beside each state, which onnxruntime-genai asks for
+    assert {s.local for s in run.layers} == {8}
     for tokens in (1, 7, 40):
         session.reset()
         session.prefill(list(range(tokens)))
-        assert run.memory(tokens)[1] + unused == session.state_bytes
+        assert run.memory(tokens)[1] == session.state_bytes
 
 
 def test_memory_of_a_teacher_is_its_keys_and_values(shared_run):
@@ -167,16 +167,16 @@ def test_memory_of_a_window_is_what_is_kept(shared_run):
 def test_attention_over_the_last_tokens_is_said_and_counted(shared_run):
     def edit(body: dict[str, Any]) -> None:
         for site in body["stages"]["plan"]["evidence"]["sites"]:
-            site["local_window"] = 9
+            del site["local_window"], site["local_first"]
 
     run = facts(shared_run)
-    found, layer = edited(run, edit), run.layers[0]
+    without, layer = edited(run, edit), run.layers[0]
     token = layer.kv_heads * (layer.head_dim + layer.value_dim) * 4
-    converted = sum(not s.kept for s in run.layers)
-    assert found.memory(100) == (run.memory(100)[0], run.memory(100)[1] + converted * 8 * token)
-    text, plain = (render_report(r.manifest) for r in (found, run))
-    assert f"{converted} become Gated DeltaNet, with softmax attention over the last 9 tokens" in text
-    assert "last 9 tokens" not in plain and "their keys and values count" in text and "count with it" not in plain
+    converted = sum(not s.kept for s in run.layers)  # each holds the first token and 7 before the one that it reads
+    assert run.memory(100) == (without.memory(100)[0], without.memory(100)[1] + converted * 8 * token)
+    text, plain = (render_report(r.manifest) for r in (run, without))
+    assert f"{converted} become Gated DeltaNet, with softmax attention over the last 8 tokens" in text
+    assert "last 8 tokens" not in plain and "their keys and values count" in text and "count with it" not in plain
 
 
 def test_half_lives_as_set_are_those_of_the_initial_weights(shared_run):
@@ -261,6 +261,16 @@ def test_many_layers_have_room_for_their_numbers(shared_run):
     axes, run = Figure().add_subplot(), edited(facts(shared_run), edit)
     plots.errors(axes, run, 1.0)
     assert len(axes.get_xticks()) == 11
+
+
+@pytest.mark.parametrize(("longest", "told"), [(40.0, {1, 2, 5, 10, 20, 50}), (20_000.0, {1, 10, 100, 1000, 10_000})])
+def test_half_lives_have_as_many_numbers_as_fit(longest, told, shared_run):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    plots.half_lives(axes, facts(shared_run), (0.9, longest))
+    low, high = axes.get_xlim()
+    assert {t for t in axes.get_xticks() if low <= t <= high} == told
 
 
 def test_what_the_report_says_to_do_makes_the_same_run(shared_run, tmp_path, monkeypatch):

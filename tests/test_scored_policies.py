@@ -92,7 +92,7 @@ def test_kl_distils_its_candidates(tmp_path, monkeypatch):
     made.clear()
     assert plan(out, "kl:1", score=asked).code == 0 and made == []
     (out / "plan.toml").unlink()  # which would be followed
-    assert plan(out, "kl:1", score=f"{asked}lr_gdn = 1e-2\n").code == 0 and {keep for keep, *_ in made} == set(sets)
+    assert plan(out, "kl:1", score=f"{asked}lr_gdn = 1e-4\n").code == 0 and {keep for keep, *_ in made} == set(sets)
     new = json.loads((out / "scores/kl.json").read_text())["candidates"]
     assert all(c["kl"] != sets[tuple(c["keep"])] for c in new)
     assert not list((out / ".scratch/score-kl").rglob("*.safetensors"))
@@ -180,7 +180,8 @@ def test_an_edited_plan_of_a_scored_policy_is_followed(tmp_path):
     file = out / "plan.toml"
     file.write_text(file.read_text().replace('= "gdn"', '= "softmax"', 1))
     done("tcal", "plan", TINY, "-o", out, *BYTES, *SMALL)
-    assert manifest(out)["plan"] | {"convert": None} == {"keep": [0], "policy": "ar:0", "convert": None}
+    record = manifest(out)["plan"] | {"convert": None}
+    assert record == {"keep": [0], "policy": "ar:0", "convert": None, "local_window": 8}
 
 
 @pytest.mark.slow

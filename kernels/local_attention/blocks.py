@@ -55,9 +55,11 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: in
     if torch.compiler.is_exporting() or _as_exported:
         return local_attention_reference(q, k, v, scale=scale, window=window, first=first)
     length, heads = q.shape[2], k.shape[1]
-    if not torch.compiler.is_compiling():  # where the length may be no number yet
+    if torch.compiler.is_compiling():  # where the length may be no number yet: one block is no case of its own
+        blocks = -(-length // window) + 1
+    else:
         window = min(window, length)  # a longer one sees no more, and a block of it would be mostly padding
-    blocks = -(-length // window)
+        blocks = -(-length // window)
     behind = blocks * window - length
     exact = torch.promote_types(q.dtype, torch.float32)
     queries = F.pad(q.to(exact), (0, 0, 0, behind)).unflatten(2, (blocks, window)).unflatten(1, (heads, -1))

@@ -13,9 +13,10 @@ OVERFIT = 2.0  # times the error on the text that was trained on
 
 def verdict(run: Facts) -> str:
     """One line on converted layers that know little of the teacher's, or little beyond the text that they were
-    trained on, before a distillation, and on a student that scored no better than a naive one; empty where all is well.
+    trained on, before a distillation, on a student that scored no better than a naive one, and on one whose text could
+    not show what its states do; empty where all is well.
     """
-    said = [_little_known(run), _no_better_than_naive(run)]
+    said = [_little_known(run), _no_better_than_naive(run), _within_windows(run)]
     return ". ".join(s for s in said if s)
 
 
@@ -62,3 +63,18 @@ def _little_known(run: Facts) -> str:
         what = "Converted layers know the text that they were trained on better than other text"
         return f"{what} ({where}): more calibration text (--calib-sequences)"
     return ""
+
+
+def _within_windows(run: Facts) -> str:
+    """The text that a student was calibrated on lies within the windows beside its states."""
+    config: Any = run.manifest.config
+    length = config["calib"]["length"]
+    beside = [s for s in run.layers if not s.kept and s.local and (s.window is None or s.window > s.local)]
+    seen = max((s.local for s in beside if length <= s.local + s.local_first), default=0)
+    if not (run.measured and seen):
+        return ""
+    return (
+        f"Calibration sequences of {length} tokens are no longer than the last {seen} that converted layers attend to "
+        "beside their states: the states learnt nothing from them, and errors and perplexity on such text do not show "
+        "what they are worth: a larger --calib-length, or a smaller --local-window"
+    )

@@ -82,10 +82,11 @@ def _colour_bar(axes: Any, mapped: Any, label: str) -> Any:
 
 
 def _log_ticks(axis: Any) -> None:
-    """1, 2, 5, 10 and so on: powers of ten alone may leave an axis with one number, or none."""
+    """1, 2, 5, 10 and so on, since powers of ten alone may leave an axis with one number; those alone over decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_major_formatter(PLAIN)
     axis.set_minor_formatter(NullFormatter())
 

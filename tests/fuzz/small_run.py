@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 ENTRIES = {"tcal": "main", "tcal-compile": "compile_main"}
 SETTINGS = """
 policy = "kl:1"
+local_window = 6
 [calib]
 sequences = 4
 length = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, capture_of_student, lone_site, scanned
 
+from tcal_compiler.backend import BackendOptions
 from tcal_compiler.config import Config, build_config
 from tcal_compiler.errors import ConfigError
 from tcal_compiler.passes.budget import memory, state_bytes
@@ -23,9 +25,10 @@ from tcal_compiler.passes.make_stateful import make_stateful, run_chunks
 from tcal_compiler.passes.types import SiteScan
 from tcal_compiler.runtime.align import align
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
-from tcal_compiler.runtime.config import AlignConfig, DistillConfig, ExportConfig
+from tcal_compiler.runtime.config import LOCAL_WINDOW, AlignConfig, DistillConfig, ExportConfig
 from tcal_compiler.runtime.distill import distill
 from tcal_compiler.runtime.initialize import local_scale_, naive_, zero_gate_
+from tcal_compiler.runtime.live import student_of_batches
 from tcal_compiler.runtime.mixer import GdnMixer
 from tcal_compiler.runtime.onnx_export import export_onnx
 from tcal_compiler.runtime.onnx_parity import check_parity, torch_generate
@@ -192,7 +195,10 @@ def test_budgets_count_its_keys_and_values():
 
 def test_a_run_folder_records_it_only_where_there_is_one():
     assert Config(local_window=6).initial_values() == {"init": "closed-form", "seed": 0, "local_window": 6}
-    assert "local_window" not in Config().initial_values()
+    assert "local_window" not in Config(local_window=0).initial_values()
+    assert Config().initial_values()["local_window"] == Config().local_window == LOCAL_WINDOW
+    assert BackendOptions().local_window == LOCAL_WINDOW
+    assert signature(student_of_batches).parameters["local_window"].default == LOCAL_WINDOW
 
 
 @pytest.mark.parametrize("policy", ["none", "keep=0"])
@@ -223,6 +229,16 @@ def test_the_exported_student_remembers_the_window_alone(tmp_path: Path, policy:
     artifact = export_onnx(stateful, tmp_path, config=ExportConfig(max_length=64), info=info)
     checks = check_parity(artifact, stateful, whole=student.logits, prompts=[[3, 4, 5, 6, 7, 8, 9, 10]], new_tokens=16)
     assert all(c.passed for c in checks), [c for c in checks if not c.passed]
+
+
+def test_a_window_longer_than_the_context_is_whole_beyond_it():
+    """A student without caches runs on where its teacher's context ends."""
+    capture = capture_of_student("is_causal", "none", local_window=12)
+    stateful, ids = make_stateful(capture, max_length=8), example_ids(2, 30, VOCAB)
+    assert {layer.window for layer in stateful.layers if layer.kind == "local"} == {12}
+    logits, _ = run_chunks(stateful, ids, (1, 20, 9), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, capture.gm(*capture.inputs(ids)), rtol=0, atol=1e-4)
 
 
 def test_unequal_windows_have_states_of_one_shape(tmp_path: Path):

@@ -15,7 +15,12 @@ from typing import Any
 
 import pytest
 
+from tcal_compiler.config import Config, load_config
 from tcal_compiler.errors import RunFolderError
+from tcal_compiler.recorded import settings_before
+from tcal_compiler.report.compare import _settings
+from tcal_compiler.report.facts import Facts
+from tcal_compiler.report.sections import configuration
 from tcal_compiler.runtime.manifest import SCHEMA_VERSION, Manifest, parse_manifest
 from tcal_compiler.runtime.run_folder import RunFolder
 
@@ -52,7 +57,17 @@ def test_an_earlier_manifest_is_read_whole(file):
     again = manifest.model_dump(mode="json")
     assert parse(again) == manifest and {n: again[n] for n in data if n not in ("schema_version", "stages")} == {
         n: data[n] for n in data if n not in ("schema_version", "stages")
-    }
+    } | {"config": data["config"] | {"local_window": 0}}
+
+
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda f: f.stem)
+def test_a_folder_of_before_there_were_windows_goes_on_without(file, tmp_path):
+    """Its settings, where none is given, its place in a comparison and the file for --config."""
+    (tmp_path / "tcal.json").write_bytes(file.read_bytes())
+    settings, _ = settings_before(tmp_path)
+    assert load_config(None, {}, settings).local_window == 0 != Config().local_window
+    run = Facts("old", parse(json.loads(file.read_text())))
+    assert _settings(run)["local_window"] == "0" and "local_window = 0" in configuration(run)
 
 
 def test_what_version_1_left_out_is_what_its_later_programs_wrote():

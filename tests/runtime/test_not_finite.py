@@ -23,6 +23,7 @@ from tcal_compiler.runtime.program_file import save_program
 CONFIG = Config.model_validate(
     {
         "policy": "none",
+        "local_window": 6,
         "calib": {"sequences": 4, "length": 24, "holdout": 2, "batch": 2},
         "align": {"steps": 9, "batch": 2, "checkpoint_every": 3, "score_every": 1},
     }
