@@ -85,7 +85,8 @@ def _time(kind: str, t: dict[str, float], bound: float | None, ours: dict[str, f
     said = f"{kind} {t['ms']:.4f} [{t['low']:.4f} {t['high']:.4f}]"
     said += f" ({bound / t['ms']:.0%})" if bound else ""
     said += f" {t['ms'] / ours['ms']:.2f}x" if ours else ""
-    return said + (f" {t['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in t else "")
+    said += f" {t['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in t else ""
+    return said + (f", host {t['host_ms']:.4f}" if "host_ms" in t else "")
 
 
 def summary(results: list[dict[str, Any]]) -> list[str]:

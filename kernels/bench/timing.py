@@ -1,10 +1,10 @@
 """What every benchmark shares: medians, bounds, and the form of a result.
 
 A result is plain JSON: {"op", "shape", "errors": {name: rms error over rms against float64}, "bounds": {kind: {"bytes",
-"operations", "bound_ms"}}, "times": {implementation: {kind: {"ms", "low", "high", "peak_bytes"}}}}, and where others
-compute the same "errors_beside": {implementation: errors}; instead of bounds and times "wrong", where an error is more
-than self_check allows. peak_bytes, on CUDA outside graphs: what a run allocates at its peak beyond what was there, its
-results among it.
+"operations", "bound_ms"}}, "times": {implementation: {kind: {"ms", "low", "high", "peak_bytes", "host_ms"}}}}, and
+where others compute the same "errors_beside": {implementation: errors}; instead of bounds and times "wrong", where an
+error is more than self_check allows. On CUDA outside graphs peak_bytes: what a run allocates at its peak beyond what
+was there, its results among it; host_ms: what a call to an idle card takes until it returns.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def median(run: Run, device: str, repeat: int) -> Times:
         run()
     times, peak = [], {}
     if device == "cuda":
-        peak = {"peak_bytes": float(peak_bytes(run))}
+        peak = {"peak_bytes": float(peak_bytes(run)), "host_ms": host(run, repeat)}
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
         for start, end in events:
             start.record()
@@ -67,6 +67,17 @@ def median(run: Run, device: str, repeat: int) -> Times:
             times.append((time.perf_counter() - begin) * 1e3)
     low, middle, high = statistics.quantiles(times, n=4)
     return {"ms": middle, "low": low, "high": high} | peak
+
+
+def host(run: Run, repeat: int) -> float:
+    """Milliseconds until a call returns, median."""
+    times = []
+    for _ in range(repeat):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
 
 
 def peak_bytes(run: Run) -> int:

@@ -93,7 +93,7 @@ RESULT = {
     "errors_beside": {"pytorch": {"y": 5e-4, "state": 1e-7}, "fla": {"y": 2e-3, "failed": "no"}, "half": {"y": 4e-3}},
     "bounds": {"core": {"bytes": 1.0, "operations": 0.0, "bound_ms": 0.5}},
     "times": {
-        "tcal": {"core": {"ms": 0.625, "low": 0.6, "high": 0.7, "peak_bytes": 2e6}},
+        "tcal": {"core": {"ms": 0.625, "low": 0.6, "high": 0.7, "peak_bytes": 2e6, "host_ms": 0.25}},
         "fla": {"core": {"ms": 1.25, "low": 1.2, "high": 1.3, "peak_bytes": 3e6}, "failed": "both: no"},
         "flash": {"forward": {"ms": 0.5, "low": 0.4, "high": 0.6}},
     },
@@ -103,7 +103,7 @@ RESULT = {
 def test_what_is_said_of_a_result():
     head, ours, fla, flash, pytorch, half = report.lines(RESULT)
     assert "worst error 1.0e-03 (y)" in head and "core 0.5000" in head
-    assert "core 0.6250 [0.6000 0.7000] (80%) 2 MB" in ours and "x" not in ours
+    assert "core 0.6250 [0.6000 0.7000] (80%) 2 MB, host 0.2500" in ours and "x" not in ours
     assert "2.00x 3 MB" in fla and "worst error 2.0e-03 (y) of its forward" in fla and "failed: both: no" in fla
     assert "failed" not in flash
     assert pytorch.split() == ["pytorch", "worst", "error", "5.0e-04", "(y)"] and "4.0e-03 (y)" in half
