@@ -21,15 +21,13 @@ from tcal_compiler.errors import StageError
 from .config import AlignConfig
 from .optimizer import StackedMuon
 from .student import Student
-from .taps import LivePairs, Pairs, SiteGroup, stored_pairs
+from .taps import PASS_TOKENS, LivePairs, Pairs, SiteGroup, stored_pairs
 from .training import Save, TrainState, batch_indices, learning_rate, products_for
 
 NEW = "mixer."  # gates, norms and rates of a mixer
 # Short memories: the noise of a step's gradient is small, and a run has few steps.
 BETAS = (0.8, 0.9)
 MOMENTUM = 0.8
-# One pass of the teacher serves as many steps as this holds: small ones leave a GPU waiting for the next launch.
-PASS_TOKENS = {"cuda": 16384}
 GATE_INPUT = 0.25  # root mean square of x at which gates take steps of lr_new
 VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
 

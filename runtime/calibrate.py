@@ -40,7 +40,7 @@ from .statistics import (
     output_sums,
 )
 from .student import Student
-from .taps import Progress, SiteGroup
+from .taps import PASS_TOKENS, Progress, SiteGroup
 
 RIDGE = 1e-3
 
@@ -214,15 +214,17 @@ def initialise(
     """Sets every mixer's parameters in place, for closed-form the output projection too.
 
     without: parts of taylor and closed-form that stay as naive has them, ridge as the teacher has it (check_parts).
-    Statistics are measured for every init, so that the report shows them. Raises StageError, with the site's name,
-    when its output is not finite.
+    Statistics are measured for every init, so that the report shows them. batch: sequences at a time, more where a
+    device has too little to do with them (PASS_TOKENS). Raises StageError, with the site's name, when its output is not
+    finite.
     """
     generator = torch.Generator().manual_seed(seed)
+    least = PASS_TOKENS.get(next(student.gm.parameters()).device.type, 0)
     reports, done = [], 0
     total = sum(len(g.sites) for g in groups)
     for group in groups:
         for i, site in enumerate(group.sites):
-            job = SiteCalibrator(student, group, i, batch)
+            job = SiteCalibrator(student, group, i, max(batch, least // group.x.shape[2]))
             stats = job.measure()
             (zero_gate_ if init == "zero-gate" else naive_)(job.mixer, generator)
             if init in ("taylor", "closed-form"):

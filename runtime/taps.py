@@ -23,6 +23,8 @@ from tcal_compiler.passes.types import AttentionSite
 from .student import Student
 
 Progress = Callable[[int, int], None]
+# Tokens of a pass at least, of the teacher or of a site: small ones leave a GPU waiting for the next launch.
+PASS_TOKENS = {"cuda": 16384}
 
 
 @dataclass(frozen=True)

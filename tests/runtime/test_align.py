@@ -15,7 +15,7 @@ from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.graph import copy_module, move_to
 from tcal_compiler.passes.rewrite_gdn import mixer_path
-from tcal_compiler.runtime import align as align_module
+from tcal_compiler.runtime import taps
 from tcal_compiler.runtime.align import GroupTrainer, align, levelled_off
 from tcal_compiler.runtime.calibrate import initialise
 from tcal_compiler.runtime.config import AlignConfig
@@ -199,7 +199,7 @@ def test_sequences_that_are_not_stored_are_trained_on_and_resume_exactly(tmp_pat
 def test_a_pass_of_the_teacher_that_serves_several_steps_changes_nothing(undisturbed, monkeypatch):
     """11 steps in passes of 3, as on a GPU, the last one short; stopped and resumed amid one with the same numbers."""
     _, _, curve, _, _, _ = undisturbed
-    monkeypatch.setitem(align_module.PASS_TOKENS, "cpu", 3 * CONFIG.batch * 24 + 1)
+    monkeypatch.setitem(taps.PASS_TOKENS, "cpu", 3 * CONFIG.batch * 24 + 1)
 
     def go(**options):
         student, groups = start(core=MIXED)

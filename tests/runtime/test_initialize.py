@@ -20,6 +20,7 @@ from tcal_compiler.kernels.gates import decay_gate
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.choose import choose
 from tcal_compiler.passes.local_windows import with_local_windows
+from tcal_compiler.runtime import calibrate
 from tcal_compiler.runtime.calibrate import SiteCalibrator, initialise
 from tcal_compiler.runtime.config import ALL_PARTS, INIT_PARTS
 from tcal_compiler.runtime.initialize import (
@@ -201,6 +202,26 @@ def test_a_folder_from_before_parts_could_be_left_out_stays_valid():
     assert Config(local_window=0).initial_values() == {"init": "closed-form", "seed": 0}
     some = Config(init_without=["ridge", "decay"], local_window=0).initial_values()
     assert some == {"init": "closed-form", "seed": 0, "init_without": ["decay", "ridge"]}
+
+
+def test_where_more_sequences_run_at_a_time_the_start_is_the_same(calibrated, monkeypatch):
+    """As on a GPU, which small batches leave idle."""
+    _, groups = calibrated
+    made, sizes = [], []
+
+    def batches(x, y, size, device, plain=calibrate._batches):
+        sizes.append(size)
+        return plain(x, y, size, device)
+
+    monkeypatch.setattr(calibrate, "_batches", batches)
+    for least in (0, 3 * groups[0].x.shape[2] + 1):
+        monkeypatch.setitem(calibrate.PASS_TOKENS, "cpu", least)
+        fresh = student_of("is_causal", "none", sharp=3.0)
+        initialise(fresh, groups, init="closed-form", seed=5, batch=1)
+        made.append(torch.cat([p.flatten() for p in fresh.gm.parameters()]))
+    half = len(sizes) // 2
+    assert set(sizes[:half]) == {1} and set(sizes[half:]) == {3}
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
 
 
 def test_same_seed_same_bits_and_batch_is_invisible(calibrated):
