@@ -28,7 +28,7 @@ def verdict(run: Facts) -> str:
     trained on, or that alignment bettered nowhere, before a distillation, on a student that scored no better than a
     naive one, and on one whose text could not show what its states do; empty where all is well.
     """
-    said = [_little_known(run), _never_better(run), _no_better_than_naive(run), _within_windows(run)]
+    said = [_little_known(run), _no_better_than_naive(run), _within_windows(run) or _never_better(run)]
     return ". ".join(s for s in said if s)
 
 
