@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .passes.choose import FORWARD, JOINT, RULES, budget_of, candidates, choose, scored_by
 from .passes.types import Plan, SiteScan
 from .progress import Parts, Progress, clock
+from .report.conclusion import within_windows
 from .runtime.distill_checks import check_short, check_train
 from .runtime.meter import Meter, Time
 from .runtime.step_seconds import policy_seconds
@@ -29,6 +30,7 @@ class DryRun:
 
     exact: the plan is the one that the run will have; else as many sites stay softmax, but the policy measures which.
     idle: stages that have nothing to do; the process holds memory in them all the same.
+    note: what is wrong with the settings, in a sentence without its full stop; empty where nothing is.
     """
 
     teacher: str
@@ -39,6 +41,7 @@ class DryRun:
     stages: list[StageCost]
     trial: Time
     idle: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def total(self) -> StageCost:
@@ -61,6 +64,7 @@ class DryRun:
             "stages": [row(s) for s in self.stages],
             "total": row(self.total),
             "dry_run": asdict(self.trial),
+            "note": self.note,
         }
 
     def text(self) -> str:
@@ -76,8 +80,9 @@ class DryRun:
             sizes = map(size_text, (s.peak, s.files, s.scratch))
             times = map(_time, (s.time.seconds, s.time.cpu_seconds))
             lines.append(_row(s.stage, *("-" * 5 if s.stage in self.idle else (*times, *sizes))))
-        took = clock(self.trial.seconds)
-        return "\n".join([*lines, "", f"Measured in {took} on a piece of each stage. Nothing was written."])
+        note = [f"{self.note}."] if self.note else []
+        took = f"Measured in {clock(self.trial.seconds)} on a piece of each stage. Nothing was written."
+        return "\n".join([*lines, "", *note, took])
 
 
 def _row(name: str, *cells: str) -> str:
@@ -174,4 +179,5 @@ def dry_run(
     sites = [s.summary() | {"becomes": "softmax" if s.index in chosen.keep else "gated delta net"} for s in scan.sites]
     refused = [asdict(r) for r in scan.rejected]
     idle = () if config.distill.active and chosen.convert else ("distill",)
-    return DryRun(job.source.teacher.source, sites, refused, chosen, not models, stages, whole.time, idle)
+    note = within_windows(config.calib.length, [s for s in scan.sites if s.index in chosen.convert])
+    return DryRun(job.source.teacher.source, sites, refused, chosen, not models, stages, whole.time, idle, note)

@@ -56,7 +56,7 @@ def test_a_student_that_is_no_better_than_a_naive_one_is_told_of(naive, told, sh
 def test_a_student_that_knows_little_beyond_its_text_is_told_of(held_out, trained, said, shared_run):
     def edit(body: dict[str, Any]) -> None:
         for point in body["stages"]["align"]["evidence"]["curve"]:
-            point["held_out"] = dict.fromkeys(point["held_out"], held_out)
+            point["held_out"] = dict.fromkeys(point["held_out"], held_out + (point["step"] == 0))
             point["train"] = dict.fromkeys(point["train"], trained)
 
     run = edited(facts(shared_run), edit)
@@ -64,6 +64,19 @@ def test_a_student_that_knows_little_beyond_its_text_is_told_of(held_out, traine
     assert bool(text) is bool(said) and (said or "") in text and "\n" not in text
     for html in (False, True):
         assert (escape(text) if html else text) in render_report(run.manifest, html=html)
+
+
+@pytest.mark.parametrize(("lowest", "told"), [(0.021, True), (0.02, True), (0.019, False)])
+def test_alignment_that_bettered_no_layer_is_told_of(lowest, told, shared_run):
+    def edit(body: dict[str, Any]) -> None:
+        points = body["stages"]["align"]["evidence"]["curve"]
+        for point in points:
+            point["held_out"] = dict.fromkeys(point["held_out"], 0.02)
+        points[-1]["held_out"] |= {min(points[-1]["held_out"]): lowest}
+
+    run = edited(facts(shared_run), edit)
+    said = "Alignment left every converted layer as it was initialised"
+    assert (said in verdict(run)) == told == (said in render_report(run.manifest))
 
 
 @pytest.mark.parametrize(("window", "own", "told"), [(46, None, False), (47, None, True), (48, 48, False)])
@@ -75,7 +88,8 @@ def test_text_no_longer_than_the_windows_is_told_of(window, own, told, shared_ru
             site |= {"local_window": window, "window": own, "local_first": own is None}
 
     run = edited(facts(shared_run), edit)
-    said = f"Calibration sequences of 48 tokens are no longer than the last {window} that converted layers attend to"
+    said = "Calibration sequences of 48 tokens are no longer than what converted layers attend to beside their states, "
+    said += f"the last {window} tokens and the first: the states learn nothing"
     assert (said in verdict(run)) == told == (said in render_report(run.manifest))
 
 

@@ -90,6 +90,7 @@ class DryRun(Strict):
     stages: list[Cost]
     total: Cost
     dry_run: Spent
+    note: str
 
 
 class Task(Strict):
@@ -209,11 +210,13 @@ def test_completion_of_bash(line, expected):
 def test_a_dry_run_says_the_plan_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("tcal", "align", TINY, *BYTES, "--policy", "keep=0,2", "--align-steps", "7", "--dry-run", *SMALL)
+    words += ("--local-window", "48")
     found = checked(DryRun, done(*words, "--json"))
     assert list(tmp_path.iterdir()) == []
     assert found.plan.keep == [0, 2] and found.plan.exact
     assert [s.becomes == "softmax" for s in found.sites] == [True, False, True, False]
-    assert {(s.local_window, s.local_first) for s in found.sites} == {(8, True)}
+    assert {(s.local_window, s.local_first) for s in found.sites} == {(48, True)}
+    assert found.note.startswith("Calibration sequences of 48 tokens are no longer than")
     assert [s.stage for s in found.stages] == ["load", "plan", "calibrate", "align", "report"]
     assert found.total.seconds == pytest.approx(sum(s.seconds for s in found.stages), abs=0.01)
     assert found.total.peak_bytes == max(s.peak_bytes for s in found.stages) > 10**8

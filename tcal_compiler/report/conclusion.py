@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from .facts import Facts, finite
 from .numbers import fixed, number, with_error
@@ -11,12 +12,23 @@ LITTLE, SMALL = 0.5, 0.1  # mean held-out errors: from the first layers know lit
 OVERFIT = 2.0  # times the error on the text that was trained on
 
 
+class Beside(Protocol):
+    """A converted site: tokens that the teacher sees there, None for all, and those seen beside its state."""
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def local(self) -> int: ...
+    @property
+    def local_first(self) -> bool: ...
+
+
 def verdict(run: Facts) -> str:
     """One line on converted layers that know little of the teacher's, or little beyond the text that they were
-    trained on, before a distillation, on a student that scored no better than a naive one, and on one whose text could
-    not show what its states do; empty where all is well.
+    trained on, or that alignment bettered nowhere, before a distillation, on a student that scored no better than a
+    naive one, and on one whose text could not show what its states do; empty where all is well.
     """
-    said = [_little_known(run), _no_better_than_naive(run), _within_windows(run)]
+    said = [_little_known(run), _no_better_than_naive(run), _within_windows(run) or _never_better(run)]
     return ". ".join(s for s in said if s)
 
 
@@ -65,16 +77,37 @@ def _little_known(run: Facts) -> str:
     return ""
 
 
-def _within_windows(run: Facts) -> str:
-    """The text that a student was calibrated on lies within the windows beside its states."""
-    config: Any = run.manifest.config
-    length = config["calib"]["length"]
-    beside = [s for s in run.layers if not s.kept and s.local and (s.window is None or s.window > s.local)]
-    seen = max((s.local for s in beside if length <= s.local + s.local_first), default=0)
-    if not (run.measured and seen):
+def _never_better(run: Facts) -> str:
+    """Alignment whose every score on held-out text was worse than that of the start, in all converted layers."""
+    if run.mean_errors is None or run.distillation or run.curve[-1]["step"] == 0:
         return ""
+    if any(after < before for before, after in run.held_out.values()):
+        return ""
+    last = run.curve[-1]["held_out"].values()
+    start, end = number(run.mean_errors[0], 3), number(sum(last) / len(last), 3)
     return (
-        f"Calibration sequences of {length} tokens are no longer than the last {seen} that converted layers attend to "
-        "beside their states: the states learnt nothing from them, and errors and perplexity on such text do not show "
-        "what they are worth: a larger --calib-length, or a smaller --local-window"
+        "Alignment left every converted layer as it was initialised, since no later score on held-out text was better "
+        f"(mean error {start} at the start, {end} after the last step): more calibration text (--calib-sequences), "
+        "more --align-steps, or smaller align.lr_new and align.lr_teacher"
+    )
+
+
+def _within_windows(run: Facts) -> str:
+    config: Any = run.manifest.config
+    return within_windows(config["calib"]["length"], [s for s in run.layers if not s.kept]) if run.measured else ""
+
+
+def within_windows(length: int, converted: Iterable[Beside]) -> str:
+    """One line where calibration sequences of so many tokens lie within a window beside a converted site's state,
+    other than one that is all that the teacher sees there; else empty.
+    """
+    beside = [s for s in converted if s.local and (s.window is None or s.window > s.local)]
+    seen = max((s for s in beside if length <= s.local + s.local_first), key=lambda s: s.local, default=None)
+    if seen is None:
+        return ""
+    first = " and the first" if seen.local_first else ""
+    return (
+        f"Calibration sequences of {length} tokens are no longer than what converted layers attend to beside their "
+        f"states, the last {seen.local} tokens{first}: the states learn nothing from them, and errors and perplexity "
+        "on such text do not show what they are worth: a larger --calib-length, or a smaller --local-window"
     )
