@@ -202,7 +202,7 @@ def require_causal(capture: Capture, *, context: int | None = None) -> Check:
     Raises UnsupportedModelError when an earlier token's logits see a later token, wherever that happens in the model.
     """
     length = min(48, context or 48)
-    first = length // 3
+    first = max(1, length // 3)
     ids = example_ids(1, length, capture.vocab_size)
     other = ids.clone()
     other[:, first:] = (other[:, first:] + 1) % capture.vocab_size
