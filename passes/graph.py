@@ -240,8 +240,25 @@ def widen_to_float64(gm: GraphModule) -> GraphModule:
         makes = n.op == "call_function" and schema is not None and any(a.name == "dtype" for a in schema.arguments)
         if makes and not any(is_tensor(i) for i in inputs(n)) and getattr(value(n), "dtype", None) in _FLOATS:
             n.kwargs = n.kwargs | {"dtype": torch.float64}
+        elif n.op == "call_function" and schema is not None and not makes:
+            _widen_numbers(wide.graph, n)
     _rewrite_literals(wide, lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a)
     return wide.double()
+
+
+def _widen_numbers(graph: Graph, n: Node) -> None:
+    """Whole numbers and Python's floats make the default dtype, as in steps * -0.5 or where(seen, 0.0, -inf)."""
+    given = [i for i in inputs(n) if is_tensor(i)]
+    if not given or getattr(value(n), "dtype", None) not in _FLOATS or any(value(i).is_floating_point() for i in given):
+        return
+    with graph.inserting_before(n):
+        for i in given:
+            if value(i).dtype != torch.bool:
+                n.replace_input_with(i, graph.call_function(aten.to.dtype, (i, torch.float64)))
+    with graph.inserting_after(n):
+        wide = graph.call_function(aten.to.dtype, (n, torch.float64))
+    wide.meta = n.meta | {"val": value(n).double()}
+    n.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
 
 
 def move_to(gm: GraphModule, device: torch.device) -> GraphModule:

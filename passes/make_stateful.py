@@ -149,7 +149,7 @@ def check_chunks(stateful: StatefulGraph, whole: GraphModule, capture: Capture, 
         exact = whole(*capture.inputs(ids))
     largest = _largest(exact).clamp_min(1e-30)
     checks = []
-    for chunks in ((length - 2, 1, 1), cuts(length, (1, 3, 17))):
+    for chunks in (cuts(length, (max(1, length - 2), 1)), cuts(length, (1, 3, 17))):
         errors, rest = [], exact
         for logits, _ in _each_chunk(stateful, ids, chunks, None, torch.float64):
             errors.append(_largest(logits.sub_(rest[:, : logits.shape[1]])))

@@ -166,9 +166,17 @@ def probe_mask(capture: Capture, mask: Node) -> MaskFacts:
             return facts
     if facts is None:
         return MaskFacts("other", None, why)
+    if facts.window is None and beyond and 2 * far <= MAX_PROBE:  # as many first tokens as the window has
+        with suppress(RuntimeError):
+            facts = classify_mask(Evaluator(capture, 2 * far + 3)(mask))
+        if facts.kind != "causal":
+            return facts
     if any(facts.slopes):  # in few bits slopes times positions are a line at first only
         with suppress(RuntimeError):  # a table of fixed size ends before
             facts = classify_mask(Evaluator(capture, 300)(mask))
-    if over := [c for c in consts if MAX_PROBE < c < 2**20]:
-        return replace(facts, detail=f"{facts.detail}; constants {over} are longer than the probe")
+    over = [c for c in consts if MAX_PROBE < c < 2**20]
+    if facts.window is None and beyond:  # a window behind so many first tokens hides something beyond both
+        over += sorted(c for c in consts if c <= far and far + c > MAX_PROBE)
+    if over:
+        return replace(facts, detail=f"{facts.detail}; constants {over} reach beyond the probe")
     return facts

@@ -54,7 +54,7 @@ def _require_finite(model: nn.Module | torch.export.ExportedProgram, source: str
 def _program(teacher: Teacher) -> tuple[torch.export.ExportedProgram, Callable[..., Any]]:
     """The teacher as a program, and what to compare its graph with: (ids, positions if it takes them) -> its output."""
     if teacher.program is not None:
-        return teacher.program, _as_exported(teacher.program)
+        return teacher.program, _as_exported(teacher.program, teacher.source)
     assert teacher.module is not None
     module = getattr(teacher.module, "_orig_mod", teacher.module)  # what torch.compile wraps
     has_positions = "position_ids" in inspect.signature(module.forward).parameters
@@ -80,9 +80,13 @@ def _reason(error: Exception) -> str:
     return " ".join(" ".join(lines).replace('For more information, run with TORCH_LOGS="+dynamic".', "").split())[:300]
 
 
-def _as_exported(program: torch.export.ExportedProgram) -> Callable[..., Any]:
+def _as_exported(program: torch.export.ExportedProgram, source: str) -> Callable[..., Any]:
     """The program's module, called with tensors alone, whatever names it was exported with."""
-    run, spec = program.module(), program.call_spec.in_spec
+    try:
+        run, spec = program.module(), program.call_spec.in_spec
+    except Exception as e:  # torch makes it from text of the file
+        what = f"torch cannot run this exported program: {type(e).__name__}: {_reason(e)}"
+        raise TeacherError(source, what, "export the model again with this version of torch") from e
 
     ids = {n.name for n in program.graph.nodes if n.op == "placeholder" and is_tensor(n)}
 

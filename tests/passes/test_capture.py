@@ -77,6 +77,7 @@ def test_a_short_context_is_captured_within_its_bound():
     capture = capture_teacher(teacher)
     assert "T=40" in capture.checks[-1].name and all(c.passed for c in capture.checks)
     assert require_causal(capture, context=40).measured == 0.0
+    assert require_causal(capture, context=2).measured == 0.0
 
 
 def test_what_torch_export_cannot_trace_says_how_to_go_on():

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,6 +167,31 @@ def test_chunks_are_compared_on_no_more_tokens_than_the_longest_sequence_has():
     checks = make_stateful(capture, max_length=16).checks
     assert [c.name for c in checks] == ["chunks of (14, 1, 1) equal one pass", "chunks of (1, 3, 12) equal one pass"]
     assert all(c.passed for c in checks) and [cuts(n, (1, 3, 17)) for n in (2, 21)] == [(1, 1), (1, 3, 17)]
+
+
+def test_a_sequence_of_two_tokens_is_compared_without_an_empty_chunk():
+    checks = make_stateful(tiny_models.scanned()[0], max_length=2).checks
+    assert [c.name for c in checks] == ["chunks of (1, 1) equal one pass"] * 2
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda far: torch.where(far >= 0, 0.0, float("-inf")),
+        lambda far: (-0.1 * far).masked_fill(far < 0, float("-inf")),
+        lambda far: (far / -8).masked_fill(far < 0, float("-inf")),
+    ],
+    ids=["where", "times a float", "divided"],
+)
+def test_masks_made_of_whole_numbers_are_compared_in_float64_too(monkeypatch: pytest.MonkeyPatch, mask):
+    """scaled_dot_product_attention of float64 reads a float32 mask wrongly, without an error."""
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(tiny_models.distances(q)), enable_gqa=True)
+
+    monkeypatch.setitem(tiny_models.CORES, "made of numbers", core)
+    capture = tiny_models.capture_of(tiny_models.TinyModel("made of numbers"))
+    assert all(c.passed for c in make_stateful(capture).checks)
 
 
 def test_the_program_of_a_student_takes_positions_as_its_graph_does():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import scanned
+from tiny_models import TinyModel, capture_of, scanned
 
 from tcal_compiler.passes.graph import argument, by_name
 from tcal_compiler.passes.masks import Evaluator, classify_mask, probe_mask
@@ -52,8 +52,12 @@ def test_classification(mask, kind, window, detail):
 
 def mask_node(core):
     capture, _ = scanned(core, layers=1)
+    return capture, attention_mask(capture)
+
+
+def attention_mask(capture):
     node = next(n for n in capture.gm.graph.nodes if "scaled_dot_product" in str(n.target))
-    return capture, argument(node, "attn_mask")
+    return argument(node, "attn_mask")
 
 
 def test_a_window_longer_than_the_first_probe_is_seen():
@@ -72,6 +76,16 @@ def test_a_window_behind_first_tokens_that_hides_nothing_at_the_usual_lengths():
     capture, node = mask_node("window of 600 and 5")
     facts = probe_mask(capture, node)
     assert (facts.window, facts.first) == (600, 5)
+
+
+@pytest.mark.parametrize("window, first, seen", [(600, 600, 600), (5000, 4000, None)])
+def test_as_many_first_tokens_as_the_window_has(window: int, first: int, seen: int | None):
+    from tiny_models import CORES, window_and_first
+
+    CORES["equal"] = window_and_first(window, first)
+    capture = capture_of(TinyModel("equal", layers=1))
+    facts = probe_mask(capture, attention_mask(capture))
+    assert facts.window == seen and ("beyond the probe" in facts.detail) == (seen is None), facts
 
 
 def test_no_mask_is_evaluated_far_beyond_the_limit(monkeypatch):

@@ -18,9 +18,11 @@ import torch
 from tiny_models import TinyModel, program_of
 from torch.export import pt2_archive
 
-from tcal_compiler.errors import TeacherError
+from tcal_compiler.errors import TeacherError, UnsupportedModelError
+from tcal_compiler.runtime.capture_teacher import capture_teacher
 from tcal_compiler.runtime.program_file import load_program, save_program
 from tcal_compiler.runtime.program_strings import is_plain_expression, is_plain_guard, unsafe_text
+from tcal_compiler.runtime.teacher import load_teacher
 
 EDIT = Callable[[dict[str, Any]], None]
 
@@ -67,6 +69,23 @@ def operator(body: dict[str, Any], text: str) -> None:
     body["graph_module"]["graph"]["nodes"][0]["inputs"].append({"name": "", "arg": {"as_operator": text}, "kind": 1})
 
 
+def keyword(body: dict[str, Any], text: str) -> None:
+    """The only input, as a keyword of any text: JSON inside a string inside a string, its letters escaped."""
+    key = "".join(f"\\\\u{ord(c):04x}" for c in text)
+    leaf = '{"type": null, "context": null, "children_spec": []}'
+    args, named = (
+        f'{{"type": "builtins.{kind}", "context": "{context}", "children_spec": [{inner}]}}'
+        for kind, context, inner in (("tuple", "null", ""), ("dict", f'[\\"{key}\\"]', leaf))
+    )
+    signature = next(e for e in body["graph_module"]["module_call_graph"] if e["signature"])["signature"]
+    spec = f'[1, {{"type": "builtins.tuple", "context": "null", "children_spec": [{args}, {named}]}}]'
+    signature |= {"in_spec": spec, "forward_arg_names": []}
+
+
+def guard(body: dict[str, Any], text: str) -> None:
+    body["guards_code"] = [text]
+
+
 def parameter(body: dict[str, Any], text: str) -> None:
     next(s for s in body["graph_module"]["signature"]["input_specs"] if "parameter" in s)["parameter"][
         "parameter_name"
@@ -85,6 +104,20 @@ def test_text_that_torch_runs_is_refused(program, tmp_path):
     assert proof.exists(), "torch itself no longer runs this text: the check may go"
 
 
+def test_a_keyword_that_torch_runs_is_refused(program, tmp_path):
+    """It stands three times in the text that torch makes: as a parameter, in quotes, and as a value."""
+    proof = tmp_path / "ran"
+    code = f"x=__import__('pathlib').Path({str(proof)!r}).touch()):\n    0\n"
+    text = f"{code}    \"\"\"\n    0\n    '''#"
+    bad = edited(program, tmp_path / "bad.pt2", lambda body: keyword(body, text))
+    with pytest.raises(TeacherError, match="could run as code"):
+        load_program(bad, allow_pickle=False)
+    assert not proof.exists()
+    with contextlib.suppress(Exception):
+        torch.export.load(bad).module()
+    assert proof.exists(), "torch itself no longer runs this text: the check may go"
+
+
 @pytest.mark.parametrize(
     "place, text",
     [
@@ -99,6 +132,8 @@ def test_text_that_torch_runs_is_refused(program, tmp_path):
         (parameter, 'x"),print("'),
         (first_expression, "Symbol('s0).__class__')"),
         (first_expression, "(" * 500),
+        (first_expression, "Pow(Integer(10), Integer(10000000000))"),
+        (guard, "min('a' * 10000000000, 'b') == 'a'"),
     ],
 )
 def test_other_text_that_torch_never_writes(program, tmp_path, place, text):
@@ -237,7 +272,33 @@ def test_what_torch_writes_passes(program, tmp_path):
         assert is_plain_expression(text), text
     for text in ("s0.real", "open('x')", "[s0]", "Symbol(__name__)", "eval('1')", "lambda: 1", "Add(*s0)", "x" * 99):
         assert not is_plain_expression(text), text
+    assert is_plain_expression("Pow(Integer(2), Symbol('s0', integer=True))")
+    assert is_plain_expression("FloatPow(ToFloat(s0), Float('-1.0', precision=53))")
+    for text in (
+        "Pow(10, Pow(10, 10))",
+        "Pow(Pow(Pow(Integer(10), 64), 64), 64)",
+        "LShift(Integer(1), Integer(100000000000))",
+        "RoundDecimal(Integer(5), Integer(-1000000000))",
+        "Integer(Float('1e100000000'))",
+        "Rational('1e100000000')",
+        "Float('1.0', 1000000000)",
+        "Float('1.0', precision=1000000000)",
+        "Mul(" + ", ".join(f"Add(s{i}, 1)" for i in range(30)) + ")",
+        "'a' * 10000000000",
+        "(1, 2) * 10000000000",
+        "9" * 40,
+    ):
+        assert not is_plain_expression(text), text
     assert unsafe_text(b'{"a b": 1, "metadata": {"x": "(anything)"}}') == ["key 'a b'"]
+
+
+@pytest.mark.parametrize(
+    "text", ["1 // 0 == 1", "L['other'].size()[0] == 1", "L['input_ids'].size()[0].size()[0] == 1"]
+)
+def test_a_guard_that_fails_otherwise_than_guards_do(program, tmp_path, text):
+    teacher = load_teacher(str(edited(program, tmp_path / "bad.pt2", lambda body: guard(body, text))))
+    with pytest.raises(UnsupportedModelError, match="fails on"):
+        capture_teacher(teacher)
 
 
 def test_guards_compare_sizes_only():
@@ -262,5 +323,11 @@ def test_guards_compare_sizes_only():
         "min(*[1], 2)",
         "L['x'].min(1)",
         "min.__call__",
+        "L['x'].size()[0] << 10000000000",
+        "min(L['x'].size()[0]) == 1",
+        "L['x'].size()[0] == " + "9" * 40,
+        "1 == 1 # L['x']",
+        "(1 ==\n1)",
+        "min(" * 80 + "1" + ", 2)" * 80 + " == 1" + " or 1 == 1" * 5000,
     ):
         assert not is_plain_guard(text), text
