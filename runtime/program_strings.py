@@ -18,7 +18,8 @@ from torch._ops import HigherOrderOperator, OpOverload
 from tcal_compiler.passes.json_text import TABLES, read_json, too_much
 
 _NAME = re.compile(r"[\w.:+\-]*")  # names, paths of parameters, devices, versions
-_SPEC = re.compile(r"([\w\s.:+\-,\[\]{}\"]|\\+(?=\"))*")  # a pytree: JSON in a string, no call, no escaped letter
+# A pytree: JSON in a string, no call, no escaped letter; without backtracking, which takes memory.
+_SPEC = re.compile(r"([\w\s.:+\-,\[\]{}\"]++|\\++(?=\"))*+")
 _GUARD = re.compile(r"[\w .,'()\[\]<>=!+\-*/%&|]*")  # no comment, and one line
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?")
