@@ -136,9 +136,9 @@ def _window(site: AttentionSite) -> Form:
         torch.ones(1, dtype=torch.int64),
         torch.zeros(1),
         window=site.local,
-        first=site.local_first > 0,
+        first=site.local_first,
         slots=slots,
-        front=site.local_first > 0,
+        front=site.local_first,
         heads=site.num_heads,
         kv_heads=site.num_kv_heads,
     )
