@@ -46,7 +46,8 @@ class GroupTrainer:
         }
         self.optimizers = self._make_optimizers()
         # The gates' matrices act on x: the larger it is, the smaller are their steps.
-        self.gate_factor = (GATE_INPUT / self._mean_squares(group.x).sqrt().clamp_min(1e-6)).view(-1, 1, 1)
+        self.gate_factor = GATE_INPUT / self._mean_squares(group.x).sqrt().clamp_min(1e-6)
+        self.reach = torch.ones(len(group.sites), device=self.device)
         self.power = self._mean_squares(group.y)
         program = group.program.gm
         names = list(self.params)
@@ -112,14 +113,24 @@ class GroupTrainer:
             factor = (self.config.clip / norm.clamp_min(self.config.clip)).to(norm.dtype)
             for g in grads:
                 g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
-        gates = [p for n, p in self.params.items() if n.startswith(NEW) and n.endswith("_proj.weight")]
-        before = [p.detach().clone() for p in gates]
+        before = {n: p.detach().clone() for n, p in self.params.items()}
         for optimizer in self.optimizers:
             optimizer.step()
         with torch.no_grad():
-            for p, old in zip(gates, before, strict=True):
-                p.copy_(old.lerp(p, self.gate_factor))
+            for n, p in self.params.items():
+                is_gate = n.startswith(NEW) and n.endswith("_proj.weight")
+                share = self.reach * self.gate_factor if is_gate else self.reach
+                p.copy_(before[n].lerp(p, share.view(-1, *[1] * (p.dim() - 1))))
         return losses.detach()
+
+    def start(self) -> Tensor:
+        """Held-out error of the weights that training begins with [L]. A site that is near its teacher then takes a
+        share sqrt(error / near_error) of each step: as its weights are nearer too, whole steps would lead it away.
+        """
+        error = self.score()
+        if self.config.near_error:
+            self.reach = (error / self.config.near_error).sqrt().clamp(max=1.0).nan_to_num(nan=1.0)
+        return error
 
     @torch.no_grad()
     def score(self) -> Tensor:
@@ -150,7 +161,7 @@ class GroupTrainer:
         """Everything that decides later steps, as plain tensors."""
         out = {f"{prefix}.param.{n}": p.detach() for n, p in self.params.items()}
         out |= {f"{prefix}.best.{n}": p for n, p in self.best.items()}
-        out[f"{prefix}.best_error"] = self.best_error
+        out |= {f"{prefix}.best_error": self.best_error, f"{prefix}.reach": self.reach}
         for n, p in self.params.items():
             for optimizer in self.optimizers:
                 for k, v in optimizer.state.get(p, {}).items():
@@ -176,6 +187,7 @@ class GroupTrainer:
                 shapes = {k: torch.Size() if k == "step" else p.shape for k in slots}
                 owner.state[p] = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
             self.best_error = take("best_error", self.best_error.shape)
+            self.reach = take("reach", self.reach.shape)
 
 
 def _curve_point(step: int, groups: list[SiteGroup], train: Tensor, held: Tensor) -> dict[str, object]:
@@ -293,7 +305,7 @@ def _run(
                 what = f"the checkpoint of step {resume.step} does not fit: {e}"
                 raise StageError("align", what, "--restart, which runs every stage anew") from e
     else:
-        held = torch.cat([t.score() for t in trainers])
+        held = torch.cat([t.start() for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))
     for step in range(state.step, config.steps):
         if state.curve[-1]["step"] == step and levelled_off(state.curve, config) is not None:

@@ -106,7 +106,7 @@ DivergenceName = Literal["forward-kl", "reverse-kl", "js"]
 
 
 # keys of the training stages that came when run folders with such a stage were there already
-_LATER = {"divergence", "hidden", "patience", "least_gain", "compile", "short_length", "short_share"}
+_LATER = {"divergence", "hidden", "patience", "least_gain", "near_error", "compile", "short_length", "short_share"}
 
 
 class TrainConfig(StrictModel):
@@ -149,6 +149,12 @@ class AlignConfig(TrainConfig):
         8e-2, gt=0, description="peak learning rate of the teacher's q, k, v and output projections, over their rms"
     )
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the teacher's projections only")
+    near_error: float = Field(
+        1.0,
+        ge=0,
+        description="a site whose held-out error is E at the start, less than this, takes sqrt(E / near_error) of each "
+        "step; 0: whole ones",
+    )
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
     patience: int | None = Field(

@@ -116,7 +116,7 @@ def test_levelling_off_is_judged_by_the_kept_weights_of_all_sites():
 
 
 def test_a_folder_from_before_there_was_patience_stays_valid():
-    old = set(AlignConfig().model_dump()) - {"patience", "least_gain"}
+    old = set(AlignConfig().model_dump()) - {"patience", "least_gain", "near_error"}
     assert set(AlignConfig().settings()) == old
     assert set(AlignConfig(patience=3).settings()) == old | {"patience"}
 
@@ -226,6 +226,23 @@ def test_kept_weights_score_what_was_recorded_and_no_site_is_worse(undisturbed):
         for site, error in zip(group.sites, scored.tolist(), strict=True):
             recorded = [p["held_out"][str(site.index)] for p in curve]
             assert error == min(recorded) < recorded[0]
+
+
+def test_a_site_that_starts_near_its_teacher_takes_smaller_steps():
+    student, groups = start()
+    batch, moves = (groups[0].x[:, :2], groups[0].y[:, :2]), []
+    for near in (0.0, 1e-3, 50.0):
+        config = CONFIG.model_copy(update={"weight_decay": 0.3, "warmup": 0, "noise": 0.0, "near_error": near})
+        trainer = GroupTrainer(student, groups[0], TRAIN, config)
+        before, error = {n: p.detach().clone() for n, p in trainer.params.items()}, trainer.start()
+        assert 0.001 < error.min() < error.max() < 50
+        trainer.step(0, *batch, seed=0)
+        moves.append({n: p.detach() - before[n] for n, p in trainer.params.items()})
+    share = (error / 50).sqrt()
+    for name, whole in moves[0].items():
+        assert torch.equal(moves[1][name], whole) and whole.abs().max() > 1e-5, name
+        small = share.view(-1, *[1] * (whole.dim() - 1)) * whole
+        torch.testing.assert_close(moves[2][name], small, rtol=1e-3, atol=1e-6)
 
 
 def test_frozen_weights_keep_their_bits(undisturbed):

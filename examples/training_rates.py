@@ -1,0 +1,159 @@
+"""Measures the rates of alignment and of distillation, each student from the same start.
+
+    python examples/training_rates.py TEACHER --policy keep=0,4,8 --calib calib.jsonl --sequences 2400 \
+        --local-window 64 --near-errors 0,0.3,1,3 --steps 300 \
+        --distill-rates 1e-3/1e-4,3e-4/1e-4 --distill-steps 61 --distill-batch 32 \
+        --eval heldout=heldout.jsonl --json out.json
+
+--near-errors: values of align.near_error. The aligned student with the least KL on the held-out calibration sequences
+is then distilled with each of --distill-rates, lr_gdn/lr_other. Nothing is chosen on what is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from conversion_bench import Arms, Bench, set_weights
+from conversion_schedule import Start, align_config, distill_config
+from measure_conversion import environment, scoring_arguments, training_arguments
+from torch import Tensor
+
+from tcal_compiler.passes.local_windows import with_local_windows
+from tcal_compiler.runtime.align import align
+from tcal_compiler.runtime.distill import distill
+from tcal_compiler.runtime.evaluate import evaluate
+from tcal_compiler.runtime.student import Student
+from tcal_compiler.runtime.taps import LivePairs, SiteGroup
+
+
+def rates(text: str) -> list[tuple[float, float]]:
+    """ "1e-3/1e-4,3e-4/1e-4": pairs of lr_gdn and lr_other."""
+    found = [tuple(map(float, part.split("/"))) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form lr_gdn/lr_other,...")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("teacher")
+    p.add_argument("--tokenizer", help='folder with tokenizer files, or "bytes"; default: the teacher\'s own')
+    p.add_argument("--policy", default="uniform:25%")
+    p.add_argument("--local-window", type=int, default=64, help="as local_window of tcal-compile")
+    p.add_argument("--calib", required=True, help="calibration text")
+    p.add_argument("--sequences", type=int, default=64)
+    p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
+    p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
+    p.add_argument("--near-errors", type=lambda text: [float(v) for v in text.split(",")], default=[1.0])
+    p.add_argument("--steps", type=int, default=300, help="of alignment")
+    p.add_argument("--distill-rates", type=rates, default=[], metavar="GDN/OTHER,...")
+    p.add_argument("--distill-steps", type=int, default=61)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", type=Path)
+    training_arguments(p)
+    scoring_arguments(p)
+    return p.parse_args()
+
+
+class RateBench(Bench):
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.scan = with_local_windows(self.scan, args.local_window)
+
+    def held_out(self, student: Student) -> float:
+        """KL from the teacher on the held-out calibration sequences, nats per token."""
+        ids = self.ids[self.args.sequences :].to(self.device)
+        return evaluate(ids, teacher=self.teacher, students={"student": student.logits})["student"].kl
+
+
+def weights(student: Student) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in student.gm.named_parameters()}
+
+
+class Rates:
+    """Students from one start, one after another in the same memory."""
+
+    def __init__(self, bench: RateBench) -> None:
+        self.bench, self.args = bench, bench.args
+        self.arms = Arms(bench, bench.plan(self.args.policy), self.args.seed)
+        self.student, self.groups = self.arms.initialised(Start("closed-form"))
+        self.initial = weights(self.student)
+
+    def row(self, name: str, extra: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its line of what was trained, and its scores."""
+        kl = self.bench.held_out(self.student)
+        print(f"{name}: KL {kl:.4f} on held-out calibration sequences", flush=True)
+        return {"kl": kl} | extra, self.bench.score({name: self.student})
+
+    def aligned(self, near_error: float) -> dict[str, Any]:
+        """Means of the sites' held-out errors, by step."""
+        a, bench = self.args, self.bench
+        set_weights(self.student, self.initial)
+        config = align_config(a, a.steps, (a.lr_teacher or [None])[0]).model_copy(update={"near_error": near_error})
+        groups: list[SiteGroup] = self.groups
+        live = LivePairs(self.student, groups, bench.ids[: a.sequences]) if a.init_sequences else None
+        name = f"align, near_error {near_error:g}"
+        given = {"train": bench.kept, "config": config, "seed": a.seed, "live": live}
+        _, curve = bench.timed(name, lambda: align(self.student, groups, **given))
+        means = {p["step"]: sum(p["held_out"].values()) / len(p["held_out"]) for p in curve}
+        print("  held-out error: " + ", ".join(f"{s}: {v:.4f}" for s, v in means.items()), flush=True)
+        kept = [min(p["held_out"][i] for p in curve) for i in curve[0]["held_out"]]
+        return {"errors": means, "error": sum(kept) / len(kept), "seconds": round(bench.took, 2)}
+
+    def distilled(self, lr_gdn: float, lr_other: float) -> dict[str, Any]:
+        a, bench = self.args, self.bench
+        config = distill_config(a, a.distill_steps).model_copy(update={"lr_gdn": lr_gdn, "lr_other": lr_other})
+        given = {"train": a.sequences, "config": config, "seed": a.seed}
+        name = f"distil, rates {lr_gdn:g} and {lr_other:g}"
+        _, curve = bench.timed(name, lambda: distill(self.student, bench.ids, bench.counts, **given))
+        return {"curve": {p["step"]: p["kl"] for p in curve}, "seconds": round(bench.took, 2)}
+
+
+def main() -> None:
+    args = arguments()
+    bench = RateBench(args)
+    trained = Rates(bench)
+    body: dict[str, Any] = {"alignment": {}, "distillation": {}, "scores": {}}
+
+    def add(stage: str, name: str, key: str, extra: dict[str, Any]) -> None:
+        body[stage][key], scores = trained.row(name, extra)
+        body["scores"] |= scores
+        if args.json:
+            args.json.write_text(json.dumps(result(bench, list(trained.arms.plan.keep)) | body, indent=1) + "\n")
+
+    add("alignment", "start", "start", {})
+    best: tuple[float, dict[str, Tensor]] = float("inf"), {}
+    for near in args.near_errors:
+        add("alignment", f"aligned, near_error {near:g}", f"{near:g}", trained.aligned(near))
+        kl = body["alignment"][f"{near:g}"]["kl"]
+        best = (kl, weights(trained.student)) if kl < best[0] else best
+    for pair in args.distill_rates:
+        set_weights(trained.student, best[1])
+        name = "{:g}/{:g}".format(*pair)
+        add("distillation", f"distilled, rates {name}", name, trained.distilled(*pair))
+
+
+def result(bench: Bench, kept: list[int]) -> dict[str, Any]:
+    """What is written beside the measurements: the names of files without their folders."""
+    args = bench.args
+    given = {k: v for k, v in vars(args).items() if k not in ("json", "task_files")}
+    given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer", "filler") if given[k]}
+    given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
+    given |= {"init": [], "steps": [f"{args.steps}+{args.distill_steps}"]}
+    return {
+        "arguments": given,
+        "kept": {args.policy: kept},
+        "environment": environment(bench.device),
+        "seconds": bench.seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()
