@@ -157,3 +157,29 @@ def on_device(name: str, body: dict[str, Any]) -> str:
     for context, row in body["contexts"].items():
         lines.append(f"| {context} | {row['prefill_tokens_per_s']:.0f} | {row['decode_ms']:.2f} |")
     return "\n".join([*lines, ""])
+
+
+def training_rates(name: str, body: dict[str, Any]) -> str:
+    a = body["arguments"]
+    (policy, kept), texts = next(iter(body["kept"].items())), list(next(iter(body["scores"].values())))
+    lines = [f"## {name}\n", f"Teacher {a['teacher']}, {policy}, which keeps {', '.join(map(str, kept)) or 'none'};"]
+    lines[-1] += f" local_window {a['local_window']}; {a['sequences']} x {a['length']} tokens of {a['calib']}, of which"
+    lines[-1] += f" {a['init_sequences'] or a['sequences']} sequences initialise, and {a['holdout']} more held out;"
+    lines[-1] += (
+        f" {a['steps']} steps of alignment with {a['batch']} sequences, {a['distill_steps']} of distillation with"
+    )
+    lines[-1] += (
+        f" {a['distill_batch'] or a['batch']}, from the aligned student of the least held-out KL; seed {a['seed']}."
+    )
+    lines += [machine(body["environment"]), ""]
+    heads = ["student", "mean held-out error of sites", "held-out KL", "s", *(f"{t}: perplexity, KL" for t in texts)]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for stage, prefix in (("alignment", "near_error "), ("distillation", "rates ")):
+        for key, row in body[stage].items():
+            label = key if key == "start" else prefix + key
+            student = {"start": "start"}.get(key, f"{'aligned' if stage == 'alignment' else 'distilled'}, {label}")
+            cells = [f"{row['error']:.4f}" if "error" in row else "", f"{row['kl']:.4f}"]
+            cells += [f"{row['seconds']:.1f}" if "seconds" in row else ""]
+            cells += ["{ratio:.4f}, {kl:.4f} ± {kl_stderr:.4f}".format(**body["scores"][student][t]) for t in texts]
+            lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join([*lines, "", *([body["note"], ""] if "note" in body else [])])

@@ -14,18 +14,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from export_tables import decode, fused, machine, on_device, runtimes, serving, step_parts, variants
+from export_tables import decode, fused, machine, on_device, runtimes, serving, step_parts, training_rates, variants
 
 HEAD = """# Measured results
 
 Made by `examples/write_results.py` from docs/results/*.json, which `examples/measure_conversion.py`,
 `examples/bench_onnx.py`, `examples/bench_variants.py`, `examples/bench_serving.py`, `examples/profile_step.py`,
 `examples/fused_step.py`, `examples/verify_runtimes.py`, `examples/measure_dry_run.py`, `examples/time_planning.py`,
-`examples/estimate_conversion.py`, `examples/rank_sets.py`, `examples/copying_layers.py`, `examples/site_variants.py`
-and, from run folders, this script itself wrote. Each section names its command's arguments, machine, versions and
-commit. Students have attention over the last tokens beside their states (`local_window`) only where a section says so.
-Ratios are to the teacher in the same run. Calibration texts and scored texts are different files, and a scored text
-that was calibrated on is refused.
+`examples/estimate_conversion.py`, `examples/rank_sets.py`, `examples/copying_layers.py`, `examples/site_variants.py`,
+`examples/training_rates.py` and, from run folders, this script itself wrote. Each section names its command's
+arguments, machine, versions and commit. Students have attention over the last tokens beside their states
+(`local_window`) only where a section says so. Ratios are to the teacher in the same run. Calibration texts and scored
+texts are different files, and a scored text that was calibrated on is refused.
 """
 
 
@@ -384,6 +384,7 @@ def main() -> None:
             "serving": serving,
             "step_parts": step_parts,
             "fused": fused,
+            "alignment": training_rates,
             "memory": memory,
             "planning": planning,
             "step_seconds": step_times,

@@ -49,6 +49,7 @@ ELSEWHERE = {  # run by other tests, or by the makers of the files that they wri
     "time_planning": "docs/results.md",
     "published_recipe": "test_measure_conversion",
     "site_variants": "test_site_variants",
+    "training_rates": "test_training_rates",
     "variant_mixer": "test_site_variants",
 }
 HERE = {

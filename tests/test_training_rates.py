@@ -1,0 +1,38 @@
+"""examples/training_rates.py: from teacher to JSON and table, every student from the same start."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from command_line import HELD_OUT, TINY
+
+from tcal_compiler.api import CALIBRATION_TEXT
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_one_command_gives_the_json_and_its_tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    out = tmp_path / "rates.json"
+    words = [TINY, "--tokenizer", "bytes", "--policy", "none", "--calib", CALIBRATION_TEXT, "--sequences", 6]
+    words += ["--init-sequences", 4, "--holdout", 2, "--length", 32, "--local-window", 8, "--batch", 2, "--steps", 3]
+    words += ["--near-errors", "0,1e9", "--distill-steps", 2, "--distill-rates", "1e-3/1e-4,1e-12/1e-12"]
+    words += ["--eval", f"books={HELD_OUT}", "--eval-length", 32, "--eval-sequences", 1, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["training_rates.py", *map(str, [*words, "--json", out])])
+    importlib.import_module("training_rates").main()
+    body = json.loads(out.read_text())
+    start, distilled = body["alignment"]["start"], body["distillation"]
+    rows = {k: v for k, v in body["alignment"].items() if k != "start"}
+    assert rows.keys() == {"0", "1e+09"} and distilled.keys() == {"0.001/0.0001", "1e-12/1e-12"}
+    assert rows["0"]["errors"]["0"] == rows["1e+09"]["errors"]["0"] > rows["0"]["error"]
+    least = min(r["kl"] for r in rows.values())
+    assert abs(rows["1e+09"]["kl"] - start["kl"]) < 1e-2 * start["kl"] and least < start["kl"]
+    assert abs(distilled["1e-12/1e-12"]["kl"] - least) < 1e-4 * least
+    assert len(body["scores"]) == 5
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(sys, "argv", ["write_results.py", str(tmp_path), "--out", str(page)])
+    importlib.import_module("write_results").main()
+    assert "| near_error 0 | " in page.read_text() and "| rates 0.001/0.0001 | " in page.read_text()
