@@ -30,6 +30,7 @@ BETAS = (0.8, 0.9)
 MOMENTUM = 0.8
 GATE_INPUT = 0.25  # root mean square of x at which gates take steps of lr_new
 VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
+TOKENS_PER_NUMBER = 0.0046  # tokens of a step for each number that a site trains, from which on its steps may be larger
 
 
 class GroupTrainer:
@@ -47,7 +48,7 @@ class GroupTrainer:
         self.optimizers = self._make_optimizers()
         # The gates' matrices act on x: the larger it is, the smaller are their steps.
         self.gate_factor = GATE_INPUT / self._mean_squares(group.x).sqrt().clamp_min(1e-6)
-        self.reach = torch.ones(len(group.sites), device=self.device)
+        self.share = torch.ones(len(group.sites), device=self.device)
         self.power = self._mean_squares(group.y)
         program = group.program.gm
         names = list(self.params)
@@ -119,17 +120,21 @@ class GroupTrainer:
         with torch.no_grad():
             for n, p in self.params.items():
                 is_gate = n.startswith(NEW) and n.endswith("_proj.weight")
-                share = self.reach * self.gate_factor if is_gate else self.reach
-                p.copy_(before[n].lerp(p, share.view(-1, *[1] * (p.dim() - 1))))
+                part = self.share * self.gate_factor if is_gate else self.share
+                p.copy_(before[n].lerp(p, part.view(-1, *[1] * (p.dim() - 1))))
         return losses.detach()
 
-    def start(self) -> Tensor:
-        """Held-out error of the weights that training begins with [L]. A site that is near its teacher then takes a
-        share sqrt(error / near_error) of each step: as its weights are nearer too, whole steps would lead it away.
+    def start(self, sequences: int) -> Tensor:
+        """Held-out error of the weights that training begins with [L]; with that, and the tokens of a step's sequences,
+        it sets the share of each step that a site takes. The nearer a site is to its teacher, the less far its weights
+        have to go; and the more tokens there are for each number that is trained, the less of a step is noise.
         """
         error = self.score()
         if self.config.near_error:
-            self.reach = (error / self.config.near_error).sqrt().clamp(max=1.0).nan_to_num(nan=1.0)
+            numbers = sum(p[0].numel() for p in self.params.values())
+            tokens = min(self.config.batch, sequences) * self.group.x.shape[2]
+            more = max(1.0, tokens / numbers / TOKENS_PER_NUMBER)
+            self.share = (more * (error / self.config.near_error).sqrt()).clamp(max=1.0).nan_to_num(nan=1.0)
         return error
 
     @torch.no_grad()
@@ -161,7 +166,7 @@ class GroupTrainer:
         """Everything that decides later steps, as plain tensors."""
         out = {f"{prefix}.param.{n}": p.detach() for n, p in self.params.items()}
         out |= {f"{prefix}.best.{n}": p for n, p in self.best.items()}
-        out |= {f"{prefix}.best_error": self.best_error, f"{prefix}.reach": self.reach}
+        out |= {f"{prefix}.best_error": self.best_error, f"{prefix}.share": self.share}
         for n, p in self.params.items():
             for optimizer in self.optimizers:
                 for k, v in optimizer.state.get(p, {}).items():
@@ -187,7 +192,7 @@ class GroupTrainer:
                 shapes = {k: torch.Size() if k == "step" else p.shape for k in slots}
                 owner.state[p] = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
             self.best_error = take("best_error", self.best_error.shape)
-            self.reach = take("reach", self.reach.shape)
+            self.share = take("share", self.share.shape)
 
 
 def _curve_point(step: int, groups: list[SiteGroup], train: Tensor, held: Tensor) -> dict[str, object]:
@@ -305,7 +310,7 @@ def _run(
                 what = f"the checkpoint of step {resume.step} does not fit: {e}"
                 raise StageError("align", what, "--restart, which runs every stage anew") from e
     else:
-        held = torch.cat([t.start() for t in trainers])
+        held = torch.cat([t.start(len(live.ids) if live else train) for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))
     for step in range(state.step, config.steps):
         if state.curve[-1]["step"] == step and levelled_off(state.curve, config) is not None:

@@ -152,8 +152,8 @@ class AlignConfig(TrainConfig):
     near_error: float = Field(
         1.0,
         ge=0,
-        description="a site whose held-out error is E at the start, less than this, takes sqrt(E / near_error) of each "
-        "step; 0: whole ones",
+        description="a site whose held-out error is E at the start takes sqrt(E / near_error) of each step, larger "
+        "ones where a step has many tokens for the numbers that are trained, at most all of it; 0: always all",
     )
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
@@ -180,8 +180,8 @@ class DistillConfig(TrainConfig):
         description="gdn: only converted sites with their projections; attention: only the kept softmax sites with "
         "theirs; all: every weight",
     )
-    lr_gdn: float = Field(5e-4, gt=0, description="peak learning rate of converted sites with their projections")
-    lr_other: float = Field(5e-5, gt=0, description="peak learning rate of every other weight")
+    lr_gdn: float = Field(3e-4, gt=0, description="peak learning rate of converted sites with their projections")
+    lr_other: float = Field(3e-5, gt=0, description="peak learning rate of every other weight")
     divergence: DivergenceName = Field(
         "forward-kl",
         description="from teacher p to student q: forward-kl is KL(p || q), reverse-kl KL(q || p) with a teacher's "

@@ -15,6 +15,7 @@ from tcal_compiler.errors import StageError
 from tcal_compiler.passes.capture import example_ids
 from tcal_compiler.passes.graph import copy_module, move_to
 from tcal_compiler.passes.rewrite_gdn import mixer_path
+from tcal_compiler.runtime import align as align_module
 from tcal_compiler.runtime import taps
 from tcal_compiler.runtime.align import GroupTrainer, align, levelled_off
 from tcal_compiler.runtime.calibrate import initialise
@@ -234,11 +235,14 @@ def test_a_site_that_starts_near_its_teacher_takes_smaller_steps():
     for near in (0.0, 1e-3, 50.0):
         config = CONFIG.model_copy(update={"weight_decay": 0.3, "warmup": 0, "noise": 0.0, "near_error": near})
         trainer = GroupTrainer(student, groups[0], TRAIN, config)
-        before, error = {n: p.detach().clone() for n, p in trainer.params.items()}, trainer.start()
+        before, error = {n: p.detach().clone() for n, p in trainer.params.items()}, trainer.start(TRAIN)
         assert 0.001 < error.min() < error.max() < 50
         trainer.step(0, *batch, seed=0)
         moves.append({n: p.detach() - before[n] for n, p in trainer.params.items()})
-    share = (error / 50).sqrt()
+    numbers = sum(p[0].numel() for p in trainer.params.values())
+    more = CONFIG.batch * groups[0].x.shape[2] / numbers / align_module.TOKENS_PER_NUMBER
+    share = more * (error / 50).sqrt()
+    assert more > 2 and share.max() < 0.9
     for name, whole in moves[0].items():
         assert torch.equal(moves[1][name], whole) and whole.abs().max() > 1e-5, name
         small = share.view(-1, *[1] * (whole.dim() - 1)) * whole
