@@ -146,7 +146,6 @@ def result(bench: Bench, kept: list[int]) -> dict[str, Any]:
     given = {k: v for k, v in vars(args).items() if k not in ("json", "task_files")}
     given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer", "filler") if given[k]}
     given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
-    given |= {"init": [], "steps": [f"{args.steps}+{args.distill_steps}"]}
     return {
         "arguments": given,
         "kept": {args.policy: kept},
