@@ -201,7 +201,11 @@ def compare(
     html: Annotated[Optional[Path], typer.Option(help="page to write, with plots side by side")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
-    """Prints the reports of two run folders side by side, what differs first; with --json only what differs."""
+    """Prints the reports of two run folders side by side, what differs first; with --json only what differs.
+
+    With --html it writes the page, and prints one line or the JSON.
+    """
     from .runs import compare_runs
 
-    print(printable(compare_runs(run, other, page=html, as_json=as_json)))
+    told = compare_runs(run, other, page=html, as_json=as_json)
+    print(printable(f"{html} is written." if html is not None and not as_json else told))
