@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import Config
 from .distillation import distill_stage, student_weights
 from .errors import ParityError
-from .passes.capture import capture_program
+from .passes.capture import capture_program, program_shapes
 from .passes.choose import plan_to_toml
 from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
@@ -214,7 +214,7 @@ class Conversion:
             save_program(program, stage.dir / "student.pt2")
             run = program.module()
             context = context_length(self.config.export, self.source.teacher.info)
-            shapes = (2, min(24, context)), (1, 1)
+            shapes = program_shapes(context)
             flat = capture_program(program, teacher=run, implementation="student", shapes=shapes)
             parts.begin(STATE)
             bounded = self.config.export.bounded_windows

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .passes.capture import capture_program
+from .passes.capture import capture_program, program_shapes
 from .passes.choose import FORWARD, JOINT, RULES, scored_by
 from .passes.make_stateful import make_stateful
 from .passes.types import Plan
@@ -285,8 +285,8 @@ class Trial:
             exported = self.student.export()
         longest, bounded = context_length(config, self.source.teacher.info), config.bounded_windows
         with self.meter() as graph:
-            run, shapes = exported.module(), ((2, min(24, longest)), (1, 1))
-            flat = capture_program(exported, teacher=run, implementation="student", shapes=shapes)
+            run = exported.module()
+            flat = capture_program(exported, teacher=run, implementation="student", shapes=program_shapes(longest))
         with self.meter() as plain:
             unchecked = make_stateful(flat, verify=False, max_length=longest, bounded=bounded)
         with self.meter() as checked:

@@ -364,12 +364,8 @@ def test_compare(finished, tmp_path):
     )
     text, page = done("tcal", "compare", finished, other), tmp_path / "both.html"
     assert done("tcal", "compare", finished, other, "--html", page) == f"{page} is written.\n"
-    assert (
-        "| seed | 0 | 7 |" in text
-        and "| policy | keep=0 | keep=3 |" in text
-        and "calib." not in text
-        and " None " not in text
-    )
+    assert "| seed | 0 | 7 |" in text and "| policy | keep=0 | keep=3 |" in text
+    assert "calib." not in text and " None " not in text
     assert "| held-out slice | Perplexity " in text
     assert "| layers that stay softmax | [0] | [3] |" in text and "KL, student" in text
     assert "| 0 | run | " in text and "| 3 | other | " in text
