@@ -27,6 +27,7 @@ from .runtime.align import align, levelled_off
 from .runtime.calibrate import half_lives, initialise
 from .runtime.distill_checks import check_short, check_train
 from .runtime.held_out import score_held_out
+from .runtime.memory import give_back
 from .runtime.onnx_export import context_length, export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
@@ -191,8 +192,10 @@ class Conversion:
             stage.evidence |= {"curve": curve, "checks": [asdict(c) for c in _not_worse(curve)]}
 
     def distill(self) -> None:
-        self.__dict__.pop("groups", None)  # what alignment trained on: gives its memory back
+        self.__dict__.pop("groups", None)  # what alignment trained on; cycles hold it too
+        give_back()
         distill_stage(self)
+        give_back()
 
     def export(self) -> None:
         settings = {"export": self.config.export.model_dump()}
