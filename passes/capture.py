@@ -42,6 +42,11 @@ def example_ids(batch: int, length: int, vocab_size: int, seed: int = 0) -> Tens
     return torch.randint(0, vocab_size, (batch, length), generator=gen)
 
 
+def program_shapes(context: int) -> tuple[tuple[int, int], ...]:
+    """(batch, length) that a student's program is compared at, within so many tokens."""
+    return (2, min(24, context)), (1, 1)
+
+
 def export_module(module: nn.Module, *, has_positions: bool, vocab_size: int) -> torch.export.ExportedProgram:
     """Exports with dynamic batch and length. AUTO would silently specialise a batch of 1, hence DYNAMIC and 2 x 8."""
     ids = example_ids(2, 8, vocab_size)

@@ -196,7 +196,9 @@ def plan_from_toml(path: Path, scan: SiteScan) -> Plan:
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise ConfigError(str(path), "has no [[site]] tables", "write it anew with tcal plan")
     if extra := sorted(set(body) - {"policy", "site", "refused"}):
-        raise ConfigError(str(path), f"unknown keys {extra}", "keys are policy, site and refused")
+        raise ConfigError(
+            str(path), f"unknown keys {extra}", "keys are policy, site and refused; settings are options of the command"
+        )
     policy = body.get("policy", "plan.toml")
     if not isinstance(policy, str):
         raise ConfigError(str(path), f"policy is {policy!r}", "a text in quotes; it only says where the plan came from")

@@ -47,10 +47,13 @@ def _from_1(manifest: Manifest) -> Manifest:
 
 
 def _with_local_window(manifest: Manifest) -> Manifest:
-    """A configuration of before there was local_window says that it had none, which is no longer the default."""
+    """A configuration that does not say it, as those of before there was local_window, says what the plan does: none
+    where that does not say it either, which is no longer the default."""
     if not manifest.config or "local_window" in manifest.config:
         return manifest
-    return manifest.model_copy(update={"config": {**manifest.config, "local_window": 0}})
+    return manifest.model_copy(
+        update={"config": {**manifest.config, "local_window": manifest.plan.get("local_window", 0)}}
+    )
 
 
 def migrate(manifest: Manifest) -> Manifest:

@@ -141,9 +141,7 @@ def export_onnx(
             tokenizer.save(folder)
     except OSError as e:
         raise ExportError(str(folder), f"cannot be written: {e.strerror or e}", "free space, or another folder") from e
-    return OnnxArtifact(
-        path, config.profile, config.opset, stateful.layers, context, _run_checker(path, config.profile)
-    )
+    return OnnxArtifact(path, config.profile, config.opset, stateful.layers, context, check_model(path, config.profile))
 
 
 def context_length(config: ExportConfig, info: dict[str, Any]) -> int:
@@ -318,7 +316,11 @@ def _save(model: Any, path: Path, stateful: StatefulGraph) -> None:
     ir.save(model, path, external_data=DATA_FILE if size > SINGLE_FILE_LIMIT else None)
 
 
-def _run_checker(path: Path, profile: str) -> tuple[Check, ...]:
+def check_model(path: Path, profile: str) -> tuple[Check, ...]:
+    """onnx.checker on a model file, and for the profile standard the operators outside of its domain.
+
+    Raises ExportError when the file is no valid ONNX model.
+    """
     import onnx
 
     standard = LOWERINGS[profile].domain == ""

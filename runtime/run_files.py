@@ -12,6 +12,7 @@ from tcal_compiler.passes.files import read_small
 
 from .durable import disk_full_error, is_disk_full, remove_tree, sync
 from .manifest import MANIFEST_NAME, Manifest, TeacherRecord, check_relative, hash_file, parse_manifest
+from .plan_record import check_plan
 
 LOCK_NAME = ".lock"
 SCRATCH_NAME = ".scratch"
@@ -203,7 +204,9 @@ def read_manifest(path: Path) -> Manifest:
         text = read_small(file)
     except OSError as e:
         raise RunFolderError(str(file), f"cannot be read: {e.strerror}", "restore the file") from e
-    return parse_manifest(text, str(file))
+    manifest = parse_manifest(text, str(file))
+    check_plan(manifest, str(file))
+    return manifest
 
 
 def check_teacher(manifest: Manifest, teacher: TeacherRecord, path: Path) -> None:

@@ -12,6 +12,7 @@ from tcal_compiler.errors import RunFolderError
 from tcal_compiler.passes.types import AttentionSite
 
 from .hashed_tensors import save_tensors
+from .mixer import GdnMixer
 from .student import Student
 
 
@@ -37,7 +38,7 @@ def save_weights(student: Student, path: Path, *, only: set[str] | None = None) 
 def load_weights(student: Student, path: Path) -> None:
     """Sets the student's weights from a file that save_weights wrote.
 
-    Raises RunFolderError when the file is damaged or does not fit.
+    Raises RunFolderError when the file is damaged, does not fit, or lacks a weight of a mixer.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -50,9 +51,29 @@ def load_weights(student: Student, path: Path) -> None:
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "no such weight"
-            raise RunFolderError(str(path), f"{name} is {tuple(tensor.shape)}, the student has {shape}")
-        with torch.no_grad():
+            what = f"{name} is {tuple(tensor.shape)}, the student has {shape}"
+            raise RunFolderError(str(path), what, _as_made(name))
+    for name in _mixer_names(student):
+        if name not in state:
+            what = f"has no {name}, which the student has as {tuple(own[name].shape)}"
+            raise RunFolderError(str(path), what, _as_made(name))
+    with torch.no_grad():
+        for name, tensor in state.items():
             own[name].copy_(tensor)
+
+
+def _mixer_names(student: Student) -> list[str]:
+    """Weights that no teacher has: they are in every file of weights."""
+    mixers = [(name, m) for name, m in student.gm.named_modules() if isinstance(m, GdnMixer)]
+    return [f"{name}.{part}" for name, m in mixers for part, _ in m.named_parameters()]
+
+
+def _as_made(name: str) -> str:
+    """What to try when a file's weights are not the student's."""
+    hint = "the tcal-compile command of this run with --restart, or with -o for another folder"
+    if name.endswith(".local_scale"):  # of the attention over the last tokens
+        hint += "; --local-window says whether there is one, versions before that option made none (0)"
+    return hint
 
 
 def site_names(student: Student, sites: Iterable[AttentionSite]) -> set[str]:

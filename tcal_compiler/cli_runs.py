@@ -128,7 +128,10 @@ def verify(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Repeats every check on the run folder; prints measured against allowed. Exit 1 when one fails."""
+    """Repeats every check on the run folder and makes more; prints measured against allowed. Exit 1 when one fails.
+
+    The report counts those that the stages made alone.
+    """
     from .conversion import require
     from .runs import verify_run
 
@@ -139,7 +142,8 @@ def verify(
     else:
         for c in checks:
             print(f"{'ok  ' if c.passed else 'FAIL'} {c.name}: {c.measured:.3g} (allowed {c.allowed:.3g}) {c.detail}")
-        print(f"{sum(c.passed for c in checks)} of {len(checks)} hold")
+        held = sum(c.passed for c in checks)
+        print(f"{held} of {len(checks)} hold; the report counts only those that the stages made")
     hint = "the tcal-compile command of this run again, which makes anew what changed; tcal doctor checks this machine"
     require("verify", checks, hint)
 
@@ -201,7 +205,11 @@ def compare(
     html: Annotated[Optional[Path], typer.Option(help="page to write, with plots side by side")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
-    """Prints the reports of two run folders side by side, what differs first; with --json only what differs."""
+    """Prints the reports of two run folders side by side, what differs first; with --json only what differs.
+
+    With --html it writes the page, and prints one line or the JSON.
+    """
     from .runs import compare_runs
 
-    print(printable(compare_runs(run, other, page=html, as_json=as_json)))
+    told = compare_runs(run, other, page=html, as_json=as_json)
+    print(printable(f"{html} is written." if html is not None and not as_json else told))

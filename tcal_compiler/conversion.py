@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import Config
 from .distillation import distill_stage, student_weights
 from .errors import ParityError
-from .passes.capture import capture_program
+from .passes.capture import capture_program, program_shapes
 from .passes.choose import plan_to_toml
 from .passes.graph import move_to
 from .passes.make_stateful import make_stateful
@@ -27,6 +27,7 @@ from .runtime.align import align, levelled_off
 from .runtime.calibrate import half_lives, initialise
 from .runtime.distill_checks import check_short, check_train
 from .runtime.held_out import score_held_out
+from .runtime.memory import give_back
 from .runtime.onnx_export import context_length, export_onnx
 from .runtime.onnx_parity import check_parity
 from .runtime.program_file import save_program
@@ -191,8 +192,10 @@ class Conversion:
             stage.evidence |= {"curve": curve, "checks": [asdict(c) for c in _not_worse(curve)]}
 
     def distill(self) -> None:
-        self.__dict__.pop("groups", None)  # what alignment trained on: gives its memory back
+        self.__dict__.pop("groups", None)  # what alignment trained on; cycles hold it too
+        give_back()
         distill_stage(self)
+        give_back()
 
     def export(self) -> None:
         settings = {"export": self.config.export.model_dump()}
@@ -214,7 +217,7 @@ class Conversion:
             save_program(program, stage.dir / "student.pt2")
             run = program.module()
             context = context_length(self.config.export, self.source.teacher.info)
-            shapes = (2, min(24, context)), (1, 1)
+            shapes = program_shapes(context)
             flat = capture_program(program, teacher=run, implementation="student", shapes=shapes)
             parts.begin(STATE)
             bounded = self.config.export.bounded_windows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ TEACHER_HINT = "--teacher with the one it was made from"
 _SPELLING = ("module", "causal")  # facts of a site that a module and an exported program of it may spell differently
 
 
-def student_program(run: RunFolder) -> Capture:
-    """The deployed student as a flat graph."""
+def student_program(run: RunFolder, shapes: Sequence[tuple[int, int]] = ((1, 8),)) -> Capture:
+    """The deployed student as a flat graph, compared with its program at these (batch, length)."""
     run.require("export")
     program, _ = load_program(run.path / "student.pt2", allow_pickle=False)
-    return capture_program(program, teacher=program.module(), implementation="student", shapes=((1, 8),))
+    return capture_program(program, teacher=program.module(), implementation="student", shapes=shapes)
 
 
 def last_weights(run: RunFolder) -> str:

@@ -15,7 +15,7 @@ from .distillation import student_weights
 from .errors import ConfigError, DataError, RunFolderError
 from .inputs import check_names
 from .kernels.local_attention import as_exported
-from .passes.capture import example_ids
+from .passes.capture import example_ids, program_shapes
 from .passes.make_stateful import check_tokens, make_stateful
 from .passes.site_program import tap_graph
 from .passes.types import Capture, Check, Plan
@@ -35,7 +35,7 @@ from .report.facts import Facts
 from .run_models import student_program, teacher_of
 from .runtime.durable import write_atomic
 from .runtime.manifest import MANIFEST_NAME
-from .runtime.onnx_export import CONFIG_FILE, OnnxArtifact
+from .runtime.onnx_export import CONFIG_FILE, OnnxArtifact, check_model
 from .runtime.onnx_parity import check_parity
 from .runtime.run_folder import RunFolder
 from .runtime.session import OnnxSession, read_genai_config
@@ -106,7 +106,8 @@ def verify_run(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> list[Check]:
-    """Repeats the checks of every stage on what lies in the run folder; returns them all, failed ones included.
+    """Repeats the checks of every stage on what lies in the run folder, and makes more; returns them all, failed ones
+    included.
 
     Files that are not as the manifest says are reported, and then nothing is run.
     """
@@ -131,13 +132,15 @@ def verify_run(
         checks += _unconverted_checks(source)
         checks += _statistics_checks(source)
         parts.begin(STUDENT)
-        flat = student_program(run)
-        checks += _weight_checks(run, source, flat)
         context = _context(run)
+        flat = student_program(run, program_shapes(context))
+        checks += flat.checks
+        checks += _weight_checks(run, source, flat)
         stateful = make_stateful(flat, max_length=context)
         checks += stateful.checks
         parts.begin(RUNTIME)
         artifact = OnnxArtifact(run.path / model_file(), profile_of(run), 0, stateful.layers, context)
+        checks += check_model(artifact.path, artifact.profile)
         prompts = [example_ids(1, 12, flat.vocab_size, seed=s)[0].tolist() for s in range(3)]
         checks += check_parity(
             artifact, stateful, whole=lambda ids: flat.gm(*flat.inputs(ids)), prompts=prompts, new_tokens=64

@@ -2,7 +2,7 @@
 
 The teacher is captured as a shell without weights, and a piece of every stage runs on tensors without values, whose
 bytes are counted (runtime/allocations.py). Of what other libraries do inside, only the weights are counted, as often as
-they hold them.
+they hold them, and a fixed size for the libraries themselves.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ from .trial import Trial
 if TYPE_CHECKING:  # loaded late: loading a teacher has not needed it yet, and its memory is counted before
     from .runtime.allocations import Allocations
 
-# What only the libraries that a step calls can say; seen on SmolLM2-135M and Gemma-3.
+# What only the libraries that a step calls can say; seen on SmolLM2-135M, Gemma-3 and the embedded teacher.
 HEADER = 1500  # bytes that reading a GGUF header takes for every token of the vocabulary
 DEQUANTIZED = 3  # how often a tensor of a GGUF file is held while it is turned into float32
-EXPORT = 5.0  # how often a step holds the weights
-GENERATE = 1.2
+EXPORT = 5.8  # how often a step holds the weights
+GENERATE = 1.5
+EXPORTER = 300_000_000  # bytes of torch.onnx, ONNX and ONNX Runtime, and of what the stages before loaded
 PER_TOKEN = 6000  # bytes of a process that generates, for every token of the vocabulary: the tokenizer's most of all
 HEAP = 1.8  # what a process holds of small blocks that it makes and frees, over what they have at most at once
 LEAST_LAYERS = 4  # of the smaller model that is measured in place of one with many layers
 # Parts of this work, with their shares of its time
 SHAPE, STAGES, AGAIN = "its shape", "its stages", "its stages with twice the layers"
 PARTS = {SHAPE: 1.0, STAGES: 3.0, AGAIN: 4.0}
-RUNTIME = 150_000_000  # bytes of a process that generates, before it has a model
+RUNTIME = 420_000_000  # bytes of a process that generates, before it has a model
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class _Shell:
                         score = trial.score(1)
                         stages.insert(1, Need("score", score.peak, score.files, score.scratch))
             student = trial.weights
-        peak = base + weights + round(EXPORT * student) + _compared_logits(self.source)
+        peak = base + EXPORTER + weights + round(EXPORT * student) + _compared_logits(self.source)
         stages.append(Need("export", peak, 2 * student))
         vocabulary = PER_TOKEN * capture.vocab_size
         stages.append(Need("generate", RUNTIME + vocabulary + round(GENERATE * student)))

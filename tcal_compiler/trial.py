@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .passes.capture import capture_program
+from .passes.capture import capture_program, program_shapes
 from .passes.choose import FORWARD, JOINT, RULES, scored_by
 from .passes.make_stateful import make_stateful
 from .passes.types import Plan
@@ -29,6 +29,7 @@ from .runtime.config import AlignConfig, DistillConfig, TrainConfig
 from .runtime.distill import Distiller
 from .runtime.held_out import score_held_out
 from .runtime.logits import split_model
+from .runtime.memory import give_back
 from .runtime.meter import Meter, Time
 from .runtime.onnx_export import context_length
 from .runtime.parallel import SOLO, Group
@@ -45,6 +46,7 @@ EXPORT_START = 300  # nodes
 SAVED_PROGRAM = 0.45  # torch.export.save, in torch.export of the same graph
 # ONNX Runtime against PyTorch takes so many times the comparison of the stateful graph in float64 with the whole one.
 PARITY = 1.9
+EXPORTER = 80_000_000  # bytes of torch.onnx, ONNX and ONNX Runtime
 PLOTS, REPORT_BYTES = 7, 120_000  # of a report
 SAMPLE = 32 * 2**20  # bytes that are hashed to measure how fast that is
 
@@ -95,7 +97,6 @@ class Trial:
         self.sample = torch.cat([ids[: self.take], ids[calib.sequences : calib.sequences + self.held]])
         self.text: Meter  # of the taps
         self.groups: list[SiteGroup] = []
-        self.before = 0  # memory of the stage before
         self.peak = 0  # of calibrate's pieces
         self.left = 0  # bytes that export leaves behind
 
@@ -114,7 +115,6 @@ class Trial:
     def stage(self, name: str) -> StageCost:
         """Of a stage of api.STAGES."""
         cost: StageCost = getattr(self, name)()
-        self.before = cost.peak
         return cost
 
     def plan(self) -> StageCost:
@@ -250,7 +250,7 @@ class Trial:
         with self.meter() as before:  # what alignment trained on is given back only after the stage has begun
             after = self._beyond
         self.groups = []
-        gc.collect()
+        give_back()
         config = self.config.distill.in_steps(self.config.calib.length)
         if not (config.active and self.chosen.convert):
             with self.meter() as m:
@@ -278,15 +278,15 @@ class Trial:
 
     def export(self) -> StageCost:
         config = self.config.export
-        gc.collect()
+        give_back()
         with self.meter() as held:
             score_held_out(self.student.gm, self.source.capture, self.sample[self.take :])
         with self.meter() as program:
             exported = self.student.export()
         longest, bounded = context_length(config, self.source.teacher.info), config.bounded_windows
         with self.meter() as graph:
-            run, shapes = exported.module(), ((2, min(24, longest)), (1, 1))
-            flat = capture_program(exported, teacher=run, implementation="student", shapes=shapes)
+            run = exported.module()
+            flat = capture_program(exported, teacher=run, implementation="student", shapes=program_shapes(longest))
         with self.meter() as plain:
             unchecked = make_stateful(flat, verify=False, max_length=longest, bounded=bounded)
         with self.meter() as checked:
@@ -296,9 +296,9 @@ class Trial:
         parity = (checked.time - plain.time) * PARITY
         time = program.time * (1 + SAVED_PROGRAM) + graph.time + checked.time + onnx + parity
         time += held.time * (self.config.calib.holdout / self.held)
-        peak = max(m.peak for m in (held, program, graph, checked)) + self.weights  # beside ONNX Runtime's own
+        peak = max(m.peak for m in (held, program, graph, checked)) + EXPORTER + self.weights  # ONNX Runtime's own
         self.left = self.weights
-        return StageCost("export", time + self.writing * (3 * self.weights), max(self.before, peak), 2 * self.weights)
+        return StageCost("export", time + self.writing * (3 * self.weights), peak, 2 * self.weights)
 
     def report(self) -> StageCost:
         """Two plots are drawn, the first of which loads matplotlib; what export made is still held."""

@@ -36,6 +36,7 @@ BOUND = 8 << 20  # bytes that resident memory may grow behind the warm-up
 ALIVE = 12  # sessions at a time
 LEAST_MARGIN = 1e-3  # between the best and the second logit, so that rounding cannot choose another token
 PREFIX = 120  # tokens of the shared prefix
+LARGEST_BATCH = 5
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,15 @@ class Server:
         self.kept = self.model.snapshot()
         self.alive: list[OnnxSession] = []
 
+    def warm_up(self) -> None:
+        """The largest batch that may come, padded on either side: the runtime keeps memory for the largest it has seen.
+
+        Without this, a short run grows when that batch comes late.
+        """
+        longest = max((r.prompt for r in self.greedy), key=len)
+        for side in ("left", "right"):
+            self.model.fork().generate_batch([longest] * LARGEST_BATCH, 1, padding=side)
+
     def new_session(self) -> None:
         """A fork of the model or of another session; the oldest of a dozen is dropped."""
         parent = self.rng.choice([self.model, *self.alive])
@@ -137,7 +147,7 @@ class Server:
             self.kept = session.snapshot()
 
     def _batch(self) -> None:
-        asked = self.rng.choices(self.greedy, k=self.rng.randint(2, 5))
+        asked = self.rng.choices(self.greedy, k=self.rng.randint(2, LARGEST_BATCH))
         count, side = min(len(r.answer) for r in asked), self.rng.choice(["left", "right"])
         answers = self.rng.choice(self.alive).generate_batch([r.prompt for r in asked], count, padding=side)
         self.soak.calls, self.soak.in_batches = self.soak.calls + 1, self.soak.in_batches + len(asked)
@@ -179,6 +189,7 @@ def run(folder: Path, *, calls: int, sessions: int, seed: int, requests: int = 6
     process, trim = psutil.Process(), partial(ctypes.CDLL(None).malloc_trim, 0)
     with TemporaryDirectory() as work:
         server = Server(folder, Random(seed), requests, Path(work))
+        server.warm_up()
         soak, started = server.soak, time.monotonic()
         while soak.calls < calls:
             while soak.sessions * calls <= soak.calls * sessions and soak.sessions < sessions:

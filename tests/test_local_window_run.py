@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
-from command_line import BYTES, HELD_OUT, TINY, call, done, refused
+from command_line import BYTES, HELD_OUT, TINY, call, contents, done, refused
 
 from tcal_compiler import StudentForCausalLM
+from tcal_compiler.errors import RunFolderError
+from tcal_compiler.runtime.manifest import hash_json
 
 FEW = ("--policy", "keep=0", "--calib-sequences", "6", "--calib-length", "48", "--align-steps", "3", "--batch", "2")
 
@@ -62,3 +64,46 @@ def test_a_window_below_nothing_is_refused(tmp_path):
         call("tcal-compile", TINY, *FEW, "--local-window", "-1", "-o", tmp_path / "run"), "ConfigError", "local_window"
     )
     assert not (tmp_path / "run").exists()
+
+
+def _sites_too(record, window):
+    """As if all of it had been edited, but one site."""
+    record["plan"]["local_window"] = window
+    record["stages"]["plan"]["config_hash"] = hash_json(record["plan"])
+    for site in record["stages"]["plan"]["evidence"]["sites"][1:]:
+        site["local_window"] = window
+
+
+DAMAGE = {
+    "negative": (lambda r: r["plan"].update(local_window=-5), '"local_window": -5'),
+    "text": (lambda r: r["plan"].update(local_window="64"), '"local_window": "64"'),
+    "beyond the context": (lambda r: r["plan"].update(local_window=100_000), '"local_window": 100000'),
+    "missing": (lambda r: r["plan"].pop("local_window"), "is not the one that stage plan made"),
+    "another": (lambda r: r["plan"].update(local_window=32), '"local_window": 32'),
+    "not that of a site": (lambda r: _sites_too(r, 32), "attention 0 8 and not 32"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_window_is_refused_by_every_command_when_it_reads_the_folder(finished, name, monkeypatch):
+    monkeypatch.setattr("tcal_compiler.source.load_teacher", None)  # before anything is loaded
+    damage, seen = DAMAGE[name]
+    record = json.loads((finished / "tcal.json").read_text())
+    damage(record)
+    (finished / "tcal.json").write_text(json.dumps(record))
+    before = contents(finished)
+    for words in (
+        *(("tcal", stage, TINY, *BYTES, "-o", finished) for stage in ("plan", "align", "export")),
+        ("tcal-compile", TINY, *BYTES, "-o", finished),
+        ("tcal", "export", finished, "--dtype", "fp16"),
+        ("tcal", "distill", finished, "--steps", "1"),
+        ("tcal", "eval", finished, "--text", HELD_OUT),
+        ("tcal", "generate", finished, "The"),
+        ("tcal", "report", finished),
+        ("tcal", "compare", finished, finished),
+        ("tcal", "verify", finished),
+    ):
+        refused(call(*words), "RunFolderError", "the manifest is damaged", seen, "restore the file")
+    with pytest.raises(RunFolderError, match="the manifest is damaged"):
+        StudentForCausalLM.from_pretrained(finished)
+    assert contents(finished) == before

@@ -362,17 +362,14 @@ def test_compare(finished, tmp_path):
     done(
         "tcal", "eval", finished, "--text", HELD_OUT, "--length", "32", "--sequences", "2", "--student-only", "--quiet"
     )
-    text = done("tcal", "compare", finished, other, "--html", tmp_path / "both.html")
-    assert (
-        "| seed | 0 | 7 |" in text
-        and "| policy | keep=0 | keep=3 |" in text
-        and "calib." not in text
-        and " None " not in text
-    )
+    text, page = done("tcal", "compare", finished, other), tmp_path / "both.html"
+    assert done("tcal", "compare", finished, other, "--html", page) == f"{page} is written.\n"
+    assert "| seed | 0 | 7 |" in text and "| policy | keep=0 | keep=3 |" in text
+    assert "calib." not in text and " None " not in text
     assert "| held-out slice | Perplexity " in text
     assert "| layers that stay softmax | [0] | [3] |" in text and "KL, student" in text
     assert "| 0 | run | " in text and "| 3 | other | " in text
-    reader = Reader((tmp_path / "both.html").read_text())
+    reader = Reader(page.read_text())
     assert set(reader.labels) == PLOTS | {"Divergence from the teacher"}
     assert reader.labels.count("State and cache memory") == 2
     refused(call("tcal", "compare", finished, tmp_path / "none"), "RunFolderError", "no such run folder")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,13 +19,18 @@ from test_json import Bytes, Strict
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from tcal_compiler import conversion
+from tcal_compiler.api import convert
+from tcal_compiler.config import Config
 from tcal_compiler.kernels.gated_delta_rule import gated_delta_rule
 from tcal_compiler.kernels.local_attention import local_attention
 from tcal_compiler.runtime.allocations import without_values
 from tcal_compiler.runtime.checkpoints import shell_of
+from tcal_compiler.runtime.taps import SiteGroup
 from tcal_compiler.runtime.teacher import shell_teacher
 from tcal_compiler.stage_memory import HEADER, loading_bytes, memory_needs
 
+ROOT = Path(__file__).parents[1]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50_000}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -236,3 +245,37 @@ def test_a_view_takes_nothing_and_what_is_freed_is_given_back():
         del a, b
         assert (counted.all.live, counted.all.peak) == (4000, 8000)
         assert c[c > 0].shape == (1000,) and c.sum().item() > 0
+
+
+def test_what_alignment_trained_on_is_gone_when_distillation_begins(tmp_path, monkeypatch):
+    """Cycles hold it too."""
+    collect, groups, alive = conversion.collect_taps, [], []
+
+    def noted(*args: object, **options: object) -> list[SiteGroup]:
+        found = collect(*args, **options)
+        groups.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(conversion, "collect_taps", noted)
+    monkeypatch.setattr(conversion, "distill_stage", lambda work: alive.extend(g() is not None for g in groups))
+    config = {
+        "local_window": 8,
+        "calib": {"sequences": 4, "length": 24, "holdout": 2},
+        "align": {"steps": 1, "batch": 2},
+    }
+    config = Config.model_validate(config | {"policy": "keep=0"})
+    gc.disable()
+    try:
+        convert(str(TINY), out=tmp_path / "run", tokenizer="bytes", config=config, until="distill")
+    finally:
+        gc.enable()
+    assert alive and not any(alive)
+
+
+@pytest.mark.slow
+def test_export_takes_what_is_said(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    words = ["embedded", "--policy", "uniform:25%", "--calib-sequences", "8", "--align-steps", "4"]
+    stages = importlib.import_module("measure_dry_run").compared_memory(words, tmp_path)["stages"]
+    said, seen = stages["export"]["peak_bytes"]
+    assert seen <= said <= 1.6 * seen

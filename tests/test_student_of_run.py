@@ -21,8 +21,9 @@ def stage_again(run: Path, name: str, before: str, files: dict[str, dict[str, to
     """As if a later command had made the stage, with these weights."""
     with RunFolder.open_existing(run, write=True) as folder:
         inputs = {before: folder.stage_hash(before)} if before else {}
-        with folder.stage(name, config="another", inputs=inputs) as stage:
-            stage.plan = folder.manifest.plan
+        plan = folder.manifest.plan
+        with folder.stage(name, config=plan if name == "plan" else "another", inputs=inputs or {"a": 1}) as stage:
+            stage.plan = plan
             for file, weights in files.items():
                 save_file(weights, stage.dir / file)
 

@@ -65,7 +65,7 @@ def summary(run: Facts, _: Scales) -> list[Block]:
     text = f"{size(student)} behind {last} tokens, the teacher's {size(teacher)}"
     rows.append(["state and caches of the student", text])
     held = sum(c["measured"] <= c["allowed"] for _, c in run.checks)
-    rows.append(["checks that hold", f"{held} of {len(run.checks)}"])
+    rows.append(["checks that hold", f"{held} of {len(run.checks)} that the stages made; `tcal verify` makes more"])
     said = verdict(run)
     return [*[Paragraph(said)] * bool(said), Table(["what", "value"], rows)]
 

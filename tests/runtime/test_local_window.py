@@ -14,7 +14,7 @@ from tiny_models import DIM, HEADS, KV_HEADS, VOCAB, capture_of_student, lone_si
 
 from tcal_compiler.backend import BackendOptions
 from tcal_compiler.config import Config, build_config
-from tcal_compiler.errors import ConfigError
+from tcal_compiler.errors import ConfigError, RunFolderError
 from tcal_compiler.passes.budget import memory, state_bytes
 from tcal_compiler.passes.capture import capture_program, example_ids
 from tcal_compiler.passes.choose import choose
@@ -37,6 +37,7 @@ from tcal_compiler.runtime.session_state import SessionState
 from tcal_compiler.runtime.statistics import local_sums, output_sums
 from tcal_compiler.runtime.student import Student, make_student, without_linear
 from tcal_compiler.runtime.taps import SiteGroup, collect_taps
+from tcal_compiler.runtime.weights import load_weights, save_weights
 
 TOKENS = 40
 
@@ -52,6 +53,19 @@ def taps_of(student: Student) -> list[SiteGroup]:
 
 def mixers(student: Student) -> list[GdnMixer]:
     return [m for m in student.gm.modules() if isinstance(m, GdnMixer)]
+
+
+@pytest.mark.parametrize("made, said", [(8, "the student has no such weight"), (0, "has no ")], ids=["with", "without"])
+def test_weights_made_with_or_without_a_window_do_not_fit_the_other(tmp_path, made, said):
+    save_weights(student_with(made), file := tmp_path / "weights.safetensors")
+    load_weights(student_with(made), file)
+    student = student_with(8 - made)
+    before = {n: w.clone() for n, w in student.state_dict().items()}
+    with pytest.raises(RunFolderError, match=said) as found:
+        load_weights(student, file)
+    assert "local_scale" in found.value.what and "--restart" in found.value.hint
+    assert "--local-window" in found.value.hint
+    assert all(torch.equal(w, student.state_dict()[n]) for n, w in before.items())
 
 
 def test_the_window_sees_no_more_than_the_teacher_and_only_beside_plain_scores():

@@ -94,7 +94,7 @@ def work(path: Path) -> list[str]:
     ran = []
     with open_(path) as run:
         for name, inputs in (("plan", lambda: {}), ("calibrate", lambda: {"plan": run.stage_hash("plan"), "text": 0})):
-            with run.stage(name, config=0, inputs=inputs()) as stage:
+            with run.stage(name, config={}, inputs=inputs()) as stage:  # as the plan of a new folder
                 if not stage.done:
                     (stage.dir / name).write_text(name)
                     ran.append(name)
@@ -142,3 +142,9 @@ def test_a_newer_version_is_refused_and_left_alone(tmp_path):
         with pytest.raises(RunFolderError, match=what):
             again(file.parent)
     assert file.read_bytes() == before
+
+
+def test_settings_that_do_not_say_the_window_have_the_plans(tmp_path):
+    data = json.loads(MANIFESTS[0].read_text())
+    data["plan"] |= {"local_window": 8}
+    assert parse(data).config["local_window"] == 8

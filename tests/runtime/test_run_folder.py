@@ -45,11 +45,11 @@ def listing(path: Path) -> set[str]:
 def test_a_stage_runs_once_and_again_when_its_config_inputs_or_files_change(tmp_path):
     path = tmp_path / "deep" / "run"
     with create(path) as run:
-        assert run_stage(run, "plan", {"plan.toml": "keep = [0]"}, config={"n": 1}, sites=2, loss=float("nan"))
-        assert not run_stage(run, "plan", {}, config={"n": 1})
+        assert run_stage(run, "plan", {"plan.toml": "keep = [0]"}, config={}, sites=2, loss=float("nan"))
+        assert not run_stage(run, "plan", {}, config={})
         assert run_stage(run, "export", {"onnx/model.onnx": "m", "onnx/a.json": "j"})
     with create(path) as run:
-        with run.stage("plan", config={"n": 1}, inputs=["x"]) as stage:
+        with run.stage("plan", config={}, inputs=["x"]) as stage:
             assert stage.done and stage.evidence == {"sites": 2, "loss": "NaN"}
         assert run.verify_files() == {}
         assert run_stage(run, "export", {"onnx/model.onnx": "m2"}, config=1)  # onnx/a.json is no longer part of it
@@ -70,7 +70,7 @@ def test_a_record_counts_work_from_before_its_block(tmp_path):
 
 def test_a_users_edit_stays_until_its_stage_runs_again(tmp_path):
     with create(tmp_path / "run") as run:
-        run_stage(run, "plan", {"plan.toml": "old"})
+        run_stage(run, "plan", {"plan.toml": "old"}, config={})
     (tmp_path / "run/plan.toml").write_text("edited")
     with create(tmp_path / "run"):
         assert (tmp_path / "run/plan.toml").read_text() == "edited"
