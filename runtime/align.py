@@ -30,7 +30,9 @@ BETAS = (0.8, 0.9)
 MOMENTUM = 0.8
 GATE_INPUT = 0.25  # root mean square of x at which gates take steps of lr_new
 VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
-TOKENS_PER_NUMBER = 0.0046  # tokens of a step for each number that a site trains, from which on its steps may be larger
+# Sites near their teacher: see GroupTrainer.start
+TOKENS_PER_NUMBER = 0.0033
+FAR = 0.3
 
 
 class GroupTrainer:
@@ -125,16 +127,18 @@ class GroupTrainer:
         return losses.detach()
 
     def start(self, sequences: int) -> Tensor:
-        """Held-out error of the weights that training begins with [L]; with that, and the tokens of a step's sequences,
-        it sets the share of each step that a site takes. The nearer a site is to its teacher, the less far its weights
-        have to go; and the more tokens there are for each number that is trained, the less of a step is noise.
+        """Held-out error E of the weights that training begins with [L], which sets the share of each step that a site
+        takes: sqrt(E / near_error) max(m, E / FAR), at most 1, with m = (N / (TOKENS_PER_NUMBER P))^(2/3).
+
+        The nearer a site is to its teacher, the less far its weights have to go; the fewer tokens N a step has for the
+        P numbers that are trained, the more of it is noise, unless the error is so large that little of it is.
         """
         error = self.score()
         if self.config.near_error:
             numbers = sum(p[0].numel() for p in self.params.values())
             tokens = min(self.config.batch, sequences) * self.group.x.shape[2]
-            more = max(1.0, tokens / numbers / TOKENS_PER_NUMBER)
-            self.share = (more * (error / self.config.near_error).sqrt()).clamp(max=1.0).nan_to_num(nan=1.0)
+            m = (error / FAR).clamp_min((tokens / (TOKENS_PER_NUMBER * numbers)) ** (2 / 3))
+            self.share = (m * (error / self.config.near_error).sqrt()).clamp(max=1.0).nan_to_num(nan=1.0)
         return error
 
     @torch.no_grad()

@@ -152,8 +152,8 @@ class AlignConfig(TrainConfig):
     near_error: float = Field(
         1.0,
         ge=0,
-        description="a site whose held-out error is E at the start takes sqrt(E / near_error) of each step, larger "
-        "ones where a step has many tokens for the numbers that are trained, at most all of it; 0: always all",
+        description="a site whose held-out error at the start is small takes a share of each step, as the root of that "
+        "error over this, and as a step's tokens for each number that is trained; 0: always all",
     )
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
