@@ -88,7 +88,7 @@ def _never_better(run: Facts) -> str:
     return (
         "Alignment left every converted layer as it was initialised, since no later score on held-out text was better "
         f"(mean error {start} at the start, {end} after the last step): more calibration text (--calib-sequences), "
-        "more --align-steps, or smaller align.lr_new and align.lr_teacher"
+        "or a larger align.near_error in --config FILE, for smaller steps"
     )
 
 
