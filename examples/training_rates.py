@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ import torch
 from conversion_bench import Arms, Bench, set_weights
 from conversion_schedule import Start, align_config, distill_config
 from measure_conversion import environment, scoring_arguments, training_arguments
+from pydantic import ValidationError
 from torch import Tensor
 
+from tcal_compiler.errors import TcalError
 from tcal_compiler.passes.local_windows import with_local_windows
 from tcal_compiler.runtime.align import align
+from tcal_compiler.runtime.config import AlignConfig, CalibConfig, DistillConfig
 from tcal_compiler.runtime.distill import distill
+from tcal_compiler.runtime.durable import write_atomic
 from tcal_compiler.runtime.evaluate import evaluate
 from tcal_compiler.runtime.student import Student
 from tcal_compiler.runtime.taps import LivePairs, SiteGroup
@@ -32,10 +37,17 @@ from tcal_compiler.runtime.taps import LivePairs, SiteGroup
 
 def rates(text: str) -> list[tuple[float, float]]:
     """ "1e-3/1e-4,3e-4/1e-4": pairs of lr_gdn and lr_other."""
-    found = [tuple(map(float, part.split("/"))) for part in text.split(",")]
-    if any(len(pair) != 2 for pair in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form lr_gdn/lr_other,...")
-    return found
+    try:
+        return [(float(gdn), float(other)) for gdn, other in (part.split("/") for part in text.split(","))]
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form lr_gdn/lr_other,...") from e
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(v) for v in text.split(",")]
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as in 0,0.3,1") from e
 
 
 def arguments() -> argparse.Namespace:
@@ -50,7 +62,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
-    p.add_argument("--near-errors", type=lambda text: [float(v) for v in text.split(",")], default=[1.0])
+    p.add_argument("--near-errors", type=numbers, default=[1.0])
     p.add_argument("--steps", type=int, default=300, help="of alignment")
     p.add_argument("--distill-rates", type=rates, default=[], metavar="GDN/OTHER,...")
     p.add_argument("--distill-steps", type=int, default=61)
@@ -59,7 +71,47 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--json", type=Path)
     training_arguments(p)
     scoring_arguments(p)
-    return p.parse_args()
+    args = p.parse_args()
+    if what := wrong(args):
+        p.error(what)
+    return args
+
+
+def alignment(a: argparse.Namespace, near_error: float) -> AlignConfig:
+    """Raises ValidationError for a value out of range."""
+    config = align_config(a, a.steps, (a.lr_teacher or [None])[0])
+    return AlignConfig.model_validate(config.model_dump() | {"near_error": near_error})
+
+
+def distillation(a: argparse.Namespace, lr_gdn: float, lr_other: float) -> DistillConfig:
+    """Raises ValidationError for a value out of range."""
+    config = distill_config(a, a.distill_steps)
+    return DistillConfig.model_validate(config.model_dump() | {"lr_gdn": lr_gdn, "lr_other": lr_other})
+
+
+def wrong(a: argparse.Namespace) -> str:
+    """What can be told of the arguments before a teacher is loaded; "" when nothing is."""
+    names = "sequences", "init_sequences", "holdout", "length", "repeats", "batch"
+    try:
+        CalibConfig(**{n: getattr(a, n) for n in names})
+        _ = [alignment(a, near) for near in a.near_errors], [distillation(a, *pair) for pair in a.distill_rates]
+    except ValidationError as e:
+        first = e.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}"
+    if a.steps < 1 or (a.distill_rates and a.distill_steps < 1):
+        return f"--steps {a.steps} and --distill-steps {a.distill_steps}: at least one of each, or nothing is trained"
+    for text in a.eval:
+        name, _, place = text.partition("=")
+        file, colon, length = place.partition(":")
+        if not (name and file) or (colon and not length.isdecimal()):
+            return f"--eval {text!r} is not of the form NAME=FILE[:LENGTH]"
+        if not Path(file).is_file():
+            return f"--eval {text}: no such file"
+    if not Path(a.calib).is_file():
+        return f"--calib {a.calib}: no such file"
+    if a.json and (a.json.is_dir() or not a.json.parent.is_dir()):
+        return f"--json {a.json}: is a folder, or its folder is not there"
+    return ""
 
 
 class RateBench(Bench):
@@ -96,7 +148,7 @@ class Rates:
         """Means of the sites' held-out errors, by step."""
         a, bench = self.args, self.bench
         set_weights(self.student, self.initial)
-        config = align_config(a, a.steps, (a.lr_teacher or [None])[0]).model_copy(update={"near_error": near_error})
+        config = alignment(a, near_error)
         groups: list[SiteGroup] = self.groups
         live = LivePairs(self.student, groups, bench.ids[: a.sequences]) if a.init_sequences else None
         name = f"align, near_error {near_error:g}"
@@ -109,7 +161,7 @@ class Rates:
 
     def distilled(self, lr_gdn: float, lr_other: float) -> dict[str, Any]:
         a, bench = self.args, self.bench
-        config = distill_config(a, a.distill_steps).model_copy(update={"lr_gdn": lr_gdn, "lr_other": lr_other})
+        config = distillation(a, lr_gdn, lr_other)
         given = {"train": a.sequences, "config": config, "seed": a.seed}
         name = f"distil, rates {lr_gdn:g} and {lr_other:g}"
         _, curve = bench.timed(name, lambda: distill(self.student, bench.ids, bench.counts, **given))
@@ -126,7 +178,8 @@ def main() -> None:
         body[stage][key], scores = trained.row(name, extra)
         body["scores"] |= scores
         if args.json:
-            args.json.write_text(json.dumps(result(bench, list(trained.arms.plan.keep)) | body, indent=1) + "\n")
+            text = json.dumps(result(bench, list(trained.arms.plan.keep)) | body, indent=1) + "\n"
+            write_atomic(args.json, text.encode())
 
     add("alignment", "start", "start", {})
     best: tuple[float, dict[str, Tensor]] = float("inf"), {}
@@ -155,4 +208,7 @@ def result(bench: Bench, kept: list[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TcalError as e:
+        sys.exit(f"{type(e).__name__}: {e}")

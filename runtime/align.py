@@ -137,8 +137,10 @@ class GroupTrainer:
         if self.config.near_error:
             numbers = sum(p[0].numel() for p in self.params.values())
             tokens = min(self.config.batch, sequences) * self.group.x.shape[2]
-            m = (error / FAR).clamp_min((tokens / (TOKENS_PER_NUMBER * numbers)) ** (2 / 3))
-            self.share = (m * (error / self.config.near_error).sqrt()).clamp(max=1.0).nan_to_num(nan=1.0)
+            exact = error.double()  # of float32 a tiny near_error is 0
+            m = (exact / FAR).clamp_min((tokens / (TOKENS_PER_NUMBER * numbers)) ** (2 / 3))
+            share = m * (exact / self.config.near_error).sqrt()
+            self.share = share.clamp(max=1.0).nan_to_num(nan=1.0).float()
         return error
 
     @torch.no_grad()
@@ -216,6 +218,16 @@ def _require_finite(per_site: Tensor, groups: list[SiteGroup], step: int) -> Non
             f"the loss is not finite at step {step}",
             "lower align.lr_new and align.lr_teacher in --config FILE, or another --init",
         )
+
+
+def _unfit(step: int, e: KeyError | ValueError) -> StageError:
+    """Of a checkpoint of another version of this program, or of other sites."""
+    missing, hint = e.args[0] if isinstance(e, KeyError) else "", "--restart, which runs every stage anew"
+    if missing.endswith(".share"):
+        hint = "the version that wrote it; or align.near_error = 0 in --config FILE, which aligns anew as versions "
+        hint += "before that key did; or --restart, which runs every stage anew"
+    found = f"it has no {missing}" if missing else str(e)
+    return StageError("align", f"the checkpoint of step {step} does not fit: {found}", hint)
 
 
 def levelled_off(curve: Sequence[Mapping[str, Any]], config: AlignConfig) -> int | None:
@@ -310,9 +322,8 @@ def _run(
         for i, t in enumerate(trainers):
             try:
                 t.load_state(resume.tensors, f"group{i}")
-            except (KeyError, ValueError) as e:  # of another version of this program, or of other sites
-                what = f"the checkpoint of step {resume.step} does not fit: {e}"
-                raise StageError("align", what, "--restart, which runs every stage anew") from e
+            except (KeyError, ValueError) as e:
+                raise _unfit(resume.step, e) from e
     else:
         held = torch.cat([t.start(len(live.ids) if live else train) for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))

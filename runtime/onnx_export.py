@@ -327,7 +327,8 @@ def check_model(path: Path, profile: str) -> tuple[Check, ...]:
     try:
         onnx.checker.check_model(str(path), full_check=standard)  # shapes of other domains cannot be inferred
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise ExportError(str(path), f"is no valid ONNX model: {' '.join(str(e).split())[:400]}") from e
+        what = f"is no valid ONNX model: {' '.join(str(e).split())[:400]}"
+        raise ExportError(str(path), what, "export again; tcal doctor checks this machine") from e
     checks = [Check("onnx.checker finds errors", 0.0, 0.0, f"onnx {onnx.__version__}")]
     if standard:
         model = onnx.load(str(path), load_external_data=False)

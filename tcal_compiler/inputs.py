@@ -16,7 +16,7 @@ def check_names(texts: str | list[str] | None, **named: str | Path | None) -> No
         text = str(name or "")
         try:
             text.encode()
-            os.lstat(text)
+            os.stat(text)
         except (UnicodeEncodeError, ValueError) as e:
             raise ConfigError(where, f"{text!a} is no file name: {e}", "a name in UTF-8") from e
         except OSError as e:

@@ -60,6 +60,8 @@ def _check_page(page: Path) -> None:
         raise ConfigError("--html", f"{page} does not end in .html", "--html both.html")
     if any((folder / MANIFEST_NAME).is_file() for folder in place.parents):
         raise ConfigError("--html", f"{page} lies in a run folder, whose files are its own", "--html both.html")
+    if place.exists() and not place.is_file():
+        raise ConfigError("--html", f"{page} is a folder or a special file", "--html both.html")
 
 
 def compare_runs(first: str | Path, second: str | Path, *, page: Path | None = None, as_json: bool = False) -> str:

@@ -14,6 +14,9 @@ import torch
 from command_line import ASSETS, BYTES, HELD_OUT, SMALL, TINY, call, compile_, contents, done, refused
 from tiny_models import TinyModel, llama, program_of
 
+from tcal_compiler.errors import ExportError
+from tcal_compiler.runtime.onnx_export import check_model
+
 # Output folders
 
 
@@ -91,9 +94,16 @@ def test_a_damaged_manifest(planned):
 
 def test_a_page_of_a_comparison_is_never_written_over_something_else(planned, tmp_path):
     before = contents(planned)
-    for page in (planned / "tcal.json", planned, planned / "report.html", tmp_path / "notes.md", ""):
+    others = folder, pipe, loop = [tmp_path / f"{n}.html" for n in ("folder", "pipe", "loop")]
+    folder.mkdir()
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    for page in (planned / "tcal.json", planned, planned / "report.html", tmp_path / "notes.md", "", folder, pipe):
         refused(call("tcal", "compare", planned, planned, "--html", page), "ConfigError", "Try: --html both.html")
-    assert contents(planned) == before and list(tmp_path.iterdir()) == [planned]
+    refused(call("tcal", "compare", planned, planned, "--html", loop), "ConfigError", "symbolic links")
+    refused(compile_(TINY, "--calib", loop, out=tmp_path / "run"), "ConfigError", "calib.text", "symbolic links")
+    assert contents(planned) == before and sorted(tmp_path.iterdir()) == sorted([planned, *others])
+    assert pipe.is_fifo()
 
 
 def test_a_comparison_names_the_run_whose_manifest_is_damaged(shared_run, finished):
@@ -218,6 +228,13 @@ def test_damaged_artifacts(finished, file, damage):
     if file != "weights.safetensors":
         refused(call("tcal", "generate", finished, "The"), "RunFolderError", file)
         refused(call("tcal", "eval", finished, "--text", HELD_OUT, "--quiet"), "RunFolderError", file)
+
+
+def test_a_model_that_is_none_is_told_with_what_to_try(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"x\n")
+    with pytest.raises(ExportError, match=r"model\.onnx: is no valid ONNX model: .*\n  Try: export again"):
+        check_model(path, "ort")
 
 
 GENERATE = [

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from command_line import HELD_OUT, TINY
 
 from tcal_compiler.api import CALIBRATION_TEXT
@@ -36,3 +37,35 @@ def test_one_command_gives_the_json_and_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["write_results.py", str(tmp_path), "--out", str(page)])
     importlib.import_module("write_results").main()
     assert "| near_error 0 | " in page.read_text() and "| rates 0.001/0.0001 | " in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--distill-rates", "1e-3"), "lr_gdn/lr_other"),
+        (("--distill-rates", "1e-3/x"), "lr_gdn/lr_other"),
+        (("--distill-rates", "1e-3/nan"), "lr_other nan: Input should be"),
+        (("--distill-rates", "0/1e-4"), "lr_gdn 0.0: Input should be greater than 0"),
+        (("--distill-rates", "1/1", "--distill-steps", "0"), "nothing is trained"),
+        (("--near-errors", "nan"), "near_error nan: Input should be"),
+        (("--near-errors=-1",), "near_error -1.0: Input should be"),
+        (("--near-errors", "a"), "'a' is no list of numbers"),
+        (("--steps", "0"), "nothing is trained"),
+        (("--steps", "-1"), "steps -1: Input should be"),
+        (("--init-sequences", "65"), "more than the 64 sequences"),
+        (("--calib", "/none"), "--calib /none: no such file"),
+        (("--eval", "a=/none"), "--eval a=/none: no such file"),
+        (("--eval", "a"), "NAME=FILE"),
+        (("--eval", f"a={HELD_OUT}:x"), "NAME=FILE"),
+        (("--json", "/none/out.json"), "its folder is not there"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_teacher_is_loaded(words, said, monkeypatch, capsys):
+    """Rates out of range were trained with, and zero steps gave rows of students that were not trained."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    module = importlib.import_module("training_rates")
+    monkeypatch.setattr(module, "RateBench", None)
+    monkeypatch.setattr(sys, "argv", ["training_rates.py", "none", "--calib", str(CALIBRATION_TEXT), *words])
+    with pytest.raises(SystemExit) as e:
+        module.main()
+    assert e.value.code == 2 and said in capsys.readouterr().err

@@ -249,6 +249,18 @@ def test_a_site_that_starts_near_its_teacher_takes_smaller_steps():
         torch.testing.assert_close(moves[2][name], small, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("near", "error", "share"),
+    [(1e-300, 0.0, 0.0), (1e-300, 1e-13, 1.0), (1e300, 1e-13, 0.0), (1.0, math.inf, 1.0), (1.0, math.nan, 1.0)],
+)
+def test_the_share_of_a_step_is_a_number_whatever_the_error_at_the_start(near, error, share, monkeypatch):
+    student, groups = start()
+    trainer = GroupTrainer(student, groups[0], TRAIN, CONFIG.model_copy(update={"near_error": near}))
+    monkeypatch.setattr(trainer, "score", lambda: torch.full((len(groups[0].sites),), error))
+    trainer.start(TRAIN)
+    assert trainer.share.dtype == torch.float32 and trainer.share.tolist() == [share] * len(groups[0].sites)
+
+
 def test_frozen_weights_keep_their_bits(undisturbed):
     before, after, _, _, _, student = undisturbed
     may = changed_names(student)
@@ -349,6 +361,9 @@ def test_a_checkpoint_of_something_else_is_a_stage_error(undisturbed):
         for tensors in (rest, rest | {name: torch.zeros(3, 1, 4, 1, 5)}):
             with pytest.raises(StageError, match=r"checkpoint of step 2 does not fit.*\n.*--restart"):
                 run(student, groups, resume=TrainState(2, tensors, []))
+    old = {n: t for n, t in saved[1].tensors.items() if not n.endswith(".share")}  # of before there was near_error
+    with pytest.raises(StageError, match=r"it has no group0\.share\n.*align\.near_error = 0 .*--restart"):
+        run(student, groups, resume=TrainState(2, old, []))
 
 
 def test_every_epoch_is_a_permutation_and_depends_on_seed_and_step_alone():
