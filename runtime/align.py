@@ -198,7 +198,8 @@ class GroupTrainer:
                 shapes = {k: torch.Size() if k == "step" else p.shape for k in slots}
                 owner.state[p] = {k: take(f"optimizer.{k}.{n}", shape) for k, shape in shapes.items()}
             self.best_error = take("best_error", self.best_error.shape)
-            self.share = take("share", self.share.shape)
+            if self.config.near_error:  # without it there was none in checkpoints of before
+                self.share = take("share", self.share.shape)
 
 
 def _curve_point(step: int, groups: list[SiteGroup], train: Tensor, held: Tensor) -> dict[str, object]:
@@ -218,16 +219,6 @@ def _require_finite(per_site: Tensor, groups: list[SiteGroup], step: int) -> Non
             f"the loss is not finite at step {step}",
             "lower align.lr_new and align.lr_teacher in --config FILE, or another --init",
         )
-
-
-def _unfit(step: int, e: KeyError | ValueError) -> StageError:
-    """Of a checkpoint of another version of this program, or of other sites."""
-    missing, hint = e.args[0] if isinstance(e, KeyError) else "", "--restart, which runs every stage anew"
-    if missing.endswith(".share"):
-        hint = "the version that wrote it; or align.near_error = 0 in --config FILE, which aligns anew as versions "
-        hint += "before that key did; or --restart, which runs every stage anew"
-    found = f"it has no {missing}" if missing else str(e)
-    return StageError("align", f"the checkpoint of step {step} does not fit: {found}", hint)
 
 
 def levelled_off(curve: Sequence[Mapping[str, Any]], config: AlignConfig) -> int | None:
@@ -322,8 +313,10 @@ def _run(
         for i, t in enumerate(trainers):
             try:
                 t.load_state(resume.tensors, f"group{i}")
-            except (KeyError, ValueError) as e:
-                raise _unfit(resume.step, e) from e
+            except (KeyError, ValueError) as e:  # of another version of this program, or of other sites
+                found = f"it has no {e.args[0]}" if isinstance(e, KeyError) else str(e)
+                what = f"the checkpoint of step {resume.step} does not fit: {found}"
+                raise StageError("align", what, "--restart, which runs every stage anew") from e
     else:
         held = torch.cat([t.start(len(live.ids) if live else train) for t in trainers])
         state.curve.append(_curve_point(0, groups, held, held))

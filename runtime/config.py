@@ -106,6 +106,8 @@ DivergenceName = Literal["forward-kl", "reverse-kl", "js"]
 
 
 # keys of the training stages that came when run folders with such a stage were there already
+# with what they were before where that is not the default
+_BEFORE = {"near_error": 0.0}
 _LATER = {"divergence", "hidden", "patience", "least_gain", "near_error", "compile", "short_length", "short_share"}
 
 
@@ -131,9 +133,12 @@ class TrainConfig(StrictModel):
         return steps % self.checkpoint_every == 0 and steps < self.steps
 
     def settings(self) -> dict[str, object]:
-        """What a run folder compares: a key of _LATER only where it is set, so that older folders stay valid."""
+        """What a run folder compares: a key of _LATER only where it is not as before it came, so that older folders
+        stay valid."""
         return {
-            k: v for k, v in self.model_dump().items() if k not in _LATER or v != type(self).model_fields[k].default
+            k: v
+            for k, v in self.model_dump().items()
+            if k not in _LATER or v != _BEFORE.get(k, type(self).model_fields[k].default)
         }
 
 

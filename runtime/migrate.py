@@ -56,6 +56,15 @@ def _with_local_window(manifest: Manifest) -> Manifest:
     )
 
 
+def _with_near_error(manifest: Manifest) -> Manifest:
+    """A configuration of before there was align.near_error says that every site took all of each step."""
+    given = manifest.config.get("align")
+    if not isinstance(given, dict) or "near_error" in given:
+        return manifest
+    return manifest.model_copy(update={"config": {**manifest.config, "align": {**given, "near_error": 0.0}}})
+
+
 def migrate(manifest: Manifest) -> Manifest:
     """The manifest in the present schema version; the same object when it is of that already and says everything."""
-    return _with_local_window(_from_1(manifest) if manifest.schema_version == 1 else manifest)
+    manifest = _from_1(manifest) if manifest.schema_version == 1 else manifest
+    return _with_near_error(_with_local_window(manifest))

@@ -64,6 +64,7 @@ from .run_files import (
 )
 
 AGAIN = ("its settings changed", "what it is made from changed", "its files were changed", "it was asked for anew")
+STOPPED = "what a stopped run left of it is of other settings or inputs, and is deleted"
 
 
 @dataclass
@@ -102,7 +103,7 @@ class RunFolder:
         self._redo = False
         self.ran: set[str] = set()  # stages that were completed since it was opened
         self._files = HashedFiles(path)
-        self.on_again: Callable[[str, str], None] = lambda stage, why: None  # before a complete stage runs again
+        self.on_again: Callable[[str, str], None] = lambda stage, why: None  # before a stage runs again
 
     @classmethod
     def create_or_open(
@@ -314,6 +315,8 @@ class RunFolder:
                 place.mkdir(exist_ok=True)
             for other in scratch.parent.iterdir():
                 if other.name != scratch.name or not keep:
+                    if keep and not other.is_symlink() and has_files(other):
+                        self.on_again(scratch.parent.name, STOPPED)
                     remove_tree(other)
             scratch.mkdir(exist_ok=True)
         except OSError as e:

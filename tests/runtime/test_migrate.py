@@ -57,7 +57,7 @@ def test_an_earlier_manifest_is_read_whole(file):
     again = manifest.model_dump(mode="json")
     assert parse(again) == manifest and {n: again[n] for n in data if n not in ("schema_version", "stages")} == {
         n: data[n] for n in data if n not in ("schema_version", "stages")
-    } | {"config": data["config"] | {"local_window": 0}}
+    } | {"config": data["config"] | {"local_window": 0, "align": data["config"]["align"] | {"near_error": 0.0}}}
 
 
 @pytest.mark.parametrize("file", MANIFESTS, ids=lambda f: f.stem)
@@ -66,6 +66,7 @@ def test_a_folder_of_before_there_were_windows_goes_on_without(file, tmp_path):
     (tmp_path / "tcal.json").write_bytes(file.read_bytes())
     settings, _ = settings_before(tmp_path)
     assert load_config(None, {}, settings).local_window == 0 != Config().local_window
+    assert load_config(None, {}, settings).align.near_error == 0 != Config().align.near_error
     run = Facts("old", parse(json.loads(file.read_text())))
     assert _settings(run)["local_window"] == "0" and "local_window = 0" in configuration(run)
 

@@ -132,8 +132,11 @@ def test_checkpoints_survive_until_the_stage_completes(tmp_path):
         with pytest.raises(ZeroDivisionError), run.stage("b", config=0, inputs=0) as stage:
             (stage.scratch / "step.pt").write_text("1")
             raise ZeroDivisionError
+        told: list[tuple[str, str]] = []
+        run.on_again = lambda *what: told.append(what)
         with run.stage("b", config=1, inputs=0) as stage:  # of another config: not to be resumed from
             assert not any(stage.scratch.iterdir())
+        assert told == [("b", "what a stopped run left of it is of other settings or inputs, and is deleted")]
     assert not (run.path / ".scratch").exists()
 
 
