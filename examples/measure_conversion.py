@@ -35,15 +35,8 @@ def numbers(text: str) -> list[int]:
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("teacher")
-    p.add_argument("--tokenizer", help='folder with tokenizer files, or "bytes"; default: the teacher\'s own')
     p.add_argument("--policy", action="append", default=[], help="default uniform:25%%; repeat")
-    p.add_argument("--calib", required=True, help="calibration text")
-    p.add_argument("--sequences", type=int, default=64)
-    p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
-    p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
-    p.add_argument("--length", type=int, default=512)
-    p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
+    text_arguments(p)
     p.add_argument(
         "--score-align-steps", type=int, default=200, help="of every site, before kl and forward measure sets of sites"
     )
@@ -83,6 +76,17 @@ def arguments() -> argparse.Namespace:
         check_parts("closed-form", parts)
     args.init, args.steps = (with_ablations(arms, args.without) for arms in (args.init, args.steps))
     return args
+
+
+def text_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("teacher")
+    p.add_argument("--tokenizer", help='folder with tokenizer files, or "bytes"; default: the teacher\'s own')
+    p.add_argument("--calib", required=True, help="calibration text")
+    p.add_argument("--sequences", type=int, default=64)
+    p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
+    p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
 
 
 def training_arguments(p: argparse.ArgumentParser) -> None:
@@ -130,6 +134,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 
+def without_folders(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as they are written: names of files without their folders."""
+    given = {
+        k: Path(v).name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json", "task_files")
+    }
+    given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer") if given[k]}
+    return given | {"eval": [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]}
+
+
+def measured_with(bench: Bench, given: dict[str, Any], kept: dict[str, list[int]]) -> dict[str, Any]:
+    """What stands beside measurements."""
+    return {"arguments": given, "kept": kept, "environment": environment(bench.device), "seconds": bench.seconds}
+
+
 def students_of(arms: Arms, args: argparse.Namespace) -> tuple[dict[str, Student], float | None, dict[str, float]]:
     """Every student that was asked for, by its name; the rate that was used; seconds until each one was aligned."""
     seconds = {}
@@ -175,18 +193,14 @@ def main() -> None:
 def result(
     bench: Bench, scores: Any, tasks: Any, kept: dict[str, list[int]], rate: float | None, aligned: dict[str, float]
 ) -> dict[str, Any]:
-    """What is written: the names of files without their folders. aligned: seconds from loaded teacher to student."""
+    """What is written. aligned: seconds from loaded teacher to student."""
     args = bench.args
-    given = {
-        k: Path(v).name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json", "task_files")
-    }
-    given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer") if given[k]}
-    given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
+    given = without_folders(args)
     given["steps"] = [s.spelled for s in args.steps if not s.start.without]
     given["init"] = [s.name for s in args.init if not s.without]
     given["score_distill_steps"] = [t.name for t in args.score_distill_steps]
     given["lr_teacher_used"] = rate
-    body = {"arguments": given, "kept": kept, "environment": environment(bench.device), "seconds": bench.seconds}
+    body = measured_with(bench, given, kept)
     body |= {"seconds_to_aligned": aligned} if aligned else {}
     body |= {"candidates": bench.candidates} if bench.candidates else {}
     return body | {"scores": scores} | ({"tasks": tasks} if tasks else {})

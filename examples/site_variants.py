@@ -25,7 +25,13 @@ from unittest import mock
 import torch
 from conversion_bench import Arms, Bench
 from conversion_schedule import Schedule, Start
-from measure_conversion import environment, scoring_arguments, training_arguments
+from measure_conversion import (
+    measured_with,
+    scoring_arguments,
+    text_arguments,
+    training_arguments,
+    without_folders,
+)
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from variant_mixer import Variant, VariantMixer, start_, with_mixers
@@ -49,16 +55,9 @@ def variants(text: str) -> dict[str, Variant]:
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("teacher")
-    p.add_argument("--tokenizer", help='folder with tokenizer files, or "bytes"; default: the teacher\'s own')
     p.add_argument("--policy", default="uniform:25%")
     p.add_argument("--variants", type=variants, default=variants("base"))
-    p.add_argument("--calib", required=True, help="calibration text")
-    p.add_argument("--sequences", type=int, default=64)
-    p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
-    p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
-    p.add_argument("--length", type=int, default=512)
-    p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
+    text_arguments(p)
     p.add_argument("--steps", type=int, default=300, help="of alignment")
     p.add_argument("--distill-steps", type=int, default=0)
     p.add_argument("--seed", type=int, default=0)
@@ -233,19 +232,11 @@ def main() -> None:
 
 
 def result(bench: Bench, kept: list[int]) -> dict[str, Any]:
-    """What is written beside the measurements: the names of files without their folders."""
+    """What is written beside the measurements."""
     args = bench.args
-    given = {k: v for k, v in vars(args).items() if k not in ("json", "task_files")}
-    given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer", "filler") if given[k]}
-    given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
-    given |= {"variants": list(args.variants), "steps": [f"{args.steps}+{args.distill_steps}"], "init": []}
-    given["lr_teacher_used"] = (args.lr_teacher or [None])[0]
-    return {
-        "arguments": given,
-        "kept": {args.policy: kept},
-        "environment": environment(bench.device),
-        "seconds": bench.seconds,
-    }
+    given = without_folders(args) | {"variants": list(args.variants), "init": []}
+    given |= {"steps": [f"{args.steps}+{args.distill_steps}"], "lr_teacher_used": (args.lr_teacher or [None])[0]}
+    return measured_with(bench, given, {args.policy: kept})
 
 
 if __name__ == "__main__":

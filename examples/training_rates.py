@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from conversion_bench import Arms, Bench, set_weights
 from conversion_schedule import Start, align_config, distill_config
-from measure_conversion import environment, scoring_arguments, training_arguments
+from measure_conversion import (
+    measured_with,
+    scoring_arguments,
+    text_arguments,
+    training_arguments,
+    without_folders,
+)
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -52,16 +58,9 @@ def numbers(text: str) -> list[float]:
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("teacher")
-    p.add_argument("--tokenizer", help='folder with tokenizer files, or "bytes"; default: the teacher\'s own')
     p.add_argument("--policy", default="uniform:25%")
     p.add_argument("--local-window", type=int, default=64, help="as local_window of tcal-compile")
-    p.add_argument("--calib", required=True, help="calibration text")
-    p.add_argument("--sequences", type=int, default=64)
-    p.add_argument("--init-sequences", type=int, help="those of them that the initialisation uses; default: all")
-    p.add_argument("--holdout", type=int, default=8, help="further calibration sequences that choose the weights")
-    p.add_argument("--length", type=int, default=512)
-    p.add_argument("--repeats", type=float, default=0.0, help="as calib.repeats of tcal-compile")
+    text_arguments(p)
     p.add_argument("--near-errors", type=numbers, default=[1.0])
     p.add_argument("--steps", type=int, default=300, help="of alignment")
     p.add_argument("--distill-rates", type=rates, default=[], metavar="GDN/OTHER,...")
@@ -178,7 +177,8 @@ def main() -> None:
         body[stage][key], scores = trained.row(name, extra)
         body["scores"] |= scores
         if args.json:
-            text = json.dumps(result(bench, list(trained.arms.plan.keep)) | body, indent=1) + "\n"
+            kept = {args.policy: list(trained.arms.plan.keep)}
+            text = json.dumps(measured_with(bench, without_folders(args), kept) | body, indent=1) + "\n"
             write_atomic(args.json, text.encode())
 
     add("alignment", "start", "start", {})
@@ -191,20 +191,6 @@ def main() -> None:
         set_weights(trained.student, best[1])
         name = "{:g}/{:g}".format(*pair)
         add("distillation", f"distilled, rates {name}", name, trained.distilled(*pair))
-
-
-def result(bench: Bench, kept: list[int]) -> dict[str, Any]:
-    """What is written beside the measurements: the names of files without their folders."""
-    args = bench.args
-    given = {k: v for k, v in vars(args).items() if k not in ("json", "task_files")}
-    given |= {k: Path(given[k]).name for k in ("calib", "teacher", "tokenizer", "filler") if given[k]}
-    given["eval"] = [f"{e.split('=')[0]}={Path(e.split('=')[1]).name}" for e in args.eval]
-    return {
-        "arguments": given,
-        "kept": {args.policy: kept},
-        "environment": environment(bench.device),
-        "seconds": bench.seconds,
-    }
 
 
 if __name__ == "__main__":
