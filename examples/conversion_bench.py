@@ -298,8 +298,7 @@ class Arms:
         if start not in self.starts:
             student, groups = self.initialised(start)
             self.spent[start] = self.bench.took
-            values = {n: p.detach().clone() for n, p in student.gm.named_parameters()}
-            self.starts[start] = student, groups, values
+            self.starts[start] = student, groups, weights_of(student)
         student, groups, values = self.starts[start]
         key = (start, steps, lr_teacher)
         set_weights(student, self.found[key][0] if key in self.found else values)
@@ -317,7 +316,7 @@ class Arms:
         means = [[sum(p[k].values()) / len(p[k]) for k in ("train", "held_out")] for p in curve]
         print("  error on trained, held-out: " + ", ".join(f"{t:.4f} {h:.4f}" for t, h in means), flush=True)
         best = min(h for _, h in means)
-        self.found[key] = {n: p.detach().clone() for n, p in student.gm.named_parameters()}, best
+        self.found[key] = weights_of(student), best
         return student, best
 
     def seconds_to_aligned(self, schedule: Schedule, lr_teacher: float | None) -> float:
@@ -330,7 +329,7 @@ class Arms:
         key = schedule.init, schedule.align
         if key not in self.recipes:
             student = self._by_recipe(schedule)
-            self.recipes[key] = student, {n: p.detach().clone() for n, p in student.gm.named_parameters()}
+            self.recipes[key] = student, weights_of(student)
         student, values = self.recipes[key]
         set_weights(student, values)
         return student
@@ -362,6 +361,10 @@ class Arms:
         )
         print("  held-out KL: " + ", ".join(f"{p['kl']:.4f}" for p in curve), flush=True)
         return student
+
+
+def weights_of(student: Student) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in student.gm.named_parameters()}
 
 
 def set_weights(student: Student, values: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversion_bench import Arms, Bench, set_weights
+from conversion_bench import Arms, Bench, set_weights, weights_of
 from conversion_schedule import Start, align_config, distill_config
 from measure_conversion import (
     measured_with,
@@ -124,10 +124,6 @@ class RateBench(Bench):
         return evaluate(ids, teacher=self.teacher, students={"student": student.logits})["student"].kl
 
 
-def weights(student: Student) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in student.gm.named_parameters()}
-
-
 class Rates:
     """Students from one start, one after another in the same memory."""
 
@@ -135,7 +131,7 @@ class Rates:
         self.bench, self.args = bench, bench.args
         self.arms = Arms(bench, bench.plan(self.args.policy), self.args.seed)
         self.student, self.groups = self.arms.initialised(Start("closed-form"))
-        self.initial = weights(self.student)
+        self.initial = weights_of(self.student)
 
     def row(self, name: str, extra: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Its line of what was trained, and its scores."""
@@ -186,7 +182,7 @@ def main() -> None:
     for near in args.near_errors:
         add("alignment", f"aligned, near_error {near:g}", f"{near:g}", trained.aligned(near))
         kl = body["alignment"][f"{near:g}"]["kl"]
-        best = (kl, weights(trained.student)) if kl < best[0] else best
+        best = (kl, weights_of(trained.student)) if kl < best[0] else best
     for pair in args.distill_rates:
         set_weights(trained.student, best[1])
         name = "{:g}/{:g}".format(*pair)

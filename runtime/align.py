@@ -30,9 +30,9 @@ BETAS = (0.8, 0.9)
 MOMENTUM = 0.8
 GATE_INPUT = 0.25  # root mean square of x at which gates take steps of lr_new
 VECTOR_RATE = 0.2  # biases and norms of the teacher, times lr_teacher
-# Sites near their teacher: see GroupTrainer.start
-TOKENS_PER_NUMBER = 0.0033
-FAR = 0.3
+# Of the share of a step (GroupTrainer.start), measured in docs/method.md
+TOKENS_PER_NUMBER = 0.0033  # tokens of a step for each trained number of a site, where near_error = 1 was best
+FAR = 0.3  # held-out error of a site beyond which the noise of a step no longer counts
 
 
 class GroupTrainer:

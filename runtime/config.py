@@ -105,9 +105,9 @@ def check_parts(init: InitName, without: Sequence[str]) -> None:
 DivergenceName = Literal["forward-kl", "reverse-kl", "js"]
 
 
-# keys of the training stages that came when run folders with such a stage were there already
-# with what they were before where that is not the default
+# what a key of _LATER amounted to before it came, where that is not its default
 _BEFORE = {"near_error": 0.0}
+# keys of the training stages that came when run folders with such a stage were there already
 _LATER = {"divergence", "hidden", "patience", "least_gain", "near_error", "compile", "short_length", "short_share"}
 
 
@@ -157,8 +157,8 @@ class AlignConfig(TrainConfig):
     near_error: float = Field(
         1.0,
         ge=0,
-        description="a site whose held-out error at the start is small takes a share of each step, as the root of that "
-        "error over this, and as a step's tokens for each number that is trained; 0: always all",
+        description="a site that starts with a held-out error E that is small takes a share of each step: "
+        "sqrt(E / near_error), less where a step has few tokens for the numbers that are trained; 0: whole steps",
     )
     noise: float = Field(0.0, ge=0, description="noise on a site's input, as a share of each token's rms")
     clip: float = Field(1.0, gt=0, description="largest gradient norm of one site")
